@@ -1,0 +1,275 @@
+"""Active Direct Preference Optimization: the algorithm, as pure functions of tensors.
+
+Ji, He, Gu: "Reinforcement Learning from Human Feedback with Active Queries", arXiv 2402.09401, Algorithm 2.
+
+One step of ADPO, in the order of this file:
+
+    logps    (B, 2)  log π_θ(y|x) of both responses                       PairLogps
+    rewards  (B, 2)  r(x, y) = β [log π_θ(y|x) − log π_ref(y|x)]          implicit_rewards
+    margin   (B,)    m = r(x, y1) − r(x, y2)                              margins
+    ask      (B,)    |m| ≤ γ                                              gate
+    labels   (B,)    o: the annotator's answer where asked, else sign(m)  choose_labels
+    loss     (B,)    −log σ(o · m)                                        preference_loss
+
+Departures from the paper: none in the rule; a margin of exactly ±γ asks, and an answer that is known already is used
+whatever the margin. Departures from the official code: the label of a pair that is not asked is unknown here (there, the
+gate only flips the signs of labels that every batch carries); log-probs are fp32 sums whatever the model's dtype; every
+response token is scored (there, the last token of the longest rows is cut off); a prompt is computed once for both
+responses, in one row `[prompt | y1 | y2]`.
+
+Legend: B pairs, T tokens of a row, N response tokens of a batch, V vocabulary, H hidden size.
+
+Imports torch alone and does no I/O; tests/test_adpo.py checks each function against an independent computation.
+"""
+
+import torch
+from torch.nn.functional import logsigmoid
+from torch.utils.checkpoint import checkpoint
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Algorithm 2
+
+LOSS_TYPES = ("sigmoid", "ipo", "hinge")
+
+# ADPO replaces a label by sign(m). That needs a loss of the form f(o · m); these losses of TRL are not of that form.
+UNGATED_LOSS_TYPES = {
+    "aot": "it sorts rewards over the batch, so one pair has no loss of its own",
+    "aot_pair": "it sorts rewards over the batch, so one pair has no loss of its own",
+    "aot_unpaired": "it sorts rewards over the batch, so one pair has no loss of its own",
+    "apo_down": "it scores chosen and rejected responses apart from each other, not by their margin",
+    "apo_zero": "it scores chosen and rejected responses apart from each other, not by their margin",
+    "bco_pair": "it scores chosen and rejected responses apart from each other, not by their margin",
+    "discopop": "it is no monotone function of the margin, so a pseudo-label may push the margin back",
+    "exo_pair": "its targets are a distribution over both responses, not a label",
+    "kto_pair": "it scores chosen and rejected responses apart from each other, not by their margin",
+    "nca_pair": "it scores chosen and rejected responses apart from each other, not by their margin",
+    "robust": "it corrects for a known rate of wrong labels, which pseudo-labels do not have",
+    "sft": "it has no preference",
+    "sigmoid_norm": "it divides log-probs by their lengths, so γ would have another unit",
+    "sppo_hard": "it scores chosen and rejected responses apart from each other, not by their margin",
+}
+
+
+def implicit_rewards(logps, ref_logps, beta):
+    """Implicit reward of each response, in units of reward (β times nats).
+
+    r(x, y) = β [log π_θ(y|x) − log π_ref(y|x)]   (Rafailov et al., arXiv 2305.18290, eq. 5 without its partition term,
+    which both responses of a pair share).
+
+    logps, ref_logps: (B, 2) fp32.  Returns (B, 2) fp32; gradients flow through logps.
+    """
+    return beta * (logps - ref_logps.detach())
+
+
+def margins(rewards):
+    """m = r(x, y1) − r(x, y2).  rewards: (B, 2).  Returns (B,)."""
+    return rewards[:, 0] - rewards[:, 1]
+
+
+def gate(margin, gamma, ids=None):
+    """Algorithm 2, the query: True where |m| ≤ γ, so that the annotator is to be asked.
+
+    margin: (B,), in units of reward; γ is in the same unit, so it means something only together with β.
+    ids: names of the pairs, for the error alone.
+    Returns (B,) bool.  Raises FloatingPointError where a margin is not finite: neither asking nor not asking is right.
+    """
+    margin = margin.detach()
+    finite = margin.isfinite()
+    if not finite.all():
+        bad = (~finite).nonzero().flatten().tolist()
+        names = ", ".join(str(ids[i]) if ids else f"row {i}" for i in bad)
+        raise FloatingPointError(f"the margin of pair {names} is {margin[bad[0]].item()}, not a finite number: "
+                                 "lower learning_rate, or look at the model's weights")
+    return margin.abs() <= gamma
+
+
+def choose_labels(margin, answers, pseudo_labels=True):
+    """Algorithm 2, the label: o = the annotator's answer where there is one, else sign(m) or none.
+
+    margin: (B,).  answers: (B,), +1 (y1 preferred), −1 (y2 preferred), 0 (not asked, and not known from before).
+    pseudo_labels: False is the paper's ablation "ADPO without pseudo-labels": such a pair gets 0, which is no label.
+    Returns (B,) in margin's dtype, detached: o carries no gradient.
+    """
+    margin = margin.detach()
+    pseudo = margin.sign() if pseudo_labels else torch.zeros_like(margin)
+    return torch.where(answers != 0, answers.to(margin.dtype), pseudo)
+
+
+def preference_loss(margin, labels, loss_type="sigmoid", beta=0.1, label_smoothing=0.0):
+    """Loss of each pair; take the mean over all B pairs, those without a label included.
+
+    sigmoid  −(1 − ε) log σ(o·m) − ε log σ(−o·m)    DPO, arXiv 2305.18290, eq. 7; ε = label_smoothing
+    ipo      (o·m/β − 1/(2β))²                       arXiv 2310.12036, eq. 17, with summed log-probs as in the paper
+    hinge    max(0, 1 − o·m)                         SLiC, arXiv 2305.10425
+
+    margin, labels: (B,); labels in {+1, −1, 0}.  Returns (B,), 0 where the label is 0.
+    Raises ValueError for another kind of loss, with the reason where it is known.
+    """
+    z = labels.detach() * margin  # (B,) o·m
+    if loss_type == "sigmoid":
+        loss = -(1 - label_smoothing) * logsigmoid(z) - label_smoothing * logsigmoid(-z)
+    elif loss_type == "ipo":
+        loss = (z / beta - 1 / (2 * beta)) ** 2
+    elif loss_type == "hinge":
+        loss = torch.relu(1 - z)
+    else:
+        reason = UNGATED_LOSS_TYPES.get(loss_type, "it is not known")
+        raise ValueError(f"loss_type {loss_type!r} cannot be gated: {reason}; use one of {', '.join(LOSS_TYPES)}")
+    return torch.where(labels == 0, torch.zeros_like(loss), loss)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Log-probs
+
+class TokenLogps(torch.autograd.Function):
+    """log softmax(logits)[target] of each row, with logits = softcap(scale · head(h)), in fp32.
+
+    forward(raw (n, V) in the head's dtype, targets (n,), scale, softcap) -> (n,) fp32.  Backward keeps `raw` as it is
+    (no fp32 copy, no softmax) and, where the dtype is fp32, rewrites it in place into its own gradient.
+    """
+
+    @staticmethod
+    def final_logits(raw, scale, softcap):
+        logits = raw.float()  # (n, V); `raw` itself where it is fp32 already
+        if scale != 1.0:
+            logits = logits * scale
+        return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+    @staticmethod
+    def forward(ctx, raw, targets, scale, softcap):
+        logits = TokenLogps.final_logits(raw, scale, softcap)
+        lse = logits.logsumexp(-1)  # (n,)
+        ctx.save_for_backward(raw, targets, lse)
+        ctx.scale, ctx.softcap = scale, softcap
+        return logits.gather(-1, targets[:, None]).squeeze(-1) - lse
+
+    @staticmethod
+    def backward(ctx, grad):
+        raw, targets, lse = ctx.saved_tensors
+        logits = TokenLogps.final_logits(raw, ctx.scale, ctx.softcap)
+        slope = None
+        if ctx.softcap:  # d softcap·tanh(u/softcap) / du = 1 − tanh²
+            slope = 1 - (logits / ctx.softcap) ** 2
+        # d logp / d logits = onehot(target) − softmax(logits), times the incoming gradient: (n, V), in place
+        d = logits.sub_(lse[:, None]).exp_().mul_(-grad[:, None])
+        d.scatter_add_(-1, targets[:, None], grad[:, None])
+        if slope is not None:
+            d.mul_(slope)
+        if ctx.scale != 1.0:
+            d.mul_(ctx.scale)
+        return d.to(raw.dtype), None, None, None
+
+
+def token_logps(states, targets, head, chunk_size, scale=1.0, softcap=None):
+    """Log-prob of each target token.
+
+    states: (N, H), the states that predict the targets.  targets: (N,).  head: the LM head, a module (it is called, not
+    taken apart, so that ZeRO-3 can gather its weight).  Works in chunks of `chunk_size` tokens, recomputed in backward:
+    at no time is more than one (chunk_size, V) block of logits alive.  Returns (N,) fp32.
+    """
+    def one_chunk(h, t):
+        return TokenLogps.apply(head(h), t, scale, softcap)  # (n, H) -> (n, V) -> (n,)
+
+    chunks = zip(states.split(chunk_size), targets.split(chunk_size))
+    if not torch.is_grad_enabled():
+        return torch.cat([one_chunk(h, t) for h, t in chunks])
+    return torch.cat([checkpoint(one_chunk, h, t, use_reentrant=False) for h, t in chunks])
+
+
+def attention_mask(segments, positions, dtype, window=None):
+    """Additive attention mask of rows `[prompt | y1 | y2]`: each token sees the prompt and its own response, causally.
+
+    segments: (B, T) int; 0 prompt, 1 y1, 2 y2, −1 padding.  positions: (B, T) int; those of y2 restart after the prompt.
+    window: sliding window in positions (not in indices: y2 stands behind y1 in the row, but not in the text).
+    Returns (B, 1, T, T) in `dtype`: 0 where seen, the dtype's lowest number elsewhere.  Neither a boolean mask nor −inf
+    would do: eager attention adds the mask, and −inf gives NaN on a row that sees nothing.
+    """
+    query, key = segments[:, :, None], segments[:, None, :]  # (B, T, 1), (B, 1, T)
+    seen = ((key == 0) | (key == query)).tril()  # (B, T, T); padding sees padding, so that no row is empty
+    if window is not None:
+        seen &= positions[:, :, None] - positions[:, None, :] < window
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+
+
+class PairLogps(torch.nn.Module):
+    """The module that the engine wraps: a causal language model that scores both responses of each pair.
+
+    lm: a transformers causal LM.  chunk_size: response tokens a call of its head.
+    Everything runs inside `forward`, as ZeRO-3 demands.
+    """
+
+    # Layers that read only what the mask lets them read. Any other kind (linear attention, convolution, recurrent
+    # state, chunked attention) lets y1 leak into y2 of a shared row.
+    MASKED_LAYERS = {"full_attention", "sliding_attention"}
+    # Attention implementations that take any mask; FlashAttention takes none.
+    MASKED_ATTENTION = {"eager", "sdpa"}
+
+    def __init__(self, lm, chunk_size=2048):
+        super().__init__()
+        self.lm = lm
+        self.chunk_size = chunk_size
+        config = lm.config
+        self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        self.scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
+        self.scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+        self.layer_types = set(getattr(config, "layer_types", None) or ())
+        self.window = getattr(config, "sliding_window", None)
+        if getattr(config, "use_sliding_window", True) is False:
+            self.window = None
+
+    def why_not_shared(self):
+        """None where a row can hold `[prompt | y1 | y2]`, else the reason, for the user."""
+        from inspect import signature
+        foreign = self.layer_types - self.MASKED_LAYERS
+        if foreign or self.lm._is_stateful:
+            return f"its layers carry state past the mask ({', '.join(sorted(foreign)) or 'recurrent'})"
+        if "position_ids" not in signature(self.lm.base_model.forward).parameters:
+            return "it takes no position_ids"
+        if self.lm.config._attn_implementation not in self.MASKED_ATTENTION:
+            return f"attn_implementation {self.lm.config._attn_implementation} takes no mask of one's own"
+        return None
+
+    def _mask(self, batch):
+        """The mask, or the dict of masks by kind of layer, that the model's forward takes."""
+        if not batch.shared:
+            return (batch.segments >= 0).long()  # (2B, T): plain padding; the model makes its own causal mask
+        dtype = next(self.lm.parameters()).dtype
+        masks = {"full_attention": lambda: attention_mask(batch.segments, batch.positions, dtype),
+                 "sliding_attention": lambda: attention_mask(batch.segments, batch.positions, dtype, self.window)}
+        if "sliding_attention" in self.layer_types:
+            return {kind: masks[kind]() for kind in self.layer_types}
+        return masks["sliding_attention" if self.window and not self.layer_types else "full_attention"]()
+
+    def token_logps(self, batch):
+        """Log-prob of each response token, pair by pair, y1 before y2: (N,) fp32."""
+        hidden = self.lm.base_model(  # (B, T, H), or (2B, T, H) in two rows a pair
+            input_ids=batch.input_ids, attention_mask=self._mask(batch),
+            position_ids=batch.positions if batch.shared else None, use_cache=False).last_hidden_state
+        states = hidden.flatten(0, 1)[batch.sources]  # (N, H): the head sees these states alone
+        return token_logps(states, batch.targets, self.lm.get_output_embeddings(),
+                           self.chunk_size, self.scale, self.softcap)
+
+    def plain_token_logps(self, batch):
+        """The same numbers the ordinary way, to check against: the model's own forward and log-softmax, row by row.
+
+        batch: in two rows a pair.  Returns (N,) fp32.
+        """
+        logps = []
+        for row, segments in zip(batch.input_ids, batch.segments):  # (T,) each
+            row = row[segments >= 0]
+            n = int((segments > 0).sum())
+            logits = self.lm(input_ids=row[None], use_cache=False).logits[0, -n - 1:-1]  # (n, V)
+            logps.append(logits.float().log_softmax(-1).gather(-1, row[-n:, None]).squeeze(-1))
+        return torch.cat(logps)
+
+    def forward(self, batch, per_token=None):
+        """log π(y|x) = Σ_t log π(y_t | x, y_<t) of both responses.
+
+        batch: a PairBatch (data.py).  per_token: "shared" or "plain" returns the N summands instead, for the check at
+        start-up.  Returns (B, 2) fp32, an fp32 sum.
+        """
+        if per_token:
+            return self.plain_token_logps(batch) if per_token == "plain" else self.token_logps(batch)
+        logps = self.token_logps(batch)  # (N,)
+        return torch.segment_reduce(logps, "sum", lengths=batch.lengths, initial=0.0).view(-1, 2)  # (2B,) -> (B, 2)

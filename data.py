@@ -1,0 +1,658 @@
+"""Preference pairs: load, mix, template, tokenise, truncate, order, collate.
+
+    rows (hub id, folder, file)  → read_rows      dicts, one after the other, each with its place for error messages
+    row                          → parse_row      prompt, two responses, label or none: one form for every format
+    pair                         → Renderer       token ids: the chat template on the whole conversation, one BOS, one EOS
+    all                          → load_pairs     Pairs (no label inside) and the labels, which go to the oracle alone
+    step                         → split_step     which pairs each rank takes in each micro-step
+    pairs                        → collate        PairBatch, one row a pair: [prompt | y1 | y2]
+
+Departures from the official code: the label is taken off here, before anything else sees the pair; the prompt is what
+both sides share, and is refused where they do not; a response is what follows the prompt in the templated conversation,
+not a conversation of its own; nothing is dropped without being counted.
+
+Which response is y1 is drawn by a hash of the pair's content: independent of the label, and the same in every run, so
+that a label in a ledger means the same for ever.
+
+Legend: B pairs, T tokens of a row, N response tokens of a batch.  Try it: `python data.py FILE_OR_FOLDER MODEL_DIR`
+prints the first pairs as the model will see them.
+"""
+
+import csv
+import gzip
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+
+# Raise it with any change to what a row becomes: it is part of every cache key.
+VERSION = 1
+# Put into special-token text inside a message, so that the tokeniser does not take it for the token. Private-use
+# characters that nobody types; `Renderer.encode` cuts there and removes it.
+SENTINEL = "\ue0f7\ue0a1\ue0f7"
+# Strings shorter than this say nothing about where a text came from ("return x + y").
+DECONTAMINATION_MIN_CHARS = 30
+
+
+class DataError(Exception):
+    """A row or a source that cannot be used; the message names source, row and field, and what to do."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows from files, folders and the hub
+
+TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
+SUFFIXES = tuple(s + z for s in TEXT_SUFFIXES for z in ("", ".gz")) + (".parquet",)
+
+
+def find_file(source, split):
+    """The file that holds `split` of a local source (a folder or one file), or None where the folder has no such split.
+
+    A single file is the "train" split. Returns None for a `save_to_disk` folder too: `read_rows` handles it.
+    """
+    path = Path(source)
+    if path.is_file():
+        if not path.name.endswith(SUFFIXES):
+            raise DataError(f"{source}: a file must end in one of {', '.join(SUFFIXES)}")
+        return path if "train" in split else None
+    for suffix in SUFFIXES:
+        if (path / (split + suffix)).is_file():
+            return path / (split + suffix)
+    return None
+
+
+def has_split(source, split, config_name=None):
+    """Whether the source has this split (a hub id is asked; a local one is looked at)."""
+    path = Path(source)
+    if not path.exists():
+        return split in datasets.get_dataset_split_names(source, config_name)
+    if (path / "dataset_dict.json").is_file():
+        return split in json.loads((path / "dataset_dict.json").read_text())["splits"]
+    if (path / "state.json").is_file():  # one saved Dataset: like one file, it is the train split
+        return "train" in split
+    return find_file(source, split) is not None
+
+
+def read_rows(source, split, config_name=None):
+    """Yield (place, row) for each row of a split; place is "FILE, row N", N counted from 1."""
+    path = Path(source)
+    if not path.exists():
+        for n, row in enumerate(datasets.load_dataset(source, config_name, split=split), 1):
+            yield f"{source} [{split}], row {n}", row
+    elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        loaded = datasets.load_from_disk(str(path))
+        loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+        for n, row in enumerate(loaded, 1):
+            yield f"{source} [{split}], row {n}", row
+    else:
+        yield from read_file(find_file(source, split))
+
+
+def read_file(path):
+    """Yield (place, row) from one jsonl, json, csv (each also gzipped) or parquet file."""
+    if path.name.endswith(".parquet"):
+        for n, row in enumerate(datasets.Dataset.from_parquet(str(path)), 1):
+            yield f"{path}, row {n}", row
+        return
+    opened = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with opened(path, "rt", encoding="utf-8", newline="" if ".csv" in path.suffixes else None) as file:
+            if ".csv" in path.suffixes:
+                for n, row in enumerate(csv.DictReader(file), 1):
+                    yield f"{path}, row {n}", row
+                return
+            first = file.read(1)
+            file.seek(0)
+            if first == "[":  # one JSON array instead of one object a line
+                for n, row in enumerate(json.load(file), 1):
+                    yield f"{path}, row {n}", row
+                return
+            for n, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        row = json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise DataError(f"{path}, row {n}: not a JSON object ({error.msg} at character {error.pos})")
+                    yield f"{path}, row {n}", row
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8")
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not valid JSON ({error.msg} at character {error.pos})")
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: damaged gzip file ({error})")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One form for every format
+
+def parse_row(row, place):
+    """Bring a row of any supported format into one form.
+
+    Formats (TRL's preference types and the columns of the usual datasets):
+      {prompt, chosen, rejected} and {chosen, rejected}, each value a string or a list of {"role", "content"} messages,
+      whole HH dialogues ("\\n\\nHuman: … \\n\\nAssistant: …"),
+      {prompt, response_a, response_b} with an optional label "a" or "b", and an optional truth "a" or "b" that no
+      annotator sees: it serves to grade labels (toy.py).
+    Returns {"prompt", "responses": [2], "label", "truth"}: prompt and responses are strings or lists of messages; label
+    and truth are 0 or 1 (the index of the better response) or None.
+    Raises DataError with `place` and the field.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: expected an object with fields, found {type(row).__name__}")
+    if row.get("chosen") is not None or row.get("rejected") is not None:
+        fields, label, truth = ("chosen", "rejected"), 0, 0
+    elif row.get("response_a") is not None or row.get("response_b") is not None:
+        fields = ("response_a", "response_b")
+        label, truth = (_letter(row, name, place) for name in ("label", "truth"))
+    else:
+        raise DataError(f"{place}: needs chosen and rejected, or response_a and response_b; "
+                        f"it has {', '.join(map(str, row)) or 'no field'}")
+    sides = [_text_or_messages(row.get(field), f"{place}, field {field}") for field in fields]
+    if isinstance(sides[0], str) != isinstance(sides[1], str):
+        raise DataError(f"{place}: {fields[0]} and {fields[1]} must both be strings or both be lists of messages")
+    prompt = row.get("prompt")
+    if prompt is not None:
+        prompt = _text_or_messages(prompt, f"{place}, field prompt")
+
+    if isinstance(sides[0], list):
+        prompt, sides = _split_messages(prompt, sides, fields, place)
+    elif prompt is None:
+        prompt, sides = _split_strings(sides)
+    elif isinstance(prompt, list):
+        sides = [[{"role": "assistant", "content": side}] for side in sides]
+    return {"prompt": prompt, "responses": sides, "label": label, "truth": label if truth is None else truth}
+
+
+def _letter(row, name, place):
+    value = row.get(name)
+    if value in (None, ""):
+        return None
+    if value not in ("a", "b"):
+        raise DataError(f"{place}, field {name}: expected \"a\" or \"b\", found {value!r}")
+    return "ab".index(value)
+
+
+def _text_or_messages(value, place):
+    """Check a prompt or response: a string, or a list of messages, of which role and content alone are kept."""
+    if isinstance(value, str):
+        return _checked(value, place)
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{place}: expected a string or a list of messages, found "
+                        f"{'nothing' if value is None else 'an empty list' if value == [] else type(value).__name__}")
+    messages = []
+    for n, message in enumerate(value, 1):
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise DataError(f"{place}, message {n}: expected {{\"role\": text, \"content\": text}}, found {message!r:.80}")
+        messages.append({"role": message["role"], "content": _checked(message["content"], f"{place}, message {n}")})
+    return messages
+
+
+def _checked(text, place):
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place}: not valid Unicode (a lone surrogate at character {error.start}); repair the text")
+    return text
+
+
+def _split_messages(prompt, sides, fields, place):
+    """Prompt and responses of conversational rows.
+
+    Sides are whole conversations, or the reply alone where they begin with the assistant. A string prompt beside whole
+    conversations (ultrafeedback_binarized) repeats a user message of theirs.
+    """
+    if prompt is not None and sides[0][0]["role"] == sides[1][0]["role"] == "assistant":
+        return ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt), sides
+    common = 0
+    while common < min(map(len, sides)) - 1 and sides[0][common] == sides[1][common]:
+        common += 1
+    shared = sides[0][:common]
+    ends = [side[common]["role"] for side in sides]
+    if ends != ["assistant", "assistant"]:
+        raise DataError(f"{place}: the prompts of {fields[0]} and {fields[1]} differ at message {common + 1} "
+                        f"({' against '.join(ends)}); both responses must answer the same prompt")
+    if isinstance(prompt, list) and shared[:len(prompt)] != prompt:
+        raise DataError(f"{place}, field prompt: is not how {fields[0]} and {fields[1]} begin")
+    if isinstance(prompt, str) and prompt.strip() not in [m["content"].strip() for m in shared]:
+        raise DataError(f"{place}, field prompt: is no message of the conversation that {fields[0]} and {fields[1]} share")
+    return shared, [side[common:] for side in sides]
+
+
+def _split_strings(sides):
+    """Implicit prompt of two strings: what both begin with, up to the last Assistant turn or the last whole word."""
+    prompt = os.path.commonprefix(sides)
+    if all(side.lstrip().startswith("Human:") for side in sides):
+        end = prompt.rfind("\n\nAssistant:") + len("\n\nAssistant:")
+    elif len(prompt) == min(map(len, sides)):  # one side continues the other: it is the whole prompt
+        end = len(prompt)
+    else:  # a space belongs to the word behind it
+        end = max(prompt.rfind(space) for space in " \n\t")
+    return prompt[:max(end, 0)], [side[max(end, 0):] for side in sides]
+
+
+def hh_messages(prompt):
+    """The messages of an HH dialogue string, or None where it is none. Turns of one speaker in a row are joined."""
+    if not (isinstance(prompt, str) and prompt.lstrip().startswith("Human:") and prompt.endswith("\n\nAssistant:")):
+        return None
+    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", "\n\n" + prompt.strip())[1:-2]  # the last turn is the response
+    messages = []
+    for speaker, text in zip(parts[::2], parts[1::2]):
+        role = "user" if speaker == "Human" else "assistant"
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += "\n\n" + text.strip()
+        else:
+            messages.append({"role": role, "content": text.strip()})
+    return messages
+
+
+def canonical(parsed):
+    """(id, order): the hash of a pair's content, the same whichever way round its responses come, and which of them is
+    y1, drawn from the same hash."""
+    texts = [json.dumps(r, sort_keys=True) for r in parsed["responses"]]
+    prompt = json.dumps(parsed["prompt"], sort_keys=True)
+    digest = hashlib.blake2b("\0".join([prompt, *sorted(texts)]).encode(), digest_size=16)
+    order = sorted((0, 1), key=lambda k: texts[k])
+    if hashlib.blake2b(digest.digest(), digest_size=1).digest()[0] & 1:
+        order.reverse()
+    return digest.hexdigest(), order
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text to tokens
+
+class Renderer:
+    """Pairs to token ids: template, exactly one BOS where the model has one, exactly one EOS, truncation.
+
+    tokenizer: a transformers tokeniser.  max_prompt_length, max_length: in tokens.
+    """
+
+    def __init__(self, tokenizer, max_prompt_length, max_length, auto_insert_empty_system_msg=True):
+        self.tokenizer, self.max_prompt_length, self.max_length = tokenizer, max_prompt_length, max_length
+        if tokenizer.eos_token_id is None:
+            raise DataError("the tokenizer has no eos_token: set one, or no response has an end")
+        self.eos = tokenizer.eos_token_id
+        # "Where the model has one": where its own tokeniser puts one. Qwen and GPT-2 name a BOS but never use it.
+        ids = tokenizer("a").input_ids
+        self.bos = tokenizer.bos_token_id if ids and ids[0] == tokenizer.bos_token_id else None
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self.special = re.compile("|".join(map(re.escape, sorted(filter(lambda s: len(s) > 1, special), key=len,
+                                                                 reverse=True)))) if special else None
+        template = tokenizer.chat_template or ""
+        self.empty_system = auto_insert_empty_system_msg and ("system" in str(template) or "<|im_start|>" in str(template))
+
+    def fingerprint(self):
+        """Hash of all that decides what a text becomes."""
+        # Padding and truncation are state of the last call, not of the tokeniser.
+        content = json.loads(self.tokenizer.backend_tokenizer.to_str()) if self.tokenizer.is_fast else repr(self.tokenizer)
+        if isinstance(content, dict):
+            content.update(padding=None, truncation=None)
+        return hashlib.blake2b(json.dumps(
+            [VERSION, content, self.tokenizer.chat_template, self.bos, self.eos, self.max_prompt_length,
+             self.max_length, self.empty_system], sort_keys=True).encode(), digest_size=16).hexdigest()
+
+    def protect(self, text):
+        """Make special-token text inside a message plain text."""
+        if self.special is None:
+            return text
+        return self.special.sub(lambda m: m[0][0] + SENTINEL + m[0][1:], text)
+
+    def encode(self, text):
+        ids = []
+        for piece in text.split(SENTINEL):
+            ids += self.tokenizer(piece, add_special_tokens=False).input_ids if piece else []
+        return ids
+
+    def texts(self, prompt, responses):
+        """(prompt text, two texts of prompt and response) as the model will read them, special-token text protected."""
+        messages = hh_messages(prompt) if self.tokenizer.chat_template else None
+        if messages:
+            responses = [[{"role": "assistant", "content": response.strip()}] for response in responses]
+            prompt = messages
+        if isinstance(prompt, str):
+            return self.protect(prompt), [self.protect(prompt + response) for response in responses]
+        if not self.tokenizer.chat_template:
+            raise DataError("messages need a chat template and the tokenizer has none: set chat_template")
+        if self.empty_system and prompt[:1] and prompt[0]["role"] != "system":
+            prompt = [{"role": "system", "content": ""}] + prompt
+        protected = [[{**m, "content": self.protect(m["content"])} for m in part] for part in (prompt, *responses)]
+        full = [self.tokenizer.apply_chat_template(protected[0] + r, tokenize=False) for r in protected[1:]]
+        # What a model is given when it is to answer, if the conversation goes on from there; else the conversation so
+        # far (templates without a generation prompt).
+        for ask in (True, False):
+            text = self.tokenizer.apply_chat_template(protected[0], tokenize=False, add_generation_prompt=ask)
+            if all(f.startswith(text) for f in full):
+                return text, full
+        raise DataError("the chat template does not render a conversation as the continuation of its prompt: "
+                        "set another chat_template")
+
+    def one_eos(self, ids):
+        """End in exactly one EOS: what a template writes behind its own (a newline) is never generated."""
+        ends = [i for i, token in enumerate(ids) if token == self.eos]
+        if ends and not self.tokenizer.decode(ids[ends[-1] + 1:]).strip():
+            ids = ids[:ends[-1]]
+            while ids and ids[-1] == self.eos:
+                ids = ids[:-1]
+        return ids + [self.eos]
+
+    def __call__(self, prompt, responses):
+        """Token ids of a prompt and two responses (strings or messages).
+
+        The prompt keeps its last max_prompt_length tokens, a response its first max_length − len(prompt). A response
+        that is empty before truncation or has no room after it comes back as [].
+        Returns (prompt_ids, [response_ids, response_ids]).
+        """
+        prompt_text, full_texts = self.texts(prompt, responses)
+        prompt_ids = self.encode(prompt_text)
+        response_ids = []
+        for full_text in full_texts:
+            # The prompt's tokens are those that the model will see at inference, so the response is what follows them,
+            # or, where the tokeniser merges across the border, its own tokens.
+            full_ids = self.encode(full_text)
+            if full_ids[:len(prompt_ids)] == prompt_ids:
+                ids = full_ids[len(prompt_ids):]
+            else:
+                ids = self.encode(full_text[len(prompt_text):])
+            response_ids.append(ids)
+        while self.bos is not None and prompt_ids[:1] == [self.bos]:
+            prompt_ids = prompt_ids[1:]
+        bos = [] if self.bos is None else [self.bos]
+        keep = self.max_prompt_length - len(bos)
+        prompt_ids = bos + prompt_ids[max(len(prompt_ids) - keep, 0):]
+        if not prompt_ids:
+            if self.tokenizer.bos_token_id is None:
+                raise DataError("the prompt is empty and the tokenizer has no bos_token to predict the first token from")
+            prompt_ids = [self.tokenizer.bos_token_id]
+        room = self.max_length - len(prompt_ids)
+        empty = [not self._content(r).strip() for r in responses]
+        return prompt_ids, [[] if e else self.one_eos(ids)[:room] for e, ids in zip(empty, response_ids)]
+
+    @staticmethod
+    def _content(response):
+        return response if isinstance(response, str) else "".join(m["content"] for m in response)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The data set of a run
+
+@dataclass
+class Pairs:
+    """Tokenised pairs of one split, without labels.
+
+    table: a datasets.Dataset with columns id, prompt_ids, first_ids, second_ids, tokens (of the whole pair).
+    fingerprint: hash of all ids and tokens, in order.  counts: what was read, dropped and why.
+    """
+    table: datasets.Dataset
+    fingerprint: str
+    counts: dict
+
+    def __len__(self):
+        return len(self.table)
+
+    def __post_init__(self):
+        self.ids = self.table["id"][:]
+        self.lengths = self.table["tokens"][:]
+
+
+def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decontaminate_with=None, max_samples=None,
+               seed=42, say=print):
+    """Load one kind of split ("train" or "test") of a mix of sources.
+
+    mixer: {source: fraction}; a source is a hub id, a `save_to_disk` folder, a folder with SPLIT.jsonl (parquet, csv,
+    json), or one file (its rows are for training). A fraction takes a random share of the source's training pairs;
+    evaluation pairs are taken whole.  splits: names of this kind.  configs: {source: config name}.
+    max_samples: a random share of at most so many pairs.
+    Returns (Pairs, labels, truths); labels and truths are {pair id: +1 (y1 is better) or −1}, for the oracle alone; a
+    pair without a label is not in them.  (None, {}, {}) where no source has such a split.
+    Raises DataError.
+    """
+    parts, found = [], False
+    for source, fraction in mixer.items():
+        config_name = (configs or {}).get(source)
+        here = [split for split in splits if has_split(source, split, config_name)]
+        found |= bool(here)
+        if kind == "train" and not here:
+            raise DataError(f"{source}: has no split {' or '.join(splits)} (a folder holds SPLIT{{{','.join(SUFFIXES)}}})")
+        for split in here:
+            part = parse_source(source, split, config_name)
+            if kind == "train" and fraction < 1:
+                part = part.shuffle(seed=seed).select(range(round(fraction * len(part))))
+            parts.append(part)
+    if not found:
+        return None, {}, {}
+    rows = datasets.concatenate_datasets(parts)
+    counts = {"rows": len(rows)}
+    if max_samples is not None and max_samples < len(rows):
+        rows = rows.shuffle(seed=seed).select(range(max_samples))
+        counts["rows"] = len(rows)
+    if decontaminate_with:
+        rows = decontaminate(rows, decontaminate_with, workers)
+        counts["contaminated"] = counts["rows"] - len(rows)
+
+    table = rows.map(
+        tokenize_rows, fn_kwargs={"renderer": renderer}, batched=True, batch_size=256, remove_columns=rows.column_names,
+        num_proc=_processes(workers, len(rows)), desc=f"tokenising {kind} pairs",
+        new_fingerprint=_hash(rows._fingerprint, renderer.fingerprint()))
+    drops = table["drop"][:]
+    for reason in ("empty response", "equal responses"):
+        counts[reason] = drops.count(reason)
+    keep = [i for i, drop in enumerate(drops) if not drop]
+    counts["pairs"] = len(keep)
+    if not keep:
+        raise DataError(f"{', '.join(mixer)}: no {kind} pair is left ({_plain(counts)})")
+    if len(keep) < len(table):
+        table = table.select(keep)
+
+    labels, truths, conflicts = {}, {}, 0
+    for id, label, truth in zip(table["id"], table["label"], table["truth"]):
+        if label:
+            conflicts += labels.setdefault(id, label) != label
+        if truth:
+            truths.setdefault(id, truth)
+    table = table.select_columns(["id", "prompt_ids", "first_ids", "second_ids", "tokens"])
+    pairs = Pairs(table, _hash(renderer.fingerprint(), table["id"][:]), counts)
+    counts["repeated"] = len(pairs) - len(set(pairs.ids))
+    counts["contradicting"] = conflicts
+    say(f"{kind}: {_plain(counts)}")
+    return pairs, labels, truths
+
+
+def parse_source(source, split, config_name=None):
+    """All rows of one split in the one form, cached on disk: columns id, prompt, first, second (JSON), label, truth, place.
+
+    label and truth: +1 (first is better), −1, or 0 where unknown.
+    """
+    path = find_file(source, split) if Path(source).exists() else None
+    state = [path.stat().st_size, path.stat().st_mtime_ns] if path else []
+    if not path and Path(source).exists():
+        state = sorted((str(p), p.stat().st_mtime_ns) for p in Path(source).rglob("*.arrow"))
+    return datasets.Dataset.from_generator(
+        parsed_rows, gen_kwargs={"source": source, "split": split, "config_name": config_name},
+        features=datasets.Features({name: datasets.Value("string") for name in ("id", "prompt", "first", "second", "place")}
+                                   | {name: datasets.Value("int8") for name in ("label", "truth")}),
+        fingerprint=_hash(VERSION, os.path.abspath(source) if Path(source).exists() else source, split, config_name, state))
+
+
+def parsed_rows(source, split, config_name):
+    for place, row in read_rows(source, split, config_name):
+        parsed = parse_row(row, place)
+        id, order = canonical(parsed)
+        sign = {None: 0, order[0]: 1, order[1]: -1}
+        first, second = (json.dumps(parsed["responses"][k]) for k in order)
+        yield {"id": id, "prompt": json.dumps(parsed["prompt"]), "first": first, "second": second, "place": place,
+               "label": sign[parsed["label"]], "truth": sign[parsed["truth"]]}
+
+
+def tokenize_rows(rows, renderer):
+    """Rows in the one form → id, token ids, and why a pair is to be dropped ("" where it is not)."""
+    out = {name: [] for name in ("id", "prompt_ids", "first_ids", "second_ids", "tokens", "label", "truth", "drop")}
+    for id, prompt, first, second, place, label, truth in zip(*(rows[k] for k in (
+            "id", "prompt", "first", "second", "place", "label", "truth"))):
+        try:
+            prompt_ids, (first_ids, second_ids) = renderer(json.loads(prompt), [json.loads(first), json.loads(second)])
+        except DataError as error:
+            raise DataError(f"{place}: {error}")
+        except Exception as error:  # a template's own raise_exception, among others: say where
+            raise DataError(f"{place}: the chat template failed ({type(error).__name__}: {error})")
+        drop = "empty response" if not (first_ids and second_ids) else "equal responses" if first_ids == second_ids else ""
+        tokens = len(prompt_ids) + len(first_ids) + len(second_ids)
+        for name, value in zip(out, (id, prompt_ids, first_ids, second_ids, tokens, label, truth, drop)):
+            out[name].append(value)
+    return out
+
+
+def decontaminate(rows, source, workers):
+    """Drop pairs whose text contains a string of the benchmark `source`.
+
+    source: a text file (one string a line), or a data set; of openai_humaneval the docstrings and solutions, of any other
+    every text column. White space and case are folded; strings under DECONTAMINATION_MIN_CHARS characters are left out.
+    """
+    if Path(source).is_file() and not source.endswith(SUFFIXES):
+        strings = Path(source).read_text(encoding="utf-8").splitlines()
+    else:
+        split = "test" if has_split(source, "test") else "train"
+        strings = [text for _, row in read_rows(source, split) for text in benchmark_strings(row)]
+    strings = sorted({folded for s in strings if len(folded := _fold(s)) >= DECONTAMINATION_MIN_CHARS})
+    if not strings:
+        raise DataError(f"decontaminate_with {source}: holds no string of {DECONTAMINATION_MIN_CHARS} characters or more")
+    return rows.filter(is_clean, fn_kwargs={"strings": strings}, num_proc=_processes(workers, len(rows)),
+                       desc=f"removing pairs that contain {source}",
+                       new_fingerprint=_hash("clean", rows._fingerprint, *strings))
+
+
+def benchmark_strings(row):
+    """The strings of one benchmark row that betray it: HumanEval's docstring and solution, or every text."""
+    if "canonical_solution" in row and "prompt" in row:
+        docstrings = re.findall(r'"""(.*?)"""|\'\'\'(.*?)\'\'\'', row["prompt"], flags=re.DOTALL)
+        # Examples (">>> f(1)") are left out: texts quote the description, not the doctests.
+        return [d.split(">>>")[0] for pair in docstrings for d in pair if d] + [row["canonical_solution"]]
+    return [value for value in row.values() if isinstance(value, str)]
+
+
+def is_clean(row, strings):
+    text = _fold(" ".join(_flat(json.loads(row[name])) for name in ("prompt", "first", "second")))
+    return not any(string in text for string in strings)
+
+
+def _flat(value):
+    return value if isinstance(value, str) else " ".join(m["content"] for m in value)
+
+
+def _fold(text):
+    return " ".join(text.lower().split())
+
+
+def _hash(*parts):
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def _processes(workers, rows):
+    """Processes for `map`: None (this one) where starting more would take longer than the work."""
+    workers = min(workers or os.cpu_count(), os.cpu_count(), rows // 1000)
+    return workers if workers > 1 else None
+
+
+def _plain(counts):
+    words = {"rows": "rows read", "contaminated": "dropped as contaminated", "empty response": "dropped for an empty response",
+             "equal responses": "dropped for equal responses", "pairs": "pairs", "repeated": "of them repeated",
+             "contradicting": "with opposite labels (the first counts)"}
+    return ", ".join(f"{n:,} {words[key]}" for key, n in counts.items() if n or key in ("rows", "pairs"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Order and batches
+
+def epoch_order(pairs, epoch, seed):
+    """Order of the pairs in an epoch: a permutation drawn from (seed, epoch), so that a resume knows it."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(pairs, generator=generator).tolist()
+
+
+def split_step(rows, lengths, ranks, micro_steps):
+    """Deal the pairs of one optimiser step out: [micro_step][rank] -> pairs.
+
+    rows: indices of the step's pairs.  lengths: tokens of every pair.  Pairs of like length meet in a micro-step, so that
+    little is padding and no rank waits long for another; the step's gradient does not depend on it. A last step with
+    fewer pairs has smaller micro-batches, some of them empty.
+    """
+    rows = sorted(rows, key=lambda i: (lengths[i], i))
+    cells = ranks * micro_steps
+    bounds = [len(rows) * c // cells for c in range(cells + 1)]
+    return [[rows[bounds[m * ranks + r]:bounds[m * ranks + r + 1]] for r in range(ranks)] for m in range(micro_steps)]
+
+
+@dataclass
+class PairBatch:
+    """B pairs as the model reads them. `shared`: one row a pair, [prompt | y1 | y2]; otherwise two, [prompt | y].
+
+    ids: B pair ids, None for a filler.  rows: (B,) indices into the data set.  weights: (B,) 1, or 0 for a filler.
+    input_ids, segments (0 prompt, 1 y1, 2 y2, −1 padding), positions: (B, T), or (2B, T) in two rows a pair.
+    sources: (N,) flat index of the state that predicts each response token.  targets: (N,) those tokens.
+    lengths: (2B,) tokens of each response.  tokens: real tokens, the prompt counted once for each response.
+    """
+    ids: list
+    shared: bool
+    tokens: int
+    rows: torch.Tensor
+    weights: torch.Tensor
+    input_ids: torch.Tensor
+    segments: torch.Tensor
+    positions: torch.Tensor
+    sources: torch.Tensor
+    targets: torch.Tensor
+    lengths: torch.Tensor
+
+    def to(self, device):
+        moved = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in vars(self).items()}
+        return PairBatch(**moved)
+
+
+def collate(pairs, rows, shared=True, pad=0):
+    """PairBatch of the pairs with these indices. No index makes a batch of one filler: pair 0 with weight 0, so that a
+    rank without work still takes part in what all ranks do together."""
+    filler = not rows
+    rows = rows or [0]
+    lines, sources, targets, lengths, tokens = [], [], [], [], 0
+    for row in rows:
+        pair = pairs.table[row]
+        prompt, responses = pair["prompt_ids"], (pair["first_ids"], pair["second_ids"])
+        p = len(prompt)
+        if shared:
+            lines.append([(t, 0, i) for i, t in enumerate(prompt)])
+        for k, response in enumerate(responses):
+            if not shared:
+                lines.append([(t, 0, i) for i, t in enumerate(prompt)])
+            start = len(lines[-1])
+            lines[-1] += [(t, k + 1, p + i) for i, t in enumerate(response)]
+            # The prompt's last state predicts the first token of both responses, each token's state the next one.
+            sources += [(len(lines) - 1, i) for i in (p - 1, *range(start, start + len(response) - 1))]
+            targets += response
+            lengths.append(len(response))
+            tokens += p + len(response)
+    width = max(map(len, lines))
+    grid = torch.tensor([line + [(pad, -1, 0)] * (width - len(line)) for line in lines])  # (B or 2B, T, 3)
+    return PairBatch(
+        ids=[None] if filler else [pairs.ids[row] for row in rows], shared=shared, tokens=0 if filler else tokens,
+        rows=torch.tensor(rows), weights=torch.full((len(rows),), 0.0 if filler else 1.0),
+        input_ids=grid[..., 0].contiguous(), segments=grid[..., 1].contiguous(), positions=grid[..., 2].contiguous(),
+        sources=torch.tensor([line * width + i for line, i in sources]), targets=torch.tensor(targets),
+        lengths=torch.tensor(lengths))
+
+
+if __name__ == "__main__":
+    import sys
+
+    from transformers import AutoTokenizer
+
+    if len(sys.argv) != 3:
+        sys.exit("usage: python data.py FILE_OR_FOLDER MODEL_DIR")
+    tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
+    pairs, _, _ = load_pairs({sys.argv[1]: 1.0}, ["train"], Renderer(tokenizer, 512, 1024), "train", max_samples=1000)
+    for pair in pairs.table.select(range(min(3, len(pairs)))):
+        print(f"\n--- pair {pair['id']}")
+        for name in ("prompt_ids", "first_ids", "second_ids"):
+            print(f"{name:>10} ({len(pair[name])}): {tokenizer.decode(pair[name])!r}")

@@ -1,0 +1,341 @@
+"""The built-in task of the quickstart: a tiny model, preference pairs, and a reward whose truth is known.
+
+A small grammar writes reviews such as "the room was lovely , but we found the staff rude ." with 200 opinion words,
+each worth -1 to +1. The gold reward of a response is the sum of its opinion words, so that label noise, errors of
+pseudo-labels and the quality of a policy are measured exactly, without a download. What is made:
+
+    DIR/model/             a Llama of about 0.2 M parameters and its word-level tokenizer, trained by SFT on the grammar
+    DIR/responses/         for each prompt two responses sampled from that model, not labelled; shared by all noise levels
+    DIR/pairs-noise-0.05/  train.jsonl (Bradley-Terry labels, 5 % of them wrong) and test.jsonl (noiseless labels)
+
+Where it departs: the paper (arXiv 2402.09401) and its official code train 7B models on pairs that people or GPT-4 have
+ranked, and never know the truth of a label. Here the labels follow the Bradley-Terry model that the paper assumes, and
+both responses of a pair come from the reference itself. Results on it speak about the method, not about language.
+
+Run it alone to build the task and to print a few pairs:    python toy.py DIR [LABEL_NOISE]
+"""
+
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import uuid
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+VERSION = 1  # raise it whenever the task changes, so that folders of an older task are not reused
+SFT_STEPS, SFT_BATCH, SFT_LR = 120, 128, 4e-3
+SAMPLE_BATCH, MAX_NEW_TOKENS = 1024, 48
+
+# The lexicon, from the worst word to the mildest: -1.00, -0.99 ... -0.01. The order is a matter of taste and harmless:
+# the task only needs a fixed value for each word.
+NEGATIVE = """
+    atrocious abysmal horrendous appalling disgusting horrific vile hideous revolting repulsive
+    horrible terrible awful dreadful ghastly deplorable loathsome nauseating unbearable disastrous
+    foul filthy rotten wretched miserable pathetic shameful nasty squalid dire
+    lousy hopeless unacceptable dismal hostile shoddy rude ugly grim useless
+    disgraceful hateful offensive toxic sickening broken dirty gloomy sloppy careless
+    poor bad inferior unpleasant dreary grubby faulty stale crude harsh
+    disappointing frustrating annoying irritating tedious messy cold noisy bleak shabby
+    overpriced cramped boring bland dull tired clumsy awkward chaotic flawed
+    weak slow dated lacking uneven mediocre cheap tacky stuffy confusing
+    forgettable uninspired underwhelming lukewarm flat pale thin dim plain ordinary""".split()
+# From the mildest word to the best: +0.01, +0.02 ... +1.00.
+POSITIVE = """
+    passable tolerable okay acceptable adequate sufficient usable fair alright modest
+    decent reasonable satisfactory fine functional suitable practical tidy steady sensible
+    clean neat solid handy quiet calm pleasant agreeable nice likable
+    cosy comfortable friendly helpful polite cheerful warm fresh bright airy
+    good enjoyable inviting attentive thoughtful generous relaxing charming lively tasteful
+    lovely delightful appealing refreshing satisfying impressive elegant stylish classy graceful
+    great admirable excellent splendid marvelous beautiful gorgeous radiant enchanting captivating
+    wonderful fantastic terrific fabulous superb amazing brilliant glorious dazzling luxurious
+    astonishing remarkable incredible extraordinary spectacular stunning exquisite majestic unforgettable heavenly
+    outstanding exceptional sensational phenomenal breathtaking magnificent sublime divine flawless perfect""".split()
+HUNDREDTHS = {w: i - 100 for i, w in enumerate(NEGATIVE)} | {w: i + 1 for i, w in enumerate(POSITIVE)}
+OPINIONS = list(HUNDREDTHS)
+
+PLACES = """hotel hostel inn motel lodge resort spa villa cabin campsite restaurant cafe bistro bakery bar pub diner
+    tavern brewery winery museum gallery theatre cinema opera library zoo aquarium park garden market shop mall
+    bookshop gym pool stadium arena club casino church castle palace tower harbour station airport beach""".split()
+CITIES = """paris london rome madrid lisbon berlin vienna prague budapest warsaw athens dublin oslo stockholm helsinki
+    copenhagen amsterdam brussels zurich geneva milan venice florence naples seville barcelona porto lyon marseille
+    hamburg munich cologne krakow riga tallinn vilnius sofia bucharest belgrade zagreb istanbul cairo tunis nairobi
+    lagos accra dakar tokyo kyoto osaka seoul beijing shanghai hanoi bangkok jakarta manila delhi mumbai kolkata sydney
+    perth auckland toronto montreal vancouver chicago boston seattle denver houston miami havana lima quito bogota
+    santiago brasilia recife""".split()
+ASPECTS = """staff service room view food menu coffee wine music lighting decor entrance garden terrace lounge kitchen
+    furniture seating floor hall atmosphere location parking tour guide ticket queue crowd manager owner""".split()
+CLAUSES = ["the {aspect} was {word}", "the {aspect} felt {degree} {word}", "we found the {aspect} {word}",
+           "the {aspect} seemed {word} to me"]
+DEGREES = ["rather", "quite", "truly", "pretty"]
+JOINS = [" , ", " and ", " , but ", " while "]
+PROMPT = "review of the {place} in {city} :"
+SPECIALS = ["<pad>", "<unk>", "<s>", "</s>"]
+
+
+def gold_reward(response: str) -> float:
+    """The sum of the values of the opinion words of `response`, each in [-1, 1]. Other words count nothing. The sum is
+    taken in whole hundredths, so that equal rewards compare equal."""
+    return sum(HUNDREDTHS.get(word, 0) for word in response.split()) / 100
+
+
+def write_response(rng: random.Random) -> str:
+    """A sentence of the grammar: 2 to 4 clauses with one opinion word each, all words equally likely."""
+    text = ""
+    for i in range(rng.randint(2, 4)):
+        text += rng.choice(JOINS) if i else " "
+        text += rng.choice(CLAUSES).format(aspect=rng.choice(ASPECTS), degree=rng.choice(DEGREES), word=rng.choice(OPINIONS))
+    return text + " ."
+
+
+def split_prompts(seed: int) -> tuple[list[str], list[str]]:
+    """All prompts in a seeded order: five sixths for training, the others for the test split."""
+    prompts = [PROMPT.format(place=place, city=city) for place in PLACES for city in CITIES]
+    random.Random(seed).shuffle(prompts)
+    cut = len(prompts) * 5 // 6
+    return prompts[:cut], prompts[cut:]
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word of the grammar. Adds BOS by itself, as Llama's tokenizer does, and no EOS."""
+    texts = [*PLACES, *CITIES, *ASPECTS, *DEGREES, *OPINIONS, *JOINS, *CLAUSES, PROMPT, "."]
+    words = {word for text in texts for word in text.split() if "{" not in word}
+    vocab = {word: i for i, word in enumerate(SPECIALS + sorted(words))}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", vocab["<s>"])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+        padding_side="left", model_max_length=128, clean_up_tokenization_spaces=False)
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A random Llama of about 0.2 M parameters."""
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.05,
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
+
+
+def train_sft(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], rng: random.Random,
+              quiet: bool) -> None:
+    """Plain SFT, in place: every step sees fresh sentences; the loss is the mean over response tokens and EOS."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=SFT_LR, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, SFT_LR, SFT_STEPS, pct_start=0.1)
+    model.train()
+    bar = tqdm(range(SFT_STEPS), desc="toy model (SFT)", disable=quiet)
+    for step in bar:
+        chosen = [rng.choice(prompts) for _ in range(SFT_BATCH)]
+        texts = [prompt + write_response(rng) + tokenizer.eos_token for prompt in chosen]
+        batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+        prompt_length = torch.tensor([len(ids) for ids in tokenizer(chosen).input_ids])  # (B,)
+        labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)  # (B, T)
+        labels[torch.arange(labels.size(1)) < prompt_length[:, None]] = -100
+        loss = model(**batch, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 10 == 9:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    model.eval()
+
+
+@torch.no_grad()
+def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str],
+           max_new_tokens: int = MAX_NEW_TOKENS) -> tuple[list[str], list[bool]]:
+    """One response a prompt from the policy itself (temperature 1, nothing cut off) with the global random state.
+    Returns the texts, each with its leading space, and whether each came to its EOS within `max_new_tokens`."""
+    texts, finished = [], []
+    for start in range(0, len(prompts), SAMPLE_BATCH):
+        batch = tokenizer(prompts[start : start + SAMPLE_BATCH], padding=True, padding_side="left", return_tensors="pt")
+        out = model.generate(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=max_new_tokens,
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=tokenizer.pad_token_id)
+        new = out[:, batch.input_ids.size(1) :]  # (B, N)
+        finished += (new == tokenizer.eos_token_id).any(1).tolist()
+        texts += [" " + text for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+    return texts, finished
+
+
+def sample_pairs(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str],
+                 quiet: bool) -> list[dict]:
+    """Rows {prompt, response_a, response_b}. A pair with an unfinished response or two equal rewards (so also one of two
+    equal responses) is drawn again."""
+    rows: list[dict | None] = [None] * len(prompts)
+    bar = tqdm(total=len(prompts), desc="toy pairs (sampling)", disable=quiet)
+    todo = list(range(len(prompts)))
+    for _ in range(100):
+        for start in range(0, len(todo), SAMPLE_BATCH // 2):
+            part = todo[start : start + SAMPLE_BATCH // 2]
+            texts, finished = sample(model, tokenizer, [prompts[i] for i in part for _ in "ab"])
+            for k, i in enumerate(part):
+                (a, b), done = texts[2 * k : 2 * k + 2], all(finished[2 * k : 2 * k + 2])
+                if done and gold_reward(a) != gold_reward(b):
+                    rows[i] = {"prompt": prompts[i], "response_a": a, "response_b": b}
+                    bar.update()
+        todo = [i for i, row in enumerate(rows) if row is None]
+        if not todo:
+            bar.close()
+            return rows
+    raise RuntimeError(f"the toy model gave no usable pair in 100 draws for the prompt {prompts[todo[0]]!r}")
+
+
+def reward_gaps(rows: list[dict]) -> torch.Tensor:
+    """Gold reward of response a minus that of response b, (rows,) float64; never 0 for the rows of `sample_pairs`."""
+    gaps = [gold_reward(row["response_a"]) - gold_reward(row["response_b"]) for row in rows]
+    return torch.tensor(gaps, dtype=torch.float64)
+
+
+def find_scale(gaps: torch.Tensor, label_noise: float) -> float:
+    """The Bradley-Terry scale at which the expected share of wrong labels, mean of sigmoid(-scale * |gap|), is
+    `label_noise`: bisection on the logarithm of the scale, as that share falls from 1/2 to 0 where the scale grows."""
+    if label_noise == 0:
+        return math.inf
+    low, high = 1e-9, 1e9
+    for _ in range(100):
+        scale = math.sqrt(low * high)
+        wrong = torch.sigmoid(-scale * gaps.abs()).mean().item()
+        low, high = (scale, high) if wrong > label_noise else (low, scale)
+    return scale
+
+
+def label_rows(rows: list[dict], label_noise: float, seed: int) -> list[dict]:
+    """Adds "truth", the noiseless label, and "label", drawn by P(a preferred) = sigmoid(scale * gap). The random numbers
+    depend on the seed alone, so that a label that is wrong at a low noise is wrong at each higher one too."""
+    gaps = reward_gaps(rows)  # (rows,)
+    right = torch.sigmoid(find_scale(gaps, label_noise) * gaps.abs())  # probability of the true label
+    uniform = torch.rand(len(rows), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    labelled = []
+    for row, a_is_better, is_right in zip(rows, (gaps > 0).tolist(), (uniform < right).tolist()):
+        truth, other = ("a", "b") if a_is_better else ("b", "a")
+        labelled.append(row | {"label": truth if is_right else other, "truth": truth})
+    return labelled
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def build_folder(target: Path, settings: dict, fill) -> Path:
+    """Makes `target` by `fill(folder)`, or reuses it where its toy.json holds the same settings. The work is done in a
+    temporary folder beside it that is renamed at the end: a killed build never looks finished, and where two
+    processes build at once, the first to end wins and the other takes its result.
+
+    Raises ValueError where `target` was built with other settings, or holds something else."""
+    marker, settings = target / "toy.json", {"version": VERSION} | settings
+    advice = "choose another toy_dir or delete the folder"
+    if not marker.exists() and target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target} exists but was not made by toy.py: {advice}")
+    if not marker.exists():
+        temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
+        temporary.mkdir(parents=True)
+        try:
+            fill(temporary)
+            (temporary / "toy.json").write_text(json.dumps(settings) + "\n", encoding="utf-8")
+            os.replace(temporary, target)
+        except OSError:
+            if not marker.exists():  # not the other process, which would have left a finished folder
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    found = json.loads(marker.read_text(encoding="utf-8"))
+    if found != settings:
+        raise ValueError(f"{target} was built with {found}, not {settings}: {advice}")
+    return target
+
+
+def build(directory: str | os.PathLike, label_noise: float = 0.05, train_pairs: int = 8192, test_pairs: int = 512,
+          seed: int = 0, quiet: bool = False) -> tuple[Path, Path]:
+    """Builds the task under `directory`, or reuses what is there; returns the folders of the model and of the pairs.
+
+    label_noise  expected share of wrong labels among the training pairs, 0 <= label_noise < 0.5
+    train_pairs, test_pairs  rows of train.jsonl and test.jsonl, {prompt, response_a, response_b, label, truth}; no
+                 prompt is in both files, and test labels are noiseless
+    quiet        no progress bars
+
+    The caller's random state is left as it was. Raises ValueError for a number out of range, and for a folder that was
+    built with other settings."""
+    if not 0 <= label_noise < 0.5:
+        raise ValueError(f"label_noise is {label_noise}, expected at least 0 and less than 0.5")
+    if min(train_pairs, test_pairs) < 1:
+        raise ValueError(f"train_pairs is {train_pairs} and test_pairs {test_pairs}, expected at least 1 of each")
+    root, train_prompts, test_prompts = Path(directory), *split_prompts(seed)
+    sizes = {"seed": seed, "train_pairs": train_pairs, "test_pairs": test_pairs}
+
+    def fill_model(folder: Path) -> None:
+        tokenizer = make_tokenizer()
+        model = make_model(tokenizer)
+        train_sft(model, tokenizer, train_prompts, random.Random(seed), quiet)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    def fill_responses(folder: Path) -> None:
+        model, tokenizer = load(model_dir)
+        prompts = [train_prompts[i % len(train_prompts)] for i in range(train_pairs)]
+        prompts += [test_prompts[i % len(test_prompts)] for i in range(test_pairs)]
+        rows = sample_pairs(model, tokenizer, prompts, quiet)
+        write_jsonl(folder / "train.jsonl", rows[:train_pairs])
+        write_jsonl(folder / "test.jsonl", rows[train_pairs:])
+
+    def fill_pairs(folder: Path) -> None:
+        for name, noise in (("train.jsonl", label_noise), ("test.jsonl", 0)):
+            write_jsonl(folder / name, label_rows(read_jsonl(responses_dir / name), noise, seed))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model_dir = build_folder(root / "model", {"seed": seed}, fill_model)
+        torch.manual_seed(seed)
+        responses_dir = build_folder(root / "responses", sizes, fill_responses)
+    pairs_dir = build_folder(
+        root / f"pairs-noise-{label_noise:g}", sizes | {"label_noise": label_noise}, fill_pairs)
+    return model_dir, pairs_dir
+
+
+def load(model_dir: str | os.PathLike) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """The model in fp32, ready to sample from, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(model_dir)
+
+
+def mean_gold_reward(model_dir: str | os.PathLike, prompts: list[str], samples: int = 1,
+                     max_new_tokens: int = MAX_NEW_TOKENS, seed: int = 0) -> float:
+    """Mean gold reward of `samples` responses a prompt, sampled at temperature 1 from the model saved in `model_dir`.
+    The same seed gives the same samples; the caller's random state is left as it was."""
+    if not prompts or samples < 1:
+        raise ValueError(f"mean_gold_reward got {len(prompts)} prompts and {samples} samples, expected at least 1 of each")
+    model, tokenizer = load(model_dir)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        texts, _ = sample(model, tokenizer, prompts * samples, max_new_tokens)
+    return sum(map(gold_reward, texts)) / len(texts)
+
+
+if __name__ == "__main__":
+    if not 2 <= len(sys.argv) <= 3:
+        sys.exit("usage: python toy.py DIR [LABEL_NOISE]")
+    torch.set_num_threads(1)  # a model this small is several times faster on one thread
+    model_dir, pairs_dir = build(sys.argv[1], *map(float, sys.argv[2:]))
+    rows = read_jsonl(pairs_dir / "train.jsonl")
+    for row in rows[:4]:
+        print(row["prompt"])
+        for side in "ab":
+            text = row[f"response_{side}"]
+            print(f"  {side} {gold_reward(text):+.2f} {'preferred' if row['label'] == side else '':9} {text.strip()}")
+    wrong = sum(row["label"] != row["truth"] for row in rows) / len(rows)
+    prompts = [row["prompt"] for row in read_jsonl(pairs_dir / "test.jsonl")]
+    print(f"{pairs_dir}: {len(rows):,} training pairs, {wrong:.1%} of the labels wrong")
+    print(f"{model_dir}: mean gold reward {mean_gold_reward(model_dir, prompts):+.3f}")
