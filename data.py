@@ -470,11 +470,15 @@ def parse_source(source, split, config_name=None):
     state = [path.stat().st_size, path.stat().st_mtime_ns] if path else []
     if not path and Path(source).exists():
         state = sorted((str(p), p.stat().st_mtime_ns) for p in Path(source).rglob("*.arrow"))
-    return datasets.Dataset.from_generator(
-        parsed_rows, gen_kwargs={"source": source, "split": split, "config_name": config_name},
-        features=datasets.Features({name: datasets.Value("string") for name in ("id", "prompt", "first", "second", "place")}
-                                   | {name: datasets.Value("int8") for name in ("label", "truth")}),
-        fingerprint=_hash(VERSION, os.path.abspath(source) if Path(source).exists() else source, split, config_name, state))
+    columns = {name: datasets.Value("string") for name in ("id", "prompt", "first", "second", "place")}
+    columns |= {name: datasets.Value("int8") for name in ("label", "truth")}
+    where = os.path.abspath(source) if Path(source).exists() else source
+    try:
+        return datasets.Dataset.from_generator(
+            parsed_rows, gen_kwargs={"source": source, "split": split, "config_name": config_name},
+            features=datasets.Features(columns), fingerprint=_hash(VERSION, where, split, config_name, state))
+    except datasets.exceptions.DatasetGenerationError as error:  # the library's wrapping of what went wrong in a row
+        raise error.__cause__ or error
 
 
 def parsed_rows(source, split, config_name):

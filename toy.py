@@ -1,16 +1,16 @@
 """The built-in task of the quickstart: a tiny model, preference pairs, and a reward whose truth is known.
 
-A small grammar writes reviews such as "the room was lovely , but we found the staff rude ." with 200 opinion words,
-each worth -1 to +1. The gold reward of a response is the sum of its opinion words, so that label noise, errors of
+A small grammar writes reviews such as "the view was lovely , the staff seemed rude ." with 200 opinion words, each
+worth -1 to +1. The gold reward of a response is the sum of its opinion words, so that label noise, errors of
 pseudo-labels and the quality of a policy are measured exactly, without a download. What is made:
 
-    DIR/model/             a Llama of about 0.2 M parameters and its word-level tokenizer, trained by SFT on the grammar
-    DIR/responses/         for each prompt two responses sampled from that model, not labelled; shared by all noise levels
+    DIR/model/             a Llama of about 0.2 M parameters, trained by SFT on the grammar, and its tokenizer
+    DIR/responses/         two responses a prompt, sampled from that model, without labels; shared by all noise levels
     DIR/pairs-noise-0.05/  train.jsonl (Bradley-Terry labels, 5 % of them wrong) and test.jsonl (noiseless labels)
 
-Where it departs: the paper (arXiv 2402.09401) and its official code train 7B models on pairs that people or GPT-4 have
-ranked, and never know the truth of a label. Here the labels follow the Bradley-Terry model that the paper assumes, and
-both responses of a pair come from the reference itself. Results on it speak about the method, not about language.
+Where it departs: the paper (arXiv 2402.09401) and its official code train 7B models on pairs ranked by people or a
+judge model, where no label's truth is known. Here labels follow the Bradley-Terry model that the paper assumes, and
+both responses come from the reference policy itself. Results on it speak about the method, not about language.
 
 Run it alone to build the task and to print a few pairs:    python toy.py DIR [LABEL_NOISE]
 """
@@ -22,16 +22,19 @@ import random
 import shutil
 import sys
 import uuid
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 VERSION = 1  # raise it whenever the task changes, so that folders of an older task are not reused
 SFT_STEPS, SFT_BATCH, SFT_LR = 120, 128, 4e-3
-SAMPLE_BATCH, MAX_NEW_TOKENS = 1024, 48
+SAMPLE_BATCH = 1024  # responses sampled at once
+MAX_NEW_TOKENS = 48  # the grammar needs at most 20 and EOS
 
 # The lexicon, from the worst word to the mildest: -1.00, -0.99 ... -0.01. The order is a matter of taste and harmless:
 # the task only needs a fixed value for each word.
@@ -67,15 +70,10 @@ PLACES = """hotel hostel inn motel lodge resort spa villa cabin campsite restaur
 CITIES = """paris london rome madrid lisbon berlin vienna prague budapest warsaw athens dublin oslo stockholm helsinki
     copenhagen amsterdam brussels zurich geneva milan venice florence naples seville barcelona porto lyon marseille
     hamburg munich cologne krakow riga tallinn vilnius sofia bucharest belgrade zagreb istanbul cairo tunis nairobi
-    lagos accra dakar tokyo kyoto osaka seoul beijing shanghai hanoi bangkok jakarta manila delhi mumbai kolkata sydney
-    perth auckland toronto montreal vancouver chicago boston seattle denver houston miami havana lima quito bogota
-    santiago brasilia recife""".split()
-ASPECTS = """staff service room view food menu coffee wine music lighting decor entrance garden terrace lounge kitchen
-    furniture seating floor hall atmosphere location parking tour guide ticket queue crowd manager owner""".split()
-CLAUSES = ["the {aspect} was {word}", "the {aspect} felt {degree} {word}", "we found the {aspect} {word}",
-           "the {aspect} seemed {word} to me"]
-DEGREES = ["rather", "quite", "truly", "pretty"]
-JOINS = [" , ", " and ", " , but ", " while "]
+    lagos accra dakar tokyo kyoto osaka seoul beijing shanghai hanoi bangkok jakarta manila delhi mumbai""".split()
+ASPECTS = ["staff", "service", "food", "coffee", "music", "decor", "view", "location"]
+CLAUSES = ["the {aspect} was {word}", "the {aspect} seemed {word}"]
+JOINS = [" , ", " and ", " but "]
 PROMPT = "review of the {place} in {city} :"
 SPECIALS = ["<pad>", "<unk>", "<s>", "</s>"]
 
@@ -91,21 +89,21 @@ def write_response(rng: random.Random) -> str:
     text = ""
     for i in range(rng.randint(2, 4)):
         text += rng.choice(JOINS) if i else " "
-        text += rng.choice(CLAUSES).format(aspect=rng.choice(ASPECTS), degree=rng.choice(DEGREES), word=rng.choice(OPINIONS))
+        text += rng.choice(CLAUSES).format(aspect=rng.choice(ASPECTS), word=rng.choice(OPINIONS))
     return text + " ."
 
 
 def split_prompts(seed: int) -> tuple[list[str], list[str]]:
     """All prompts in a seeded order: five sixths for training, the others for the test split."""
     prompts = [PROMPT.format(place=place, city=city) for place in PLACES for city in CITIES]
-    random.Random(seed).shuffle(prompts)
+    random.Random(f"prompts {seed}").shuffle(prompts)
     cut = len(prompts) * 5 // 6
     return prompts[:cut], prompts[cut:]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word of the grammar. Adds BOS by itself, as Llama's tokenizer does, and no EOS."""
-    texts = [*PLACES, *CITIES, *ASPECTS, *DEGREES, *OPINIONS, *JOINS, *CLAUSES, PROMPT, "."]
+    texts = [*PLACES, *CITIES, *ASPECTS, *OPINIONS, *JOINS, *CLAUSES, PROMPT, "."]
     words = {word for text in texts for word in text.split() if "{" not in word}
     vocab = {word: i for i, word in enumerate(SPECIALS + sorted(words))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
@@ -120,7 +118,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A random Llama of about 0.2 M parameters."""
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=80, intermediate_size=240, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.05,
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
 
@@ -129,12 +127,13 @@ def train_sft(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, promp
               quiet: bool) -> None:
     """Plain SFT, in place: every step sees fresh sentences; the loss is the mean over response tokens and EOS."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=SFT_LR, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, SFT_LR, SFT_STEPS, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(  # a short warm-up, then linear to 0
+        optimizer, lambda step: min(1, (step + 1) / 10) * (1 - step / SFT_STEPS))
     model.train()
     bar = tqdm(range(SFT_STEPS), desc="toy model (SFT)", disable=quiet)
-    for step in bar:
+    for _ in bar:
         chosen = [rng.choice(prompts) for _ in range(SFT_BATCH)]
-        texts = [prompt + write_response(rng) + tokenizer.eos_token for prompt in chosen]
+        texts = [prompt + write_response(rng) + " " + tokenizer.eos_token for prompt in chosen]
         batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
         prompt_length = torch.tensor([len(ids) for ids in tokenizer(chosen).input_ids])  # (B,)
         labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)  # (B, T)
@@ -145,8 +144,7 @@ def train_sft(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, promp
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 10 == 9:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.eval()
 
 
@@ -157,10 +155,12 @@ def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts:
     Returns the texts, each with its leading space, and whether each came to its EOS within `max_new_tokens`."""
     texts, finished = [], []
     for start in range(0, len(prompts), SAMPLE_BATCH):
-        batch = tokenizer(prompts[start : start + SAMPLE_BATCH], padding=True, padding_side="left", return_tensors="pt")
+        part = prompts[start : start + SAMPLE_BATCH]
+        batch = tokenizer(part, padding=True, padding_side="left", return_tensors="pt")
         out = model.generate(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=max_new_tokens,
-            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=tokenizer.pad_token_id)
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
         new = out[:, batch.input_ids.size(1) :]  # (B, N)
         finished += (new == tokenizer.eos_token_id).any(1).tolist()
         texts += [" " + text for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
@@ -169,8 +169,8 @@ def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts:
 
 def sample_pairs(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str],
                  quiet: bool) -> list[dict]:
-    """Rows {prompt, response_a, response_b}. A pair with an unfinished response or two equal rewards (so also one of two
-    equal responses) is drawn again."""
+    """Rows {prompt, response_a, response_b}. A pair with an unfinished response or with two equal rewards (so also one
+    of two equal responses) is drawn again; RuntimeError where 100 draws do not give a usable pair."""
     rows: list[dict | None] = [None] * len(prompts)
     bar = tqdm(total=len(prompts), desc="toy pairs (sampling)", disable=quiet)
     todo = list(range(len(prompts)))
@@ -190,17 +190,9 @@ def sample_pairs(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pr
     raise RuntimeError(f"the toy model gave no usable pair in 100 draws for the prompt {prompts[todo[0]]!r}")
 
 
-def reward_gaps(rows: list[dict]) -> torch.Tensor:
-    """Gold reward of response a minus that of response b, (rows,) float64; never 0 for the rows of `sample_pairs`."""
-    gaps = [gold_reward(row["response_a"]) - gold_reward(row["response_b"]) for row in rows]
-    return torch.tensor(gaps, dtype=torch.float64)
-
-
 def find_scale(gaps: torch.Tensor, label_noise: float) -> float:
     """The Bradley-Terry scale at which the expected share of wrong labels, mean of sigmoid(-scale * |gap|), is
     `label_noise`: bisection on the logarithm of the scale, as that share falls from 1/2 to 0 where the scale grows."""
-    if label_noise == 0:
-        return math.inf
     low, high = 1e-9, 1e9
     for _ in range(100):
         scale = math.sqrt(low * high)
@@ -210,15 +202,16 @@ def find_scale(gaps: torch.Tensor, label_noise: float) -> float:
 
 
 def label_rows(rows: list[dict], label_noise: float, seed: int) -> list[dict]:
-    """Adds "truth", the noiseless label, and "label", drawn by P(a preferred) = sigmoid(scale * gap). The random numbers
-    depend on the seed alone, so that a label that is wrong at a low noise is wrong at each higher one too."""
-    gaps = reward_gaps(rows)  # (rows,)
+    """Adds "truth", the noiseless label, and "label", drawn by P(a preferred) = sigmoid(scale * gap). The random
+    numbers depend on the seed alone: a label that is wrong at a low noise is wrong at each higher one too."""
+    gaps = [gold_reward(row["response_a"]) - gold_reward(row["response_b"]) for row in rows]
+    gaps = torch.tensor(gaps, dtype=torch.float64)  # (rows,), none is 0
     right = torch.sigmoid(find_scale(gaps, label_noise) * gaps.abs())  # probability of the true label
-    uniform = torch.rand(len(rows), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    rng = random.Random(f"labels {seed}")
     labelled = []
-    for row, a_is_better, is_right in zip(rows, (gaps > 0).tolist(), (uniform < right).tolist()):
-        truth, other = ("a", "b") if a_is_better else ("b", "a")
-        labelled.append(row | {"label": truth if is_right else other, "truth": truth})
+    for row, gap, p in zip(rows, gaps.tolist(), right.tolist()):
+        truth, other = ("a", "b") if gap > 0 else ("b", "a")
+        labelled.append(row | {"label": truth if rng.random() < p else other, "truth": truth})
     return labelled
 
 
@@ -230,6 +223,20 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+@contextmanager
+def seeded_and_silent(seed: int):
+    """A CPU random state of its own, and none of the bars of transformers; the caller's settings are put back."""
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+
+
 def build_folder(target: Path, settings: dict, fill) -> Path:
     """Makes `target` by `fill(folder)`, or reuses it where its toy.json holds the same settings. The work is done in a
     temporary folder beside it that is renamed at the end: a killed build never looks finished, and where two
@@ -238,7 +245,8 @@ def build_folder(target: Path, settings: dict, fill) -> Path:
     Raises ValueError where `target` was built with other settings, or holds something else."""
     marker, settings = target / "toy.json", {"version": VERSION} | settings
     advice = "choose another toy_dir or delete the folder"
-    if not marker.exists() and target.exists() and any(target.iterdir()):
+    occupied = target.exists() and any(target.iterdir())  # looked at before the marker, which arrives with the folder
+    if occupied and not marker.exists():
         raise ValueError(f"{target} exists but was not made by toy.py: {advice}")
     if not marker.exists():
         temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
@@ -258,7 +266,7 @@ def build_folder(target: Path, settings: dict, fill) -> Path:
     return target
 
 
-def build(directory: str | os.PathLike, label_noise: float = 0.05, train_pairs: int = 8192, test_pairs: int = 512,
+def build(directory: str | os.PathLike, label_noise: float = 0.05, train_pairs: int = 16384, test_pairs: int = 512,
           seed: int = 0, quiet: bool = False) -> tuple[Path, Path]:
     """Builds the task under `directory`, or reuses what is there; returns the folders of the model and of the pairs.
 
@@ -279,7 +287,7 @@ def build(directory: str | os.PathLike, label_noise: float = 0.05, train_pairs: 
     def fill_model(folder: Path) -> None:
         tokenizer = make_tokenizer()
         model = make_model(tokenizer)
-        train_sft(model, tokenizer, train_prompts, random.Random(seed), quiet)
+        train_sft(model, tokenizer, train_prompts, random.Random(f"sentences {seed}"), quiet)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -295,10 +303,9 @@ def build(directory: str | os.PathLike, label_noise: float = 0.05, train_pairs: 
         for name, noise in (("train.jsonl", label_noise), ("test.jsonl", 0)):
             write_jsonl(folder / name, label_rows(read_jsonl(responses_dir / name), noise, seed))
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded_and_silent(seed):
         model_dir = build_folder(root / "model", {"seed": seed}, fill_model)
-        torch.manual_seed(seed)
+    with seeded_and_silent(seed):
         responses_dir = build_folder(root / "responses", sizes, fill_responses)
     pairs_dir = build_folder(
         root / f"pairs-noise-{label_noise:g}", sizes | {"label_noise": label_noise}, fill_pairs)
@@ -314,12 +321,12 @@ def load(model_dir: str | os.PathLike) -> tuple[LlamaForCausalLM, PreTrainedToke
 def mean_gold_reward(model_dir: str | os.PathLike, prompts: list[str], samples: int = 1,
                      max_new_tokens: int = MAX_NEW_TOKENS, seed: int = 0) -> float:
     """Mean gold reward of `samples` responses a prompt, sampled at temperature 1 from the model saved in `model_dir`.
-    The same seed gives the same samples; the caller's random state is left as it was."""
+    A response that does not end within `max_new_tokens` counts as it is. The same seed gives the same samples; the
+    caller's random state is left as it was. Raises ValueError where there is nothing to sample."""
     if not prompts or samples < 1:
-        raise ValueError(f"mean_gold_reward got {len(prompts)} prompts and {samples} samples, expected at least 1 of each")
-    model, tokenizer = load(model_dir)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        raise ValueError(f"{len(prompts)} prompts and {samples} samples, expected at least 1 of each")
+    with seeded_and_silent(seed):
+        model, tokenizer = load(model_dir)
         texts, _ = sample(model, tokenizer, prompts * samples, max_new_tokens)
     return sum(map(gold_reward, texts)) / len(texts)
 

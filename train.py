@@ -31,10 +31,13 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # `map` forks; threads in the tokeniser would be lost there
+if torch.accelerator.current_accelerator() is None:
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed's search for one, and its warnings
 
 import deepspeed
-import torch
 import torch.distributed as dist
 import transformers
 import yaml
@@ -340,8 +343,10 @@ EVALUATION_SPLITS = ("test", "eval", "valid", "dev")
 
 def engine_config(config, world):
     """DeepSpeed's config: ds_config.json with each "auto" filled in from the YAML, which owns that number."""
+    path = Path(config.deepspeed)
+    path = path if path.exists() else HERE / path  # configs/ name their engine from here
     try:
-        ds = json.loads(Path(config.deepspeed).read_text())
+        ds = json.loads(path.read_text())
     except OSError as error:
         raise UsageError(f"deepspeed {config.deepspeed}: cannot be read ({error.strerror})")
     except json.JSONDecodeError as error:
@@ -363,7 +368,11 @@ def engine_config(config, world):
                 raise UsageError(f"{config.deepspeed}: {path} is {value}, but the YAML says {owned[path]}; write \"auto\"")
     fill(ds, "")
     if ds.get("fp16", {}).get("enabled"):
-        raise UsageError(f"{config.deepspeed}: fp16 {REFUSED['fp16']}")
+        raise UsageError(f"{config.deepspeed}: fp16 cannot be honoured: {REFUSED['fp16']}")
+    zero = ds.setdefault("zero_optimization", {})
+    if config.bf16 and zero.get("stage", 0) == 0:
+        say("ZeRO 0 with bf16 would update bf16 weights, where a small step is lost: running as ZeRO 1, with fp32 weights")
+        zero["stage"] = 1
     ds.setdefault("steps_per_print", 10**9)  # the run prints its own lines
     output = {"enabled": True, "output_path": config.output_dir}
     services = {"tensorboard": {**output, "job_name": "tensorboard"}, "csv_monitor": {**output, "job_name": "csv"},
@@ -388,8 +397,9 @@ def say(message):
 
 def bar(total, what, **kwargs):
     """A progress bar on rank 0; in a log file, a line now and then."""
-    return tqdm(total=total, desc=what, disable=rank() != 0, dynamic_ncols=True,
-                mininterval=0.5 if sys.stderr.isatty() else 20, **kwargs)
+    terminal = sys.stderr.isatty()
+    return tqdm(total=total, desc=what, disable=rank() != 0 or not terminal and not kwargs.get("leave", True),
+                dynamic_ncols=True, mininterval=0.5 if terminal else 20, **kwargs)
 
 
 def load_tokenizer(config):
@@ -415,8 +425,9 @@ def load_model(config, name, say=say):
             if "dropout" in attribute and isinstance(value, float):
                 setattr(module, attribute, 0.0)
     if config.gradient_checkpointing:
-        lm.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
-        lm.enable_input_require_grads()
+        lm.activation_checkpointing_enable(config.gradient_checkpointing_kwargs)
+        if config.gradient_checkpointing_kwargs.get("use_reentrant"):
+            lm.enable_input_require_grads()  # or the reentrant kind sees no input that needs a gradient
     return adpo.PairLogps(lm, config.logits_chunk_size)
 
 
@@ -441,7 +452,7 @@ def make_optimizer(config, module, ds):
     groups = [group for group in groups if group["params"]]
     if config.optim == "rmsprop":
         return torch.optim.RMSprop(groups, lr=config.learning_rate)
-    if ds.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none":
+    if ds["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
         return DeepSpeedCPUAdam(groups, lr=config.learning_rate)
     return torch.optim.AdamW(groups, lr=config.learning_rate)
@@ -514,14 +525,14 @@ def score(engine, pairs, batches, shared, what):
 def reference_logps(engine, parts, weights, config, shared):
     """log π_ref of all pairs of the run, from the cache on disk or computed once. `parts`: {name: (pairs, batches)}.
 
-    The batches are those that training and evaluation will use, so that at step 0 every margin is 0, not nearly 0.
+    The batches are those that training and evaluation will use, and part of the cache's key: how a batch is padded shows
+    in the last bits of a log-prob, and at step 0 every margin is to be 0, not nearly 0.
     """
     cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "adpo"
     scores = {}
     for name, (pairs, batches) in parts.items():
-        rows = sorted({row for row_list in all_gather(batches) for batch in row_list for row in batch})
         depends = [data.VERSION, weights, pairs.fingerprint, str(next(engine.module.parameters()).dtype), shared,
-                   engine.module.lm.config._attn_implementation, hashlib.sha256(repr(rows).encode()).hexdigest()]
+                   engine.module.lm.config._attn_implementation, hashlib.sha256(repr(all_gather(batches)).encode()).hexdigest()]
         path = cache / f"reference-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:32]}.safetensors"
         found = [path.is_file() and load_file(path)["logps"]]
         dist.broadcast_object_list(found, src=0, device=engine.device)  # rank 0's disk decides for all hosts
@@ -635,12 +646,12 @@ class Log:
 def replace_text(path, text):
     """Write a file so that it is the old one or the new one, whatever happens."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
 def checkpoints(output):
-    """{step: folder} of the complete checkpoints of a run. trainer_state.json is written last."""
+    """{step: folder} of the complete checkpoints of a run."""
     found = {}
     for path in output.glob("checkpoint-*"):
         number = path.name.removeprefix("checkpoint-")
@@ -650,17 +661,21 @@ def checkpoints(output):
 
 
 def save_checkpoint(engine, output, state, limit):
-    """Write checkpoint-N, then its trainer_state.json, then drop what save_total_limit does not keep."""
-    folder = output / f"checkpoint-{state['step']}"
+    """Write a checkpoint aside, give it its name when it is complete, then drop what save_total_limit does not keep."""
+    aside, name = output / ".checkpoint", f"checkpoint-{state['step']}"
     if rank() == 0:
-        (folder / "trainer_state.json").unlink(missing_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
     dist.barrier()
-    engine.save_checkpoint(str(output), tag=folder.name, save_latest=False)
+    engine.save_checkpoint(str(aside), tag=name, save_latest=False)
     dist.barrier()
     if rank() == 0:
-        replace_text(folder / "trainer_state.json", json.dumps(state, indent=2))
+        replace_text(aside / name / "trainer_state.json", json.dumps(state, indent=2))
+        shutil.rmtree(output / name, ignore_errors=True)
+        os.replace(aside / name, output / name)
+        shutil.rmtree(aside)
         for step in list(checkpoints(output))[:-limit] if limit else ():
             shutil.rmtree(output / f"checkpoint-{step}")
+    dist.barrier()
 
 
 def find_checkpoint(config, output):
@@ -703,11 +718,12 @@ def save_model(engine, tokenizer, output, card):
             if rank() == 0:
                 state[name] = parameter.detach().to("cpu", copy=True)
     if rank() == 0:
+        transformers.utils.logging.disable_progress_bar()
         staging = output / ".model"
         shutil.rmtree(staging, ignore_errors=True)
         engine.module.lm.save_pretrained(staging, state_dict=state)
         tokenizer.save_pretrained(staging)
-        (staging / "README.md").write_text(card)
+        (staging / "README.md").write_text(card, encoding="utf-8")
         for path in staging.iterdir():
             os.replace(path, output / path.name)
         staging.rmdir()
@@ -780,6 +796,9 @@ def setup(config):
     os.environ.setdefault("RANK", "0"), os.environ.setdefault("WORLD_SIZE", "1"), os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1"), os.environ.setdefault("MASTER_PORT", "0")
     deepspeed.init_distributed(dist_init_required=True, auto_mpi_discovery=False)
+    if rank() != 0:
+        transformers.utils.logging.disable_progress_bar()
+        data.datasets.disable_progress_bars()
     if "toy" in (config.model_name_or_path, *config.dataset_mixer):
         model, pairs = rank_0_first(lambda: toy.build(config.toy_dir, label_noise=config.toy_label_noise))
         config.dataset_mixer = {str(pairs) if source == "toy" else source: share
@@ -844,7 +863,7 @@ def main(config):
     reference = None
     if config.ref_model_name_or_path:
         module = load_model(config, config.ref_model_name_or_path)
-        stage = 3 if ds.get("zero_optimization", {}).get("stage") == 3 else 0
+        stage = 3 if ds["zero_optimization"].get("stage") == 3 else 0
         engine = deepspeed.initialize(model=module, config={**ds, "zero_optimization": {"stage": stage}})[0]
         shared = module.why_not_shared() is None
         check_rows(engine, train, shared)
@@ -883,7 +902,7 @@ def main(config):
     log = Log(output, engine, step)
     say(f"{len(train):,} pairs, {schedule.total_steps:,} steps of {schedule.step_pairs} pairs, "
         f"{sum(p.ds_numel if hasattr(p, 'ds_numel') else p.numel() for p in module.parameters()):,} parameters, "
-        f"{world} process{'es' if world > 1 else ''} on {device.type}, ZeRO {ds.get('zero_optimization', {}).get('stage', 0)}")
+        f"{world} process{'es' if world > 1 else ''} on {device.type}, ZeRO {ds['zero_optimization'].get('stage', 0)}")
 
     def wall_seconds():
         return seconds_before + time.time() - start_time
@@ -925,6 +944,8 @@ def main(config):
             losses = adpo.preference_loss(margin, o, config.loss_type, config.beta, config.label_smoothing)  # (B,)
             # The step's loss is the mean over its pairs, however they are cut: DeepSpeed divides by micro-steps and ranks.
             engine.backward((losses * batch.weights).sum() * (schedule.micro_steps * world / step_pairs))
+            if engine.is_gradient_accumulation_boundary():
+                grad_norm = gradient_norm(engine)
             engine.step()
             sums += metric_sums(losses, rewards, logps, o, batch.weights, batch.tokens)
 
@@ -935,7 +956,7 @@ def main(config):
         if step % config.logging_steps == 0 or last or (step == 1 and config.logging_first_step):
             metrics, tokens = means(sums)
             row = {"step": step, "epoch": step / schedule.epoch_steps, "split": "train", **metrics, "learning_rate": lr,
-                   "grad_norm": float(engine.get_global_grad_norm()), "queries": asker.queries(step - 1),
+                   "grad_norm": float(grad_norm if grad_norm is not None else engine.get_global_grad_norm()), "queries": asker.queries(step - 1),
                    "pseudo_labels": asker.pseudo["labels"], "tokens_per_second": tokens / (time.time() - window_start)}
             log.write(row)
             if rank() == 0:
@@ -978,6 +999,15 @@ def main(config):
         say(closing_line(summary))
         say(f"the model, its metrics and its ledger are in {output}")
     dist.barrier()
+    engine.destroy()
+
+
+def gradient_norm(engine):
+    """Norm of the step's gradient, before clipping, where the engine itself keeps no account of it (fp32 without ZeRO);
+    else None, and `engine.get_global_grad_norm()` says it after the step."""
+    if engine.zero_optimization():
+        return None
+    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 
 
 def due(strategy, every, step, epoch_end):
@@ -1011,15 +1041,22 @@ def help_text():
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    if "--help" in sys.argv or "-h" in sys.argv:
+def command(argv):
+    """The command line: exit code 0, or 2 behind one line that says what is wrong."""
+    if "--help" in argv or "-h" in argv:
         print(help_text())
-        sys.exit()
+        return 0
     try:
-        main(parse_config(sys.argv[1:]))
+        main(parse_config(argv))
     except (UsageError, data.DataError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(command(sys.argv[1:]))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,0 +1,326 @@
+"""Plain DPO here against TRL's DPOTrainer, step by step: train.py with data_selection false, and TRL 1.16 on the same
+model and the same pairs in the same order.
+
+    python benchmarks/trl_parity.py                      makes TRL's environment in outputs/trl-env at the first run
+    python benchmarks/trl_parity.py --trl-python PATH    uses an interpreter that has TRL already
+    python benchmarks/trl_parity.py --outputs DIR --results FILE    other places to work in and to write to
+
+A few minutes on one CPU thread. It builds the toy task (toy.py), asks train.Schedule which pairs each micro-step takes,
+hands TRL exactly those rows as {prompt, chosen, rejected} in that order, runs both for 20 steps, and compares what both
+log at each step. TRL's tokens are compared with ours too: both sides start from the same text, not from the same ids.
+
+DPOTrainer itself is used, not a subclass: its sampler is set to sequential, and its log is read from the trainer's
+state, where no number is rounded. Two losses need a remark, which results/trl_parity.md repeats: TRL's sigmoid loss
+takes no label smoothing, and its ipo loss is another one.
+
+Nothing departs from the paper: plain DPO is its baseline. Writes benchmarks/results/trl_parity.md. Exit code 0: every
+loss is within 1e-4 of TRL's, relative; 1: one is not, or tokens differ; 2: it could not be run.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TRL = "1.16.0"
+PEER_PACKAGES = (["torch==2.13.0"], ["transformers==5.23.0", f"trl=={TRL}"])  # torch first, so that it is this torch
+TOLERANCE = 1e-4  # on each loss, relative to TRL's
+# 256 pairs in steps of 16: the 20 steps go into a second epoch, which has an order of its own. Some labels are wrong.
+TASK = {"train_pairs": 256, "test_pairs": 16, "label_noise": 0.05}
+# Of both sides. The model has 128 positions; no pair is longer, so nothing is truncated.
+COMMON = {"beta": 0.1, "max_length": 128, "max_steps": 20, "learning_rate": 1e-3, "lr_scheduler_type": "cosine",
+          "weight_decay": 0.0, "max_grad_norm": 1.0, "bf16": False, "logging_steps": 1, "save_strategy": "no"}
+WARMUP = 0.1  # share of the steps; TRL's key takes a share too, under another name
+
+# name: (loss_type, label_smoothing, pairs a micro-batch, micro-batches a step) of each side
+CASES = {
+    "sigmoid": (("sigmoid", 0.0, 16, 1), ("sigmoid", 0.0, 16, 1)),
+    "sigmoid, accumulation 2": (("sigmoid", 0.0, 8, 2), ("sigmoid", 0.0, 8, 2)),
+    # TRL's `sigmoid` has no label smoothing (1.16 takes the key and does nothing with it), `aot` has it. aot sorts
+    # log-ratios over the micro-batch, which leaves one pair as it is: on one pair it is the smoothed sigmoid loss.
+    "sigmoid, label smoothing 0.1": (("sigmoid", 0.1, 16, 1), ("aot", 0.1, 1, 16)),
+    "hinge": (("hinge", 0.0, 16, 1), ("hinge", 0.0, 16, 1)),
+}
+METRICS = ("loss", "grad_norm", "learning_rate", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected",
+           "rewards/margins", "rewards/accuracies")
+NOTES = """\
+- `sigmoid, label smoothing 0.1`: TRL's `sigmoid` loss ignores `label_smoothing`, so TRL runs `aot`, which applies it,
+  on micro-batches of one pair, where the sort that distinguishes `aot` does nothing; 16 of them make a step.
+- `ipo` is not compared: TRL divides each log-ratio by the tokens of its response, and `ipo` here takes the sum, as the
+  paper's equation 17 does.
+- `rewards/accuracies`: a margin of 0 is half right here and wrong in TRL. The first two steps have such margins alone
+  (the first update has learning rate 0), so that this metric is compared from step 3 on.
+- Rewards are differences of log-probs that pass through 0; their relative differences are large where they do."""
+
+
+class Stop(Exception):
+    """The comparison cannot be made; the message says why. Exit code 2."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# TRL's side; `peer` runs in TRL's interpreter, so nothing outside this file is imported by it but TRL and what it needs
+
+def peer(job_path):
+    """Train by DPOTrainer on the job's pairs in their order; write its log, its tokens and its versions."""
+    import datasets
+    import torch
+    import transformers
+    import trl
+
+    job = json.loads(Path(job_path).read_text(encoding="utf-8"))
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    loss_type, label_smoothing, micro_pairs, micro_steps = job["case"]
+    arguments = trl.DPOConfig(
+        **job["common"], output_dir=job["output"], loss_type=[loss_type], label_smoothing=label_smoothing,
+        per_device_train_batch_size=micro_pairs, gradient_accumulation_steps=micro_steps, warmup_steps=job["warmup"],
+        optim="adamw_torch", train_sampling_strategy="sequential", gradient_checkpointing=False, use_cpu=True,
+        report_to="none", disable_tqdm=True)
+    trainer = trl.DPOTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32), args=arguments,
+        processing_class=transformers.AutoTokenizer.from_pretrained(job["model"]),
+        train_dataset=datasets.Dataset.from_list(job["pairs"]))
+    columns = [trainer.train_dataset[name][:] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    trainer.train()
+    log = [row for row in trainer.state.log_history if "loss" in row]
+    Path(job["result"]).write_text(json.dumps({
+        "log": log, "tokens": list(zip(*columns)), "dtype": str(trainer.model.dtype)}), encoding="utf-8")
+
+
+def peer_python(outputs, given):
+    """TRL's interpreter, its environment made where it is not there. Raises Stop."""
+    python = Path(given) if given else outputs / "trl-env" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    if not given and not python.exists():
+        print(f"making {outputs / 'trl-env'}", flush=True)
+        venv.create(outputs / "trl-env", with_pip=True)
+    if not given and versions_of(python).get("trl") != TRL:
+        for packages in PEER_PACKAGES:
+            if subprocess.run([python, "-m", "pip", "install", *packages]).returncode:
+                raise Stop(f"pip could not install {' '.join(packages)}; --trl-python names an interpreter that has it")
+    found = versions_of(python).get("trl")
+    if found != TRL:
+        raise Stop(f"{python}: needs trl {TRL}, found {found or 'none'}")
+    return python
+
+
+def versions_of(python):
+    """{package: version} of an interpreter, of those that it has."""
+    code = ("import importlib.metadata as m, json; names = 'torch transformers trl accelerate datasets'.split(); "
+            "have = {d.metadata['Name'] for d in m.distributions()}; "
+            "print(json.dumps({n: m.version(n) for n in names if n in have}))")
+    try:
+        return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
+    except (OSError, subprocess.CalledProcessError, json.JSONDecodeError) as error:
+        raise Stop(f"{python}: is no Python that runs ({type(error).__name__})")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Our side
+
+def our_config(case, model_dir, pairs_dir, output):
+    """The keys of train.py for one case."""
+    loss_type, label_smoothing, micro_pairs, micro_steps = case
+    return COMMON | {
+        "model_name_or_path": str(model_dir), "dataset_mixer": {str(pairs_dir): 1.0}, "dataset_splits": ["train"],
+        "do_eval": False, "data_selection": False, "loss_type": loss_type, "label_smoothing": label_smoothing,
+        "per_device_train_batch_size": micro_pairs, "gradient_accumulation_steps": micro_steps, "warmup_ratio": WARMUP,
+        "max_prompt_length": 64, "num_threads": 1, "output_dir": str(output)}
+
+
+def pairs_in_order(config_path, pairs_dir):
+    """The rows that a run takes, one after the other: [{prompt, chosen, rejected}] as text, and as our token ids."""
+    import data
+    import toy
+    import train
+    config = train.parse_config(["--config", str(config_path)])
+    data.datasets.disable_progress_bars()
+    renderer = data.Renderer(train.load_tokenizer(config), config.max_prompt_length, config.max_length)
+    pairs, labels, _ = data.load_pairs(
+        config.dataset_mixer, config.dataset_splits, renderer, "train", say=lambda _: None)
+    rows = toy.read_jsonl(pairs_dir / "train.jsonl")
+    if len(pairs) != len(rows):
+        raise Stop(f"{len(rows) - len(pairs)} of {len(rows)} toy pairs were dropped, so rows have no known place")
+    schedule = train.Schedule(config, pairs, 1)
+    order = [i for step in range(schedule.total_steps) for micro in schedule.micro_batches(step) for i in micro]
+    texts, tokens = [], []
+    for i in order:
+        row, pair = rows[i], pairs.table[i]
+        chosen, rejected = ("response_a", "response_b") if row["label"] == "a" else ("response_b", "response_a")
+        texts.append({"prompt": row["prompt"], "chosen": row[chosen], "rejected": row[rejected]})
+        first, second = pair["first_ids"], pair["second_ids"]
+        tokens.append([pair["prompt_ids"], *((first, second) if labels[pair["id"]] > 0 else (second, first))])
+    return texts, tokens
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Comparison
+
+def run(command, log_path):
+    """A child on one CPU thread, without a network, its caches (reference log-probs, tokens) empty at the start of a
+    case. Raises Stop with its last line."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
+                        "HF_HUB_OFFLINE": "1", "HF_HOME": str(log_path.parent / "cache")}
+    with open(log_path, "w", encoding="utf-8") as log:
+        code = subprocess.run(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT).returncode
+    if code:
+        lines = log_path.read_text(encoding="utf-8", errors="replace").split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "no output")
+        raise Stop(f"{log_path}: exit code {code}, {last}")
+
+
+def run_case(name, folder, python, model_dir, pairs_dir):
+    """Both sides of one case. Returns (our log, TRL's log), a row a step, and how many pairs have other tokens. Raises
+    Stop."""
+    folder.mkdir()
+    ours, theirs = CASES[name]
+    config_path = folder / "config.yaml"  # JSON is YAML
+    config = our_config(ours, model_dir, pairs_dir, folder / "ours")
+    config_path.write_text(json.dumps(config, indent=1), encoding="utf-8")
+    texts, tokens = pairs_in_order(config_path, pairs_dir)
+    job = {"case": theirs, "common": COMMON, "warmup": WARMUP, "model": str(model_dir), "output": str(folder / "trl"),
+           "result": str(folder / "trl.json"), "pairs": texts}
+    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    print(f"{name}: train.py", flush=True)
+    run([sys.executable, "train.py", "--config", str(config_path)], folder / "ours.log")
+    print(f"{name}: TRL", flush=True)
+    run([str(python), str(Path(__file__).resolve()), "--peer", str(folder / "job.json")], folder / "trl.log")
+
+    result = json.loads((folder / "trl.json").read_text(encoding="utf-8"))
+    lines = (folder / "ours" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    logs = [row for row in map(json.loads, lines) if row["split"] == "train"], result["log"]
+    for side, log in zip(("train.py", "TRL"), logs):
+        if [row["step"] for row in log] != list(range(1, COMMON["max_steps"] + 1)):
+            raise Stop(f"{name}: {side} logged {len(log)} steps, expected {COMMON['max_steps']}")
+    if result["dtype"] != "torch.float32":
+        raise Stop(f"{name}: TRL trained in {result['dtype']}, expected torch.float32")
+    longest = max(len(prompt) + max(len(a), len(b)) for prompt, a, b in result["tokens"])
+    if longest > COMMON["max_length"]:
+        raise Stop(f"{name}: a pair of {longest} tokens is cut at max_length {COMMON['max_length']}")
+    different = sum(a != b for a, b in zip(tokens, result["tokens"], strict=True))
+    return logs, different
+
+
+def difference(ours, theirs):
+    """(absolute, relative to TRL's); the relative one of two zeros is 0."""
+    gap = abs(ours - theirs)
+    return gap, gap / abs(theirs) if theirs else float("inf") if gap else 0.0
+
+
+def report_case(name, logs, different):
+    """(markdown of a case, its largest relative difference of a loss)."""
+    steps = list(zip(*logs))
+    lines = [f"## {name}", "",
+             "| step | loss, train.py | loss, TRL | relative difference |", "| --: | --: | --: | --: |"]
+    for a, b in steps:
+        lines.append(f"| {a['step']} | {a['loss']:.8f} | {b['loss']:.8f} | {difference(a['loss'], b['loss'])[1]:.1e} |")
+    lines += ["", "| largest difference over the steps | absolute | relative to TRL |", "| --- | --: | --: |"]
+    worst = {}
+    for metric in METRICS:
+        compared = steps[2:] if metric == "rewards/accuracies" else steps
+        gaps = [difference(a[metric], b[metric]) for a, b in compared]
+        worst[metric] = max(relative for _, relative in gaps)
+        lines.append(f"| {metric} | {max(gap for gap, _ in gaps):.1e} | {worst[metric]:.1e} |")
+    total = len(steps) * CASES[name][0][2] * CASES[name][0][3]
+    lines += ["", f"Pairs with the same token ids on both sides: {total - different} of {total}.", ""]
+    return "\n".join(lines), worst["loss"]
+
+
+def cpu_name():
+    """The CPU's name, as the kernel has it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def document(reports, worst, different, peer_versions):
+    """The whole markdown file."""
+    ours = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed", "datasets")}
+    listed = [", ".join(f"{name} {version}" for name, version in found.items()) for found in (ours, peer_versions)]
+    held = max(worst.values()) <= TOLERANCE and not different
+    table = "\n".join(f"| {name} | {value:.1e} |" for name, value in worst.items())
+    verdict = (f"**Verdict: {'the same' if held else 'NOT the same'}.** Largest relative difference of a loss over "
+               f"{len(worst)} settings and {COMMON['max_steps']} steps each: {max(worst.values()):.1e} (limit "
+               f"{TOLERANCE:.0e}); pairs with other tokens: {different}.")
+    return f"""\
+# Plain DPO against TRL's DPOTrainer
+
+Made by
+
+    python benchmarks/trl_parity.py
+
+{verdict}
+
+| setting | largest relative difference of a loss |
+| --- | --: |
+{table}
+
+- train.py (`data_selection: false`): {listed[0]}
+- TRL: {listed[1]}
+- CPU: {cpu_name()}, one thread, fp32, Python {platform.python_version()}
+- the toy model and {TASK['train_pairs']} of its pairs, {TASK['label_noise']:.0%} of the labels wrong; 16 pairs a \
+step, {COMMON['max_steps']} steps, so that a second epoch begins
+- both: β {COMMON['beta']}, AdamW, learning rate {COMMON['learning_rate']:g} (cosine, {WARMUP:.0%} linear warm-up), \
+weight decay {COMMON['weight_decay']:g}, gradients clipped at {COMMON['max_grad_norm']:g}
+
+Known differences:
+
+{NOTES}
+
+""" + "\n".join(reports)
+
+
+def main(options):
+    outputs = Path(options.outputs).resolve()
+    outputs.mkdir(parents=True, exist_ok=True)
+    python = peer_python(outputs, options.trl_python)
+    sys.path.insert(0, str(ROOT))
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import torch
+
+    import toy
+    torch.set_num_threads(1)
+    work = outputs / "trl-parity"
+    shutil.rmtree(work, ignore_errors=True)  # a toy task of an older toy.py would be used again
+    try:
+        model_dir, pairs_dir = toy.build(work / "toy", **TASK)
+    except ValueError as error:
+        raise Stop(str(error))
+    reports, worst, different = [], {}, 0
+    for name in CASES:
+        folder = work / name.replace(", ", "-").replace(" ", "-")
+        logs, other_tokens = run_case(name, folder, python, model_dir, pairs_dir)
+        report, worst[name] = report_case(name, logs, other_tokens)
+        reports.append(report)
+        different += other_tokens
+        print("\n" + report, flush=True)
+    text = document(reports, worst, different, versions_of(python))
+    results = Path(options.results)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(text, encoding="utf-8")
+    print(text[text.index("**Verdict"):text.index("- train.py")], end="")
+    return 0 if max(worst.values()) <= TOLERANCE and not different else 1
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--trl-python", metavar="PATH",
+                        help="interpreter that has TRL; default: one made in outputs/trl-env")
+    parser.add_argument("--outputs", metavar="DIR", default=ROOT / "outputs", help="where to work; default: outputs")
+    parser.add_argument("--results", metavar="FILE", default=Path(__file__).parent / "results" / "trl_parity.md",
+                        help="what to write; default: benchmarks/results/trl_parity.md")
+    parser.add_argument("--peer", metavar="JOB", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    try:
+        sys.exit(peer(options.peer) if options.peer else main(options))
+    except Stop as error:
+        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)

@@ -1,0 +1,137 @@
+"""What several test files share: a caches folder of the session's own, a tiny model, and pairs of the toy grammar."""
+
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config):
+    """Before anything imports datasets or transformers: caches of this session's own, one thread, no network."""
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="adpo-tests-")
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with a random model of the toy task (model/) and 120 + 40 pairs labelled by the gold reward (pairs/)."""
+    import torch
+
+    import toy
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    tokenizer = toy.make_tokenizer()
+    toy.make_model(tokenizer).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rng = random.Random(0)
+    (folder / "pairs").mkdir()
+    for split, count in (("train", 120), ("test", 40)):
+        with open(folder / "pairs" / f"{split}.jsonl", "w") as file:
+            for n in range(count):
+                a, b = (toy.write_response(rng) for _ in "ab")
+                best = "a" if toy.gold_reward(a) >= toy.gold_reward(b) else "b"
+                file.write(json.dumps({"prompt": f"review of the {rng.choice(toy.PLACES)} :", "response_a": a,
+                                       "response_b": b, "label": best}) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def engine_configs(tmp_path_factory):
+    """{stage: path} of ds_config.json at each ZeRO stage."""
+    folder = tmp_path_factory.mktemp("engines")
+    ds = json.loads((ROOT / "ds_config.json").read_text())
+    paths = {}
+    for stage in range(4):
+        ds["zero_optimization"]["stage"] = stage
+        paths[stage] = folder / f"zero{stage}.json"
+        paths[stage].write_text(json.dumps(ds))
+    return paths
+
+
+@pytest.fixture(scope="session")
+def train(tiny, tmp_path_factory):
+    """train(name, processes=None, check=0, **keys) → Run. With `processes`, the real command line through the `deepspeed`
+    launcher; without, the same command inside this process, which spares the seconds that the imports take."""
+    base = tmp_path_factory.mktemp("runs")
+    default = base / "tiny.yaml"
+    default.write_text(f"""
+model_name_or_path: {tiny}/model
+dataset_mixer: {{{tiny}/pairs: 1.0}}
+learning_rate: 2.0e-3
+warmup_ratio: 0.0
+gamma: 0.05
+per_device_train_batch_size: 8
+max_prompt_length: 16
+max_length: 64
+max_steps: 4
+logging_steps: 1
+save_strategy: "no"
+num_threads: 1
+""")
+
+    def launch(name, processes=None, check=0, **keys):
+        output = Path(keys.setdefault("output_dir", base / name))
+        argv = ["--config", str(default), *(f"--{key}={value}" for key, value in keys.items())]
+        if processes:
+            # The launcher starts its children with the `python` of the path.
+            env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+            done = subprocess.run(["deepspeed", "--num_gpus", str(processes), "--master_port", str(free_port()), "train.py",
+                                   *argv], cwd=ROOT, env=env, text=True, capture_output=True, timeout=240)
+            run = Run(output, done.stdout, done.stderr, done.returncode)
+        else:
+            from train import command
+            with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+                code = command(argv)
+            run = Run(output, out.getvalue(), err.getvalue(), code)
+        assert run.code == check, f"exit code {run.code}\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
+        return run
+
+    return launch
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Run:
+    """What a run left behind."""
+
+    def __init__(self, output, stdout, stderr, code):
+        self.output, self.stdout, self.stderr, self.code = output, stdout, stderr, code
+
+    def rows(self, split="train"):
+        rows = [json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()]
+        return [row for row in rows if row["split"] == split]
+
+    def losses(self):
+        return [row["loss"] for row in self.rows()]
+
+    def summary(self):
+        return json.loads((self.output / "summary.json").read_text())
+
+    def weights(self):
+        from safetensors.torch import load_file
+        return load_file(self.output / "model.safetensors")
+
+    def ledger(self):
+        return sqlite3.connect(self.output / "labels.sqlite").execute(
+            "SELECT pair, label, step FROM answers ORDER BY pair").fetchall()

@@ -1,0 +1,253 @@
+"""adpo.py against independent computations: `python -m pytest tests/test_adpo.py`.
+
+The reference here is the naive one, written apart: each response in a row of its own, a plain forward of the model in
+double precision, a full log-softmax, a sum.
+"""
+
+import copy
+import math
+
+import datasets
+import pytest
+import torch
+import transformers
+
+import adpo
+import data
+
+V = 97
+SMALL = dict(vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2)
+GPT = dict(vocab_size=V, bos_token_id=1, eos_token_id=2)
+
+# name: (configuration, whether a prompt can be shared)
+ARCHITECTURES = {
+    "llama": (lambda: transformers.LlamaConfig(**SMALL), True),
+    "mistral, sliding window": (lambda: transformers.MistralConfig(**SMALL, sliding_window=5), True),
+    "qwen2": (lambda: transformers.Qwen2Config(**SMALL), True),
+    "qwen2, two kinds of layers": (lambda: transformers.Qwen2Config(
+        **SMALL, use_sliding_window=True, sliding_window=5, max_window_layers=2), True),
+    "gemma2": (lambda: transformers.Gemma2Config(**SMALL, head_dim=8, sliding_window=5, final_logit_softcapping=3.0,
+                                                 attn_implementation="eager"), True),
+    "gpt2": (lambda: transformers.GPT2Config(**GPT, n_embd=32, n_layer=3, n_head=4, n_positions=256), True),
+    "granite, logit scale": (lambda: transformers.GraniteConfig(**SMALL, logits_scaling=3.0), True),
+    "cohere, logit scale": (lambda: transformers.CohereConfig(**SMALL, logit_scale=0.3), True),
+    "bloom, no position_ids": (lambda: transformers.BloomConfig(**GPT, hidden_size=32, n_layer=2, n_head=4), False),
+}
+
+
+def make_lm(name):
+    torch.manual_seed(0)
+    lm = transformers.AutoModelForCausalLM.from_config(ARCHITECTURES[name][0]()).eval()
+    for parameter in lm.parameters():  # the library's 0.02 makes models that hardly depend on their input
+        if parameter.dim() > 1:
+            parameter.data.normal_(0, 0.2)
+    return lm
+
+
+def make_pairs(lengths, seed=0):
+    """Pairs of random tokens; lengths: (prompt, y1, y2) each."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for n, (p, a, b) in enumerate(lengths):
+        tokens = torch.randint(3, V, (p + a + b,), generator=generator).tolist()
+        rows.append({"id": f"pair-{n}", "prompt_ids": tokens[:p], "first_ids": tokens[p:p + a],
+                     "second_ids": tokens[p + a:], "tokens": p + a + b})
+    return data.Pairs(datasets.Dataset.from_list(rows), "random", {})
+
+
+# Prompts and responses of length 1, padding, rows longer than the window of 5.
+LENGTHS = [(1, 1, 1), (7, 4, 9), (20, 12, 3), (1, 10, 2)]
+
+
+def naive_logps(lm, pairs):
+    """(B, 2) in double precision, one plain forward a response."""
+    out = []
+    for pair in pairs.table:
+        for response in (pair["first_ids"], pair["second_ids"]):
+            row = torch.tensor([pair["prompt_ids"] + response])
+            logps = lm(input_ids=row).logits[0, :-1].log_softmax(-1)  # (T - 1, V)
+            start = len(pair["prompt_ids"]) - 1
+            out.append(sum(logps[start + i, token] for i, token in enumerate(response)))
+    return torch.stack(out).view(-1, 2)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logps_and_gradients_agree_with_a_naive_double_precision_forward(name, checkpointing):
+    lm, pairs = make_lm(name), make_pairs(LENGTHS)
+    double = copy.deepcopy(lm).double()
+    module = adpo.PairLogps(lm, chunk_size=7)
+    assert (module.why_not_shared() is None) == ARCHITECTURES[name][1]
+    if checkpointing:
+        lm.train().activation_checkpointing_enable({"use_reentrant": False})
+        for layer in lm.modules():
+            if isinstance(layer, torch.nn.Dropout):
+                layer.p = 0.0
+    logps = module(data.collate(pairs, [0, 1, 2, 3], shared=module.why_not_shared() is None))
+    weights = torch.tensor([[1.0, -0.5], [0.3, 2.0], [-1.0, 0.7], [0.2, -0.4]])
+    (logps * weights).sum().backward()
+    expected = naive_logps(double, pairs)
+    (expected * weights).sum().backward()
+
+    assert logps.dtype == torch.float32
+    torch.testing.assert_close(logps.double(), expected, rtol=1e-5, atol=0)
+    ours = torch.cat([p.grad.flatten() for p in lm.parameters()]).double()
+    theirs = torch.cat([p.grad.flatten() for p in double.parameters()])
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_at_step_0_every_margin_is_0_and_the_loss_is_log_2(name):
+    module = adpo.PairLogps(make_lm(name))
+    batch = data.collate(make_pairs(LENGTHS), [0, 1, 2, 3], shared=module.why_not_shared() is None)
+    with torch.no_grad():
+        reference = module(batch)
+    margin = adpo.margins(adpo.implicit_rewards(module(batch), reference, beta=0.1))
+    loss = adpo.preference_loss(margin, torch.tensor([1.0, -1.0, 1.0, -1.0])).mean()
+    assert margin.abs().max() <= 1e-5
+    assert abs(loss.item() - math.log(2)) <= 1e-4
+
+
+@pytest.mark.parametrize("wrong", ["positions", "segments", "window"])
+def test_a_wrong_mask_or_position_would_be_seen(wrong):
+    """The comparison above has teeth: each ingredient of the shared row matters by far more than its tolerance."""
+    module = adpo.PairLogps(make_lm("mistral, sliding window"))
+    batch = data.collate(make_pairs(LENGTHS), [0, 1, 2, 3])
+    right = module(batch)
+    if wrong == "positions":
+        batch.positions = torch.arange(batch.positions.shape[1]).expand_as(batch.positions)
+    elif wrong == "segments":
+        batch.segments = batch.segments.clamp(max=0)
+    else:
+        module.window = None
+    assert (module(batch) - right).abs().max() > 0.1
+
+
+def test_two_rows_a_pair_give_what_one_shared_row_gives():
+    module, pairs = adpo.PairLogps(make_lm("llama")), make_pairs(LENGTHS)
+    shared = module(data.collate(pairs, [0, 1, 2, 3], shared=True))
+    apart = module(data.collate(pairs, [0, 1, 2, 3], shared=False))
+    torch.testing.assert_close(shared, apart, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_mask_by_hand():
+    segments = torch.tensor([[0, 0, 1, 2, 2, -1]])
+    positions = torch.tensor([[0, 1, 2, 2, 3, 0]])
+    seen = [[1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 0, 0], [1, 1, 0, 1, 1, 0],
+            [1, 1, 0, 0, 0, 1]]
+    mask = adpo.attention_mask(segments, positions, torch.float32)
+    assert mask.shape == (1, 1, 6, 6)
+    assert (mask[0, 0] == 0).int().tolist() == seen
+    assert mask.min() == torch.finfo(torch.float32).min
+    windowed = adpo.attention_mask(segments, positions, torch.bfloat16, window=2)[0, 0] == 0
+    assert windowed[4].int().tolist() == [0, 0, 0, 1, 1, 0]  # position 3 sees positions 2 and 3 of its own text alone
+    assert windowed[3].int().tolist() == [0, 1, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale, softcap", [(1.0, None), (0.25, None), (1.0, 5.0), (2.0, 5.0)])
+def test_token_logps_against_log_softmax(dtype, scale, softcap):
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(23, 16, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(0, V, (23,), generator=generator)
+    head = torch.nn.Linear(16, V).to(dtype)
+    weights = torch.randn(23, generator=generator)
+    logps = adpo.token_logps(states, targets, head, chunk_size=10, scale=scale, softcap=softcap)
+    (logps * weights).sum().backward()
+    ours = [states.grad, head.weight.grad, head.bias.grad]
+
+    double = states.detach().double().requires_grad_()
+    head64 = copy.deepcopy(head).double()
+    raw = head64(double)
+    logits = (raw + (head(states.detach()).double() - raw).detach()) * scale  # round the logits as the head did
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    expected = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    (expected * weights).sum().backward()
+    assert logps.dtype == torch.float32  # whatever the model's dtype
+    torch.testing.assert_close(logps.double(), expected, rtol=1e-5, atol=1e-5)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for mine, theirs in zip(ours, [double.grad, head64.weight.grad, head64.bias.grad]):
+        assert (mine.double() - theirs).norm() <= tolerance * theirs.norm()
+
+
+def test_no_more_than_one_chunk_of_logits_is_alive(monkeypatch):
+    """Count the (n, V) blocks that the graph holds: none after the forward, one at a time in the backward."""
+    saved = []
+    head = torch.nn.Linear(16, V)
+    states = torch.randn(64, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
+        adpo.token_logps(states, torch.randint(0, V, (64,)), head, chunk_size=8).sum()
+    assert not [shape for shape in saved if shape[-1:] == (V,)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Algorithm 2 by hand
+
+def test_implicit_rewards_and_margins_by_hand():
+    logps = torch.tensor([[-10.0, -12.0], [-5.0, -3.0]])
+    ref_logps = torch.tensor([[-11.0, -11.0], [-5.0, -5.0]])
+    rewards = adpo.implicit_rewards(logps, ref_logps, beta=0.1)
+    torch.testing.assert_close(rewards, torch.tensor([[0.1, -0.1], [0.0, 0.2]]))
+    torch.testing.assert_close(adpo.margins(rewards), torch.tensor([0.2, -0.2]))
+
+
+@pytest.mark.parametrize("margin, asked", [(0.0, True), (1.29, True), (-1.29, True), (1.25, True), (1.3001, False),
+                                           (-1.3001, False), (50.0, False)])
+def test_gate_by_hand(margin, asked):
+    assert adpo.gate(torch.tensor([margin]), 1.3).tolist() == [asked]
+
+
+def test_a_margin_of_exactly_plus_or_minus_gamma_asks():
+    assert adpo.gate(torch.tensor([0.5, -0.5]), 0.5).all()
+    assert adpo.gate(torch.tensor([0.0]), 0.0).all()  # γ = 0 at step 0: all are asked, none is lost
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_margin_that_is_no_number_names_its_pair(bad):
+    with pytest.raises(FloatingPointError, match="pair b is .*learning_rate"):
+        adpo.gate(torch.tensor([0.0, bad]), 1.3, ids=["a", "b"])
+
+
+def test_labels_by_hand():
+    margin = torch.tensor([2.0, -2.0, 2.0, 0.1])
+    answers = torch.tensor([0, 0, -1, 1])
+    assert adpo.choose_labels(margin, answers).tolist() == [1, -1, -1, 1]
+    assert adpo.choose_labels(margin, answers, pseudo_labels=False).tolist() == [0, 0, -1, 1]
+
+
+def test_no_gradient_flows_through_labels():
+    margin = torch.tensor([2.0, -0.5], requires_grad=True)
+    labels = adpo.choose_labels(margin, torch.tensor([0, 1]))
+    assert not labels.requires_grad
+    adpo.preference_loss(margin, labels).sum().backward()
+    # d/dm −log σ(o·m) = −o σ(−o·m)
+    expected = [-1 / (1 + math.exp(2.0)), -1 / (1 + math.exp(-0.5))]
+    assert margin.grad.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind, smoothing, expected", [
+    ("sigmoid", 0.0, math.log(1 + math.exp(0.7))),
+    ("sigmoid", 0.1, 0.9 * math.log(1 + math.exp(0.7)) + 0.1 * math.log(1 + math.exp(-0.7))),
+    ("hinge", 0.0, 1.7),
+    ("ipo", 0.0, (-0.7 / 0.2 - 1 / 0.4) ** 2),
+])
+def test_losses_by_hand(kind, smoothing, expected):
+    """m = 0.7 with the label against it, β = 0.2."""
+    loss = adpo.preference_loss(torch.tensor([0.7]), torch.tensor([-1.0]), kind, beta=0.2, label_smoothing=smoothing)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", adpo.LOSS_TYPES)
+def test_a_pair_without_a_label_has_no_loss_and_no_gradient(kind):
+    margin = torch.tensor([3.0, 0.2], requires_grad=True)
+    loss = adpo.preference_loss(margin, torch.tensor([0.0, 1.0]), kind)
+    loss.mean().backward()
+    assert loss[0] == 0 and margin.grad[0] == 0
+    assert loss[1] > 0 and margin.grad[1] != 0
+
+
+@pytest.mark.parametrize("kind, reason", [*list(adpo.UNGATED_LOSS_TYPES.items()), ("sigmoidd", "not known")])
+def test_a_loss_that_cannot_be_gated_is_refused_with_its_reason(kind, reason):
+    with pytest.raises(ValueError, match=f"{kind}.*cannot be gated.*{reason[:20]}"):
+        adpo.preference_loss(torch.zeros(1), torch.ones(1), kind)

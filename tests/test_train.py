@@ -1,0 +1,226 @@
+"""train.py by its real command line, with and without the `deepspeed` launcher, on a CPU.
+
+    python -m pytest tests/test_train.py
+
+Models are random and tiny; what is checked is exact: losses, weights, ledgers, files. Runs with `processes` are
+started by the launcher, the others run the same command in this process.
+"""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import transformers
+import yaml
+
+from conftest import ROOT
+
+METRICS = {"step", "epoch", "split", "loss", "rewards/chosen", "rewards/rejected", "rewards/margins",
+           "rewards/accuracies", "logps/chosen", "logps/rejected", "learning_rate", "grad_norm", "queries",
+           "pseudo_labels", "tokens_per_second"}
+SUMMARY = {"pairs", "queries", "query_fraction", "pseudo_labels", "pseudo_label_accuracy", "eval_loss", "eval_accuracy",
+           "wall_seconds", "peak_memory_bytes"}
+
+
+def assert_same_weights(one, other, tolerance):
+    """The norm of the difference, over all weights, against the norm of the weights. (Not element by element: where a
+    gradient is nearly 0, AdamW turns rounding into a step of full size.)"""
+    assert one.keys() == other.keys()
+    one, other = (torch.cat([weights[name].double().flatten() for name in sorted(weights)]) for weights in (one, other))
+    assert (one - other).norm() <= tolerance * one.norm()
+
+
+@pytest.fixture(scope="module")
+def launched(train):
+    """The plain run that the others are compared with: one process, through the launcher."""
+    return train("launched", processes=1, eval_strategy="steps", eval_steps=2)
+
+
+def test_a_run_leaves_what_the_design_says(launched):
+    names = {path.name for path in launched.output.iterdir()}
+    assert names >= {"config.yaml", "metrics.jsonl", "summary.json", "labels.sqlite", "config.json", "model.safetensors",
+                     "tokenizer.json", "README.md"}
+    assert [row["step"] for row in launched.rows()] == [1, 2, 3, 4]
+    assert all(row.keys() == METRICS for row in launched.rows())
+    assert [row["step"] for row in launched.rows("eval")] == [2, 4]
+    assert launched.summary().keys() == SUMMARY
+    written = yaml.safe_load((launched.output / "config.yaml").read_text())
+    assert written["config"]["gamma"] == 0.05 and written["versions"]["torch"] == torch.__version__
+
+
+def test_step_0_has_margin_0_and_loss_log_2(launched):
+    first = launched.rows()[0]
+    assert abs(first["loss"] - math.log(2)) <= 1e-4
+    assert first["rewards/margins"] == 0 and first["rewards/accuracies"] == 0.5
+
+
+def test_queries_reported_are_the_rows_of_the_ledger(launched):
+    rows, ledger = launched.rows(), launched.ledger()
+    assert rows[0]["queries"] == 8  # at step 0 every margin is 0, so each pair is asked
+    assert [row["queries"] for row in rows] == [sum(step < row["step"] for _, _, step in ledger) for row in rows]
+    assert rows[-1]["queries"] == launched.summary()["queries"] == len(ledger)
+    assert 8 < len(ledger) < 32 and len(ledger) + rows[-1]["pseudo_labels"] == 32 == launched.summary()["pairs"]
+
+
+def test_the_trained_model_loads_and_moved(launched, tiny):
+    lm = transformers.AutoModelForCausalLM.from_pretrained(launched.output)
+    assert transformers.AutoTokenizer.from_pretrained(launched.output).eos_token == "</s>"
+    before = transformers.AutoModelForCausalLM.from_pretrained(tiny / "model")
+    assert any((a - b).abs().max() > 1e-4 for a, b in zip(lm.parameters(), before.parameters()))
+
+
+def test_the_closing_line_and_the_model_card(launched):
+    summary = launched.summary()
+    assert f"{summary['queries']} of 32 labels bought" in launched.stdout
+    assert f"held-out accuracy {summary['eval_accuracy']:.3f}" in launched.stdout
+    card = (launched.output / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+    assert f"| labels bought | {summary['queries']} " in card
+
+
+def test_evaluation_uses_true_labels_and_never_the_gate(launched, tiny):
+    """Score the trained model apart and compare: accuracy and loss by the labels of test.jsonl."""
+    policy, reference = (transformers.AutoModelForCausalLM.from_pretrained(p) for p in (launched.output, tiny / "model"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny / "model")
+    right, losses = 0.0, []
+    for line in (tiny / "pairs" / "test.jsonl").read_text().splitlines():
+        row, rewards = json.loads(line), {}
+        prompt = tokenizer(row["prompt"]).input_ids
+        for side in "ab":
+            ids = prompt + tokenizer(row[f"response_{side}"], add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+            logps = [lm(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)[range(len(ids) - 1), ids[1:]][len(prompt) - 1:]
+                     .sum().item() for lm in (policy, reference)]
+            rewards[side] = 0.1 * (logps[0] - logps[1])
+        other = "b" if row["label"] == "a" else "a"
+        margin = rewards[row["label"]] - rewards[other]
+        right += margin > 0
+        losses.append(math.log1p(math.exp(-margin)))
+    assert launched.summary()["eval_accuracy"] == pytest.approx(right / len(losses))
+    assert launched.summary()["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+@pytest.mark.parametrize("name, processes, stage, micro, accumulation", [
+    ("no launcher, ZeRO 0", None, 0, 8, 1),
+    ("ZeRO 0, 2x4", None, 0, 2, 4),
+    ("ZeRO 1, 8x1", None, 1, 1, 8),
+    ("2 processes, ZeRO 2", 2, 2, 4, 1),
+    ("2 processes, ZeRO 3, accumulation", 2, 3, 2, 2),
+])
+def test_a_step_does_not_depend_on_how_it_is_cut(name, processes, stage, micro, accumulation, train, engine_configs, launched):
+    """Same losses, queries and final weights for any micro-batch, number of ranks and ZeRO stage."""
+    run = train(name.replace(" ", "-"), processes, deepspeed=engine_configs[stage], per_device_train_batch_size=micro,
+                gradient_accumulation_steps=accumulation)
+    assert run.losses() == pytest.approx(launched.losses(), rel=1e-5)
+    assert [r["grad_norm"] for r in run.rows()] == pytest.approx([r["grad_norm"] for r in launched.rows()], rel=1e-4)
+    assert run.ledger() == launched.ledger()
+    assert_same_weights(run.weights(), launched.weights(), 1e-5)
+
+
+def test_bf16_with_checkpointing_stays_near_fp32(train, launched):
+    run = train("bf16", bf16=True, gradient_checkpointing=True)
+    assert run.losses() == pytest.approx(launched.losses(), abs=0.02)
+    assert abs(run.losses()[0] - math.log(2)) <= 1e-4
+
+
+def test_every_pair_is_seen_once_an_epoch_and_none_is_asked_twice(train):
+    """42 pairs in steps of 8 over two ranks leave a step of 2: no pair lost or doubled, in two epochs none asked twice."""
+    run = train("epochs", processes=2, max_train_samples=42, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+                max_steps=-1, num_train_epochs=2, data_selection=False)
+    assert [row["step"] for row in run.rows()] == list(range(1, 13))
+    assert run.rows()[-1]["epoch"] == 2
+    steps = [step for _, _, step in run.ledger()]
+    assert [steps.count(step) for step in range(12)] == [8, 8, 8, 8, 8, 2, 0, 0, 0, 0, 0, 0]
+    assert run.summary()["pairs"] == run.summary()["queries"] == 42 and run.summary()["pseudo_labels"] == 0
+
+
+def test_resume_is_exact(train, tmp_path):
+    """Stopped behind step 4 of 6 and started again with the same command: the same metrics, ledger and weights."""
+    keys = dict(max_steps=6, save_strategy="steps", save_steps=2, logging_steps=3, save_total_limit=2, gamma=0.02)
+    whole = train("whole", **keys)
+    assert sorted(p.name for p in whole.output.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    stopped = tmp_path / "stopped"
+    shutil.copytree(whole.output, stopped)
+    for path in ("checkpoint-6", "summary.json", "model.safetensors"):
+        shutil.rmtree(stopped / path) if (stopped / path).is_dir() else (stopped / path).unlink()
+    again = train("again", output_dir=stopped, **keys)
+    assert "resumed from" in again.stdout and "step 4 of 6" in again.stdout
+    timeless = [[{k: v for k, v in row.items() if k != "tokens_per_second"} for row in run.rows()] for run in (whole, again)]
+    assert timeless[0] == timeless[1] and [row["step"] for row in timeless[0]] == [1, 3, 6]
+    assert again.ledger() == whole.ledger()
+    assert_same_weights(again.weights(), whole.weights(), 0)
+    third = train("third", output_dir=stopped, **keys)
+    assert "is finished" in third.stdout
+    other = train("other", output_dir=stopped, check=2, **{**keys, "gamma": 0.5})
+    assert "gamma 0.02, this one 0.5" in other.stderr and "another output_dir" in other.stderr
+
+
+def test_plain_dpo_and_no_pseudo_labels(train, launched):
+    dpo = train("dpo", data_selection=False)
+    assert dpo.summary()["queries"] == 32 and dpo.summary()["pseudo_labels"] == 0
+    assert dpo.summary()["pseudo_label_accuracy"] is None
+    none = train("none", pseudo_labels=False)
+    assert none.summary()["pseudo_labels"] == 0 and none.summary()["queries"] < 32
+    assert none.losses()[0] == pytest.approx(launched.losses()[0])  # step 0 asks for all
+    assert none.losses() != pytest.approx(launched.losses(), rel=1e-3)
+
+
+def test_another_reference_is_read_and_freed(train, tiny, launched):
+    """The reference is the model that the plain run trained: margins at step 0 are no longer 0."""
+    run = train("reference", ref_model_name_or_path=launched.output)
+    assert run.rows()[0]["rewards/margins"] != 0
+    same = train("same-reference", ref_model_name_or_path=tiny / "model")
+    assert same.losses() == pytest.approx(launched.losses(), rel=1e-6)
+
+
+def test_a_model_that_cannot_share_a_prompt_takes_two_rows(train, tiny, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny / "model")
+    transformers.BloomForCausalLM(transformers.BloomConfig(
+        vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4)).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    run = train("bloom", model_name_or_path=tmp_path / "bloom", max_steps=1)
+    assert "two rows a pair: BloomForCausalLM cannot share a prompt, it takes no position_ids" in run.stdout
+    assert abs(run.losses()[0] - math.log(2)) <= 1e-4
+
+
+def test_metrics_reach_deepspeeds_monitor(train):
+    run = train("monitor", report_to="csv_monitor", max_steps=2)
+    assert list(run.output.rglob("train_loss.csv")) and list(run.output.rglob("eval_loss.csv"))
+
+
+def test_the_default_output_is_the_runs_own(launched):
+    """The launcher has its say before the run; behind it nothing but the run's own lines."""
+    lines = [line for line in launched.stdout.splitlines() if not line.startswith(("[20", "DeepSpeed "))]
+    assert lines[0].startswith("train: 120 rows read, 120 pairs")
+    assert len(lines) <= 6 and "Warning" not in launched.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What cannot be done is refused before it costs anything
+
+@pytest.mark.parametrize("rows, keys, message", [
+    ([{"prompt": "a", "response_a": " good .", "response_b": " bad ."}], {}, "has no label"),
+    ([{"prompt": "a", "chosen": " b"}], {}, "train.jsonl, row 1, field rejected"),
+    ([{"prompt": "a", "chosen": " good .", "rejected": " bad ."}], {"report_to": "wandb"}, "report_to: wandb is not installed"),
+])
+def test_refusals_are_one_line_and_exit_code_2(rows, keys, message, train, tmp_path):
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = train("refused", check=2, dataset_mixer=f"{{{tmp_path}: 1.0}}", **keys)
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and message in errors[0]
+    assert "Traceback" not in run.stderr and not (run.output / "metrics.jsonl").exists()
+
+
+def test_without_a_test_split_evaluation_is_skipped_and_said_so(train, tmp_path, tiny):
+    shutil.copy(tiny / "pairs" / "train.jsonl", tmp_path)
+    run = train("no-test", dataset_mixer=f"{{{tmp_path}: 1.0}}", max_steps=1)
+    assert "no test split: evaluation is skipped" in run.stdout and run.summary()["eval_accuracy"] is None
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+def test_recipes_parse_with_the_flags_of_the_official_readme(recipe):
+    from train import parse_config
+    config = parse_config(["--config", str(ROOT / "configs" / recipe), "--beta=0.1", "--data_selection=true", "--Gamma=1.3",
+                           "--num_train_epochs=1", "--output_dir=x"])
+    assert (config.beta, config.gamma, config.data_selection, config.num_train_epochs) == (0.1, 1.3, True, 1)
