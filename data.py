@@ -24,10 +24,12 @@ import hashlib
 import json
 import os
 import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import jinja2
 import torch
 
 # Raise it with any change to what a row becomes: it is part of every cache key.
@@ -37,6 +39,8 @@ VERSION = 1
 SENTINEL = "\ue0f7\ue0a1\ue0f7"
 # Strings shorter than this say nothing about where a text came from ("return x + y").
 DECONTAMINATION_MIN_CHARS = 30
+
+csv.field_size_limit(2**31 - 1)  # a response may be longer than the library's 128 KB
 
 
 class DataError(Exception):
@@ -70,7 +74,10 @@ def has_split(source, split, config_name=None):
     """Whether the source has this split (a hub id is asked; a local one is looked at)."""
     path = Path(source)
     if not path.exists():
-        return split in datasets.get_dataset_split_names(source, config_name)
+        try:
+            return split in datasets.get_dataset_split_names(source, config_name)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{source}: neither a file or folder here nor a data set of the hub ({error})")
     if (path / "dataset_dict.json").is_file():
         return split in json.loads((path / "dataset_dict.json").read_text())["splits"]
     if (path / "state.json").is_file():  # one saved Dataset: like one file, it is the train split
@@ -99,10 +106,11 @@ def read_file(path):
         for n, row in enumerate(datasets.Dataset.from_parquet(str(path)), 1):
             yield f"{path}, row {n}", row
         return
+    is_csv = path.name.endswith((".csv", ".csv.gz"))
     opened = gzip.open if path.name.endswith(".gz") else open
     try:
-        with opened(path, "rt", encoding="utf-8", newline="" if ".csv" in path.suffixes else None) as file:
-            if ".csv" in path.suffixes:
+        with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="" if is_csv else None) as file:
+            if is_csv:
                 for n, row in enumerate(csv.DictReader(file), 1):
                     yield f"{path}, row {n}", row
                 return
@@ -119,11 +127,11 @@ def read_file(path):
                     except json.JSONDecodeError as error:
                         raise DataError(f"{path}, row {n}: not a JSON object ({error.msg} at character {error.pos})")
                     yield f"{path}, row {n}", row
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); convert it to UTF-8")
+    except csv.Error as error:
+        raise DataError(f"{path}: not valid CSV ({error})")
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not valid JSON ({error.msg} at character {error.pos})")
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: damaged gzip file ({error})")
 
 
@@ -161,8 +169,14 @@ def parse_row(row, place):
 
     if isinstance(sides[0], list):
         prompt, sides = _split_messages(prompt, sides, fields, place)
+        for field, side in zip(fields, sides):
+            if side[-1]["role"] != "assistant":
+                raise DataError(f"{place}, field {field}: must end with a message of the assistant, ends with one of "
+                                f"{side[-1]['role']}")
     elif prompt is None:
-        prompt, sides = _split_strings(sides)
+        if fields[0] == "response_a":
+            raise DataError(f"{place}, field prompt: expected a string or a list of messages, found nothing")
+        prompt, sides = _split_strings(sides, fields, place)
     elif isinstance(prompt, list):
         sides = [[{"role": "assistant", "content": side}] for side in sides]
     return {"prompt": prompt, "responses": sides, "label": label, "truth": label if truth is None else truth}
@@ -196,7 +210,8 @@ def _checked(text, place):
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{place}: not valid Unicode (a lone surrogate at character {error.start}); repair the text")
+        raise DataError(f"{place}: not valid Unicode (a lone surrogate or a byte that is not UTF-8, at character "
+                        f"{error.start}); repair the text")
     return text
 
 
@@ -223,12 +238,14 @@ def _split_messages(prompt, sides, fields, place):
     return shared, [side[common:] for side in sides]
 
 
-def _split_strings(sides):
+def _split_strings(sides, fields, place):
     """Implicit prompt of two strings: what both begin with, up to the last Assistant turn or the last whole word."""
     prompt = os.path.commonprefix(sides)
     if all(side.lstrip().startswith("Human:") for side in sides):
+        if "\n\nAssistant:" not in prompt:
+            raise DataError(f"{place}: the prompts of {fields[0]} and {fields[1]} differ; both must answer the same prompt")
         end = prompt.rfind("\n\nAssistant:") + len("\n\nAssistant:")
-    elif len(prompt) == min(map(len, sides)):  # one side continues the other: it is the whole prompt
+    elif len(prompt) == min(map(len, sides)) and sides[0] != sides[1]:  # one side goes on from the other: that is the prompt
         end = len(prompt)
     else:  # a space belongs to the word behind it
         end = max(prompt.rfind(space) for space in " \n\t")
@@ -282,8 +299,14 @@ class Renderer:
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self.special = re.compile("|".join(map(re.escape, sorted(filter(lambda s: len(s) > 1, special), key=len,
                                                                  reverse=True)))) if special else None
-        template = tokenizer.chat_template or ""
-        self.empty_system = auto_insert_empty_system_msg and ("system" in str(template) or "<|im_start|>" in str(template))
+        template = str(tokenizer.chat_template or "")
+        self.empty_system = auto_insert_empty_system_msg and ("system" in template or "<|im_start|>" in template)
+        if self.empty_system:
+            try:
+                tokenizer.apply_chat_template([{"role": "system", "content": ""}, {"role": "user", "content": "a"}],
+                                              tokenize=False)
+            except jinja2.TemplateError:  # Gemma's speaks of system messages only to refuse them
+                self.empty_system = False
 
     def fingerprint(self):
         """Hash of all that decides what a text becomes."""
@@ -292,8 +315,8 @@ class Renderer:
         if isinstance(content, dict):
             content.update(padding=None, truncation=None)
         return hashlib.blake2b(json.dumps(
-            [VERSION, content, self.tokenizer.chat_template, self.bos, self.eos, self.max_prompt_length,
-             self.max_length, self.empty_system], sort_keys=True).encode(), digest_size=16).hexdigest()
+            [VERSION, content, self.tokenizer.chat_template, self.tokenizer.special_tokens_map, self.bos, self.eos,
+             self.max_prompt_length, self.max_length, self.empty_system], sort_keys=True).encode(), digest_size=16).hexdigest()
 
     def protect(self, text):
         """Make special-token text inside a message plain text."""
@@ -302,10 +325,16 @@ class Renderer:
         return self.special.sub(lambda m: m[0][0] + SENTINEL + m[0][1:], text)
 
     def encode(self, text):
-        ids = []
-        for piece in text.split(SENTINEL):
-            ids += self.tokenizer(piece, add_special_tokens=False).input_ids if piece else []
-        return ids
+        """Token ids of a text, tokenised apart on both sides of each sentinel, nothing added."""
+        def ids(text):
+            return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+
+        first, *others = text.split(SENTINEL)
+        out, line = ids(first), ids("\n")
+        for piece in others:  # behind a line break, which is taken off: no "▁" in front of what is no beginning
+            behind = ids("\n" + piece)
+            out += behind[len(line):] if behind[:len(line)] == line else ids(piece)
+        return out
 
     def texts(self, prompt, responses):
         """(prompt text, two texts of prompt and response) as the model will read them, special-token text protected."""
@@ -314,12 +343,16 @@ class Renderer:
             responses = [[{"role": "assistant", "content": response.strip()}] for response in responses]
             prompt = messages
         if isinstance(prompt, str):
-            return self.protect(prompt), [self.protect(prompt + response) for response in responses]
+            start = self.protect(prompt)
+            full = [self.protect(prompt + response) for response in responses]
+            # Special-token text that stands across the border is protected side by side.
+            return start, [f if f.startswith(start) else start + SENTINEL + self.protect(r)
+                           for f, r in zip(full, responses)]
         if not self.tokenizer.chat_template:
             raise DataError("messages need a chat template and the tokenizer has none: set chat_template")
         if self.empty_system and prompt[:1] and prompt[0]["role"] != "system":
             prompt = [{"role": "system", "content": ""}] + prompt
-        protected = [[{**m, "content": self.protect(m["content"])} for m in part] for part in (prompt, *responses)]
+        protected = [[{k: self.protect(v) for k, v in m.items()} for m in part] for part in (prompt, *responses)]
         full = [self.tokenizer.apply_chat_template(protected[0] + r, tokenize=False) for r in protected[1:]]
         # What a model is given when it is to answer, if the conversation goes on from there; else the conversation so
         # far (templates without a generation prompt).
@@ -356,18 +389,20 @@ class Renderer:
             if full_ids[:len(prompt_ids)] == prompt_ids:
                 ids = full_ids[len(prompt_ids):]
             else:
-                ids = self.encode(full_text[len(prompt_text):])
+                ids = self.encode((SENTINEL if prompt_text else "") + full_text[len(prompt_text):])
             response_ids.append(ids)
         while self.bos is not None and prompt_ids[:1] == [self.bos]:
             prompt_ids = prompt_ids[1:]
         bos = [] if self.bos is None else [self.bos]
+        if not bos and prompt_ids[:1] == [self.tokenizer.bos_token_id] and "bos_token" in str(self.tokenizer.chat_template):
+            bos, prompt_ids = prompt_ids[:1], prompt_ids[1:]  # the template alone puts one (OLMo 2)
         keep = self.max_prompt_length - len(bos)
         prompt_ids = bos + prompt_ids[max(len(prompt_ids) - keep, 0):]
         if not prompt_ids:
             if self.tokenizer.bos_token_id is None:
                 raise DataError("the prompt is empty and the tokenizer has no bos_token to predict the first token from")
             prompt_ids = [self.tokenizer.bos_token_id]
-        room = self.max_length - len(prompt_ids)
+        room = max(self.max_length - len(prompt_ids), 0)
         empty = [not self._content(r).strip() for r in responses]
         return prompt_ids, [[] if e else self.one_eos(ids)[:room] for e, ids in zip(empty, response_ids)]
 
@@ -433,6 +468,8 @@ def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decont
         rows = decontaminate(rows, decontaminate_with, workers)
         counts["contaminated"] = counts["rows"] - len(rows)
 
+    if not len(rows):
+        raise DataError(f"{', '.join(mixer)}: no {kind} pair is left ({_plain(counts)})")
     table = rows.map(
         tokenize_rows, fn_kwargs={"renderer": renderer}, batched=True, batch_size=256, remove_columns=rows.column_names,
         num_proc=_processes(workers, len(rows)), desc=f"tokenising {kind} pairs",
@@ -482,6 +519,7 @@ def parse_source(source, split, config_name=None):
 
 
 def parsed_rows(source, split, config_name):
+    place = None
     for place, row in read_rows(source, split, config_name):
         parsed = parse_row(row, place)
         id, order = canonical(parsed)
@@ -489,6 +527,8 @@ def parsed_rows(source, split, config_name):
         first, second = (json.dumps(parsed["responses"][k]) for k in order)
         yield {"id": id, "prompt": json.dumps(parsed["prompt"]), "first": first, "second": second, "place": place,
                "label": sign[parsed["label"]], "truth": sign[parsed["truth"]]}
+    if place is None:
+        raise DataError(f"{source}: its split {split} holds no row")
 
 
 def tokenize_rows(rows, renderer):
@@ -518,7 +558,9 @@ def decontaminate(rows, source, workers):
     if Path(source).is_file() and not source.endswith(SUFFIXES):
         strings = Path(source).read_text(encoding="utf-8").splitlines()
     else:
-        split = "test" if has_split(source, "test") else "train"
+        split = next((s for s in ("test", "train") if has_split(source, s)), None)
+        if split is None:
+            raise DataError(f"decontaminate_with {source}: has no split test or train")
         strings = [text for _, row in read_rows(source, split) for text in benchmark_strings(row)]
     strings = sorted({folded for s in strings if len(folded := _fold(s)) >= DECONTAMINATION_MIN_CHARS})
     if not strings:

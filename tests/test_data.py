@@ -735,6 +735,16 @@ def test_malformed_files(tmp_path, name, content, match):
         load(path)
 
 
+def test_malformed_rows_of_other_stores(tmp_path):
+    rows = datasets.Dataset.from_list([ROWS[0], {**ROWS[1], "chosen": None}])
+    rows.save_to_disk(tmp_path / "saved")
+    (tmp_path / "parquet").mkdir()
+    rows.to_parquet(tmp_path / "parquet" / "train.parquet")
+    for name, place in (("saved", r"saved \[train\]"), ("parquet", r"train\.parquet")):
+        with pytest.raises(DataError, match=rf"{place}, row 2, field chosen: .*nothing"):
+            load(tmp_path / name)
+
+
 def test_long_csv_fields(tmp_path):
     """The csv module's limit of 131,072 characters a field is not the data's."""
     write_csv(tmp_path / "f.csv", [preference(0, chosen=" x" * 70_000)])

@@ -1,0 +1,274 @@
+"""The command line and the config: `python -m pytest tests/test_config.py`. Nothing is loaded here but YAML."""
+
+import dataclasses
+import json
+
+import pytest
+
+from conftest import ROOT
+from train import Config, Schedule, UsageError, command, engine_config, learning_rate, parse_config
+
+GOOD = {"model_name_or_path": "m", "dataset_mixer": {"d": 1.0}, "output_dir": "o"}
+
+# The official recipes as their files have them (paths and values are facts of that repository).
+OFFICIAL_BETA = """
+model_name_or_path: alignment-handbook/zephyr-7b-sft-full
+torch_dtype: null
+dataset_mixer:
+  HuggingFaceH4/ultrafeedback_binarized: 1.0
+dataset_splits:
+- train_prefs
+- test_prefs
+preprocessing_num_workers: 12
+bf16: true
+beta: 0.01
+do_eval: true
+eval_strategy: steps
+eval_steps: 100
+gradient_accumulation_steps: 2
+gradient_checkpointing: true
+gradient_checkpointing_kwargs:
+  use_reentrant: False
+hub_model_id: zephyr-7b-dpo-full
+learning_rate: 5.0e-7
+log_level: info
+logging_steps: 10
+lr_scheduler_type: cosine
+max_length: 1024
+max_prompt_length: 512
+num_train_epochs: 1
+optim: adamw_torch
+output_dir: data/zephyr-7b-dpo-full
+per_device_train_batch_size: 4
+per_device_eval_batch_size: 8
+push_to_hub: true
+save_strategy: "steps"
+save_steps: 100
+save_total_limit: 1
+seed: 42
+warmup_ratio: 0.1
+"""
+OFFICIAL_GEMMA = """
+model_name_or_path: HuggingFaceH4/zephyr-7b-gemma-sft-v0.1
+torch_dtype: bfloat16
+dataset_mixer:
+  argilla/dpo-mix-7k: 1.0
+dataset_splits:
+- train
+- test
+preprocessing_num_workers: 12
+bf16: true
+beta: 0.05
+do_eval: true
+data_selection: true
+eval_strategy: steps
+eval_steps: 100
+gamma: 2.0
+gradient_accumulation_steps: 4
+gradient_checkpointing: true
+gradient_checkpointing_kwargs:
+  use_reentrant: False
+hub_model_id: zephyr-7b-gemma-dpo
+learning_rate: 5.0e-7
+log_level: info
+logging_steps: 10
+lr_scheduler_type: cosine
+max_length: 1024
+max_prompt_length: 512
+num_train_epochs: 2
+optim: adamw_torch
+output_dir: data/zephyr-7b-gemma-dpo
+per_device_train_batch_size: 2
+per_device_eval_batch_size: 4
+push_to_hub: false
+report_to:
+- tensorboard
+- wandb
+save_strategy: "no"
+seed: 42
+warmup_ratio: 0.1
+"""
+OFFICIAL_FLAGS = ["--beta=0.1", "--data_selection=true", "--Gamma=1.3", "--num_train_epochs=1", "--output_dir=out"]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(values=None, text=None):
+        path = tmp_path / "c.yaml"
+        path.write_text(json.dumps(values) if text is None else text)
+        return ["--config", str(path)]
+    return write
+
+
+def refused(argv, capsys):
+    """The one line of an error; exit code 2."""
+    assert command(argv) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture
+def services(monkeypatch):
+    """As if tensorboard and wandb were installed and the user had logged in to the hub."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
+
+
+@pytest.mark.parametrize("text, beta, pairs", [(OFFICIAL_BETA, 0.01, 64), (OFFICIAL_GEMMA, 0.05, 64)])
+def test_the_official_recipe_files_run_unchanged(text, beta, pairs, write, services):
+    config = parse_config(write(text=text))
+    assert config.beta == beta and config.max_length == 1024 and config.learning_rate == 5e-7
+    assert config.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    assert 8 * config.per_device_train_batch_size * config.gradient_accumulation_steps == pairs
+    with_flags = parse_config(write(text=text) + OFFICIAL_FLAGS)
+    assert (with_flags.beta, with_flags.gamma, with_flags.num_train_epochs) == (0.1, 1.3, 1)
+    assert with_flags.output_dir == "out" and with_flags.data_selection is True
+
+
+def test_our_zephyr_recipes_are_the_official_ones_with_their_commands_values(write, services):
+    for ours, official in (("zephyr-7b-beta", OFFICIAL_BETA), ("zephyr-7b-gemma", OFFICIAL_GEMMA)):
+        mine = dataclasses.asdict(parse_config(["--config", str(ROOT / "configs" / f"{ours}.yaml")]))
+        theirs = dataclasses.asdict(parse_config(write(text=official) + OFFICIAL_FLAGS))
+        free = {"output_dir", "push_to_hub", "hub_model_id", "report_to", "log_level", "deepspeed"}
+        assert {k: v for k, v in mine.items() if k not in free} == {k: v for k, v in theirs.items() if k not in free}
+        assert mine["deepspeed"] == "configs/zero3.json" and mine["push_to_hub"] is False
+
+
+@pytest.mark.parametrize("flags", [["--Gamma=0.7"], ["--gamma=0.7"], ["--gamma", "0.7"], ["--Gamma", "0.7"],
+                                   ["--gamma=9", "--gamma=0.7"], ["--local_rank=0", "--gamma=7e-1"]])
+def test_every_way_to_say_gamma(flags, write):
+    assert parse_config(write(GOOD) + flags).gamma == 0.7
+
+
+@pytest.mark.parametrize("word, value", [("true", True), ("TRUE", True), ("Yes", True), ("1", True), ("false", False),
+                                         ("No", False), ("0", False)])
+def test_booleans(word, value, write):
+    assert parse_config(write(GOOD) + [f"--data_selection={word}"]).data_selection is value
+    assert parse_config(write(GOOD | {"data_selection": word})).data_selection is value
+
+
+def test_values_of_every_type(write):
+    config = parse_config(write(GOOD) + [
+        "--learning_rate=1e-3", "--chat_template={% if a == b %}x=y{% endif %}", "--dataset_splits=train_sft,test_sft",
+        "--dataset_mixer={a/b: 0.5, c: 1}", "--bf16", "--max_train_samples", "10", "--report_to=none", "--max_eval_samples=null"])
+    assert config.learning_rate == 1e-3 and config.bf16 is True and config.max_train_samples == 10
+    assert config.chat_template == "{% if a == b %}x=y{% endif %}"  # cut at the first "=" alone
+    assert config.dataset_splits == ["train_sft", "test_sft"] and config.dataset_mixer == {"a/b": 0.5, "c": 1.0}
+    assert config.report_to == ["none"] and config.max_eval_samples is None
+
+
+def test_flags_win_over_the_file(write):
+    assert parse_config(write(GOOD | {"beta": 0.5}) + ["--beta=0.2"]).beta == 0.2
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--gama=1"], "command line: unknown key 'gama'; the nearest known key is 'gamma'"),
+    (["--learning-rate=1"], "unknown key 'learning-rate'; the nearest known key is 'learning_rate'"),
+    (["--beta=big"], "command line, beta: expected a number, found 'big'"),
+    (["--beta=nan"], "beta: expected a number"),
+    (["--beta=-1"], "beta: expected a number of at least 1e-06, found -1.0"),
+    (["--Gamma=-1"], "command line, Gamma: expected a number of at least 0, found -1.0"),
+    (["--max_length=12.5"], "max_length: expected a whole number, found '12.5'"),
+    (["--bf16=maybe"], "bf16: expected true or false, found 'maybe'"),
+    (["--eval_strategy=step"], "expected one of no, steps, epoch, found 'step'; did you mean 'steps'?"),
+    (["--max_prompt_length=1024"], "max_prompt_length 1024 leaves no room for a response in max_length 1024"),
+    (["--dataset_mixer={d: 1.5}"], "the share of d must be over 0 and at most 1, found 1.5"),
+    (["--dataset_mixer=d"], "dataset_mixer: expected a mapping of names to numbers, found 'd'"),
+    (["--dataset_splits=everything"], "'everything' must contain one of train, test"),
+    (["--dataset_splits=test"], "no name contains `train`"),
+    (["--loss_type=kto_pair"], "loss_type 'kto_pair' cannot be gated: it scores chosen and rejected responses apart"),
+    (["--loss_type=hinge", "--label_smoothing=0.1"], "label_smoothing is defined for loss_type sigmoid, not hinge"),
+    (["--torch_dtype=bfloat16"], "torch_dtype bfloat16 needs bf16: true"),
+    (["--use_peft=true"], "use_peft=true cannot be honoured: adapters are not supported"),
+    (["--fp16=true"], "fp16=true cannot be honoured: float16 needs loss scaling"),
+    (["--precompute_ref_log_probs=false"], "the log-probs of the reference are always computed once"),
+    (["--report_to=mlflow"], "report_to: expected some of tensorboard, wandb, csv_monitor, none, found 'mlflow'"),
+    (["--gamma=1", "--Gamma=2"], "command line: Gamma and gamma are the same key; keep one"),
+    (["gamma=1"], "'gamma=1': expected --key value or --key=value"),
+    (["--max_steps=0"], "nothing to do in 0 steps"),
+])
+def test_what_cannot_be_is_one_line_with_place_value_and_what_was_expected(flags, message, write, capsys):
+    assert message in refused(write(GOOD) + flags, capsys)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "model_name_or_path is missing"),
+    ("- a\n- b\n", "expected keys with values, found list"),
+    ("a: b: c\n", "c.yaml, line 1: not YAML"),
+    ("model_name_or_path: [x]\n", "c.yaml, model_name_or_path: expected text, found ['x']"),
+    ("beta: {a: 1}\n", "c.yaml, beta: expected a number, found {'a': 1}"),
+    ("gamma:\n", "c.yaml, gamma: expected a number, found nothing"),
+    ("lora_r: 16\nuse_peft: true\n", "adapters are not supported"),
+])
+def test_a_file_that_cannot_be(text, message, write, capsys):
+    assert message in refused(write(text=text), capsys)
+
+
+def test_no_config_and_no_such_config(capsys):
+    assert "say --config FILE.yaml" in refused([], capsys)
+    assert "--config nowhere.yaml: cannot be read (No such file or directory)" in refused(["--config", "nowhere.yaml"], capsys)
+
+
+def test_what_recipes_switch_off_is_accepted(write):
+    parse_config(write(GOOD | {"use_peft": False, "load_in_4bit": False, "lora_r": 16, "fp16": False}))
+
+
+def test_help_names_every_key(capsys):
+    assert command(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{field.name} (" in shown and field.metadata["help"] in shown for field in dataclasses.fields(Config))
+
+
+def test_the_engine_config_takes_what_the_yaml_owns(write, tmp_path):
+    config = parse_config(write(GOOD) + ["--per_device_train_batch_size=4", "--gradient_accumulation_steps=3",
+                                         "--max_grad_norm=0.5", "--bf16=true", "--report_to=csv_monitor"])
+    ds = engine_config(config, world=2)
+    assert ds["train_batch_size"] == 24 and ds["train_micro_batch_size_per_gpu"] == 4
+    assert ds["gradient_accumulation_steps"] == 3 and ds["gradient_clipping"] == 0.5 and ds["bf16"]["enabled"] is True
+    assert ds["csv_monitor"]["enabled"] and "tensorboard" not in ds
+    for text, message in (('{"gradient_clipping": 2}', "gradient_clipping is 2, but the YAML says 0.5"),
+                          ('{"zero_optimization": {"stage": "auto"}}', 'zero_optimization.stage is "auto", but no key'),
+                          ('{"fp16": {"enabled": true}}', "fp16 cannot be honoured"), ("{", "line 1: not JSON")):
+        (tmp_path / "ds.json").write_text(text)
+        with pytest.raises(UsageError, match=message):
+            engine_config(dataclasses.replace(config, deepspeed=str(tmp_path / "ds.json")), 1)
+
+
+def test_bf16_without_zero_keeps_fp32_weights(write, tmp_path, capsys):
+    (tmp_path / "ds.json").write_text('{"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 0}}')
+    config = parse_config(write(GOOD) + ["--bf16=true", f"--deepspeed={tmp_path / 'ds.json'}"])
+    assert engine_config(config, 1)["zero_optimization"]["stage"] == 1
+    assert "running as ZeRO 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "constant_with_warmup"])
+def test_learning_rates_are_those_of_transformers(kind, write):
+    import torch
+    import transformers
+    config = parse_config(write(GOOD) + [f"--lr_scheduler_type={kind}", "--learning_rate=0.5", "--warmup_ratio=0.23"])
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    theirs = transformers.get_scheduler(kind, optimizer, num_warmup_steps=7, num_training_steps=30)  # ceil(0.23 · 30)
+    for step in range(30):
+        assert learning_rate(step, 30, config) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        theirs.step()
+
+
+class FakePairs:
+    lengths = [10 + n % 7 for n in range(42)]
+
+    def __len__(self):
+        return 42
+
+
+def test_schedule_sees_each_pair_once_an_epoch(write):
+    config = parse_config(write(GOOD) + ["--per_device_train_batch_size=2", "--gradient_accumulation_steps=2",
+                                         "--num_train_epochs=1.5"])
+    schedule = Schedule(config, FakePairs(), world=2)
+    assert (schedule.epoch_steps, schedule.total_steps) == (6, 9)
+    first = [row for step in range(6) for row in schedule.rows(step)]
+    assert sorted(first) == list(range(42)) and first != sorted(first)
+    assert [len(schedule.rows(step)) for step in range(6)] == [8, 8, 8, 8, 8, 2]
+    assert schedule.rows(6) != first[:8]  # the second epoch has an order of its own
+    assert Schedule(config, FakePairs(), world=2).rows(7) == schedule.rows(7)  # a resume knows it
