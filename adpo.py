@@ -50,6 +50,14 @@ UNGATED_LOSS_TYPES = {
 }
 
 
+def why_not_gated(loss_type):
+    """None for a loss of LOSS_TYPES, else why it cannot be used, for the user."""
+    if loss_type in LOSS_TYPES:
+        return None
+    reason = UNGATED_LOSS_TYPES.get(loss_type, "it is not known")
+    return f"loss_type {loss_type!r} cannot be gated: {reason}; use one of {', '.join(LOSS_TYPES)}"
+
+
 def implicit_rewards(logps, ref_logps, beta):
     """Implicit reward of each response, in units of reward (β times nats).
 
@@ -113,8 +121,7 @@ def preference_loss(margin, labels, loss_type="sigmoid", beta=0.1, label_smoothi
     elif loss_type == "hinge":
         loss = torch.relu(1 - z)
     else:
-        reason = UNGATED_LOSS_TYPES.get(loss_type, "it is not known")
-        raise ValueError(f"loss_type {loss_type!r} cannot be gated: {reason}; use one of {', '.join(LOSS_TYPES)}")
+        raise ValueError(why_not_gated(loss_type))
     return torch.where(labels == 0, torch.zeros_like(loss), loss)
 
 

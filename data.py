@@ -310,10 +310,9 @@ class Renderer:
 
     def fingerprint(self):
         """Hash of all that decides what a text becomes."""
-        # Padding and truncation are state of the last call, not of the tokeniser.
-        content = json.loads(self.tokenizer.backend_tokenizer.to_str()) if self.tokenizer.is_fast else repr(self.tokenizer)
-        if isinstance(content, dict):
-            content.update(padding=None, truncation=None)
+        content = repr(self.tokenizer)
+        if self.tokenizer.is_fast:  # its padding and truncation are state of the last call, not of the tokeniser
+            content = {**json.loads(self.tokenizer.backend_tokenizer.to_str()), "padding": None, "truncation": None}
         return hashlib.blake2b(json.dumps(
             [VERSION, content, self.tokenizer.chat_template, self.tokenizer.special_tokens_map, self.bos, self.eos,
              self.max_prompt_length, self.max_length, self.empty_system], sort_keys=True).encode(), digest_size=16).hexdigest()
@@ -603,8 +602,9 @@ def _processes(workers, rows):
 
 
 def _plain(counts):
-    words = {"rows": "rows read", "contaminated": "dropped as contaminated", "empty response": "dropped for an empty response",
-             "equal responses": "dropped for equal responses", "pairs": "pairs", "repeated": "of them repeated",
+    """The counts in plain words; zeros are left out."""
+    words = {"rows": "rows read", "contaminated": "dropped as contaminated",
+             "empty response": "dropped for an empty response", "equal responses": "dropped for equal responses", "pairs": "pairs", "repeated": "of them repeated",
              "contradicting": "with opposite labels (the first counts)"}
     return ", ".join(f"{n:,} {words[key]}" for key, n in counts.items() if n or key in ("rows", "pairs"))
 

@@ -2,7 +2,7 @@
 
     Oracle.answer(ids, margins, ask)      what the loop calls; over all ranks together
         Ledger                            SQLite: one row an answer, unique by pair, committed before it is used
-        annotator.label(ids)              who is asked: here DatasetAnnotator; anything with the same two methods will do
+        annotator.label(ids)              who is asked: here DatasetAnnotator; anything with its two methods will do
 
 A label that is not in the ledger does not exist for the loop: what a run reports as queries is the number of rows here.
 
@@ -38,10 +38,10 @@ class DatasetAnnotator:
             raise LookupError(f"pair {missing[0]} has no label in the data set ({len(missing)} of {len(ids)} asked)")
         return [self.labels[id] for id in ids]
 
-    def grade(self, ids, labels):
-        """(right, known): how many of these labels agree with the truth, of those whose truth is known."""
-        truths = [(label, self.truths[id]) for id, label in zip(ids, labels) if id in self.truths]
-        return sum(label == truth for label, truth in truths), len(truths)
+    def grade(self, labelled):
+        """(right, known): of these (pair id, label), how many agree with the truth, and of how many the truth is known."""
+        known = [label == self.truths[id] for id, label in labelled if id in self.truths]
+        return sum(known), len(known)
 
 
 class Ledger:
@@ -94,7 +94,7 @@ class Ledger:
 class Oracle:
     """The one way to a label. Every rank makes one; rank 0 alone holds the annotator and the ledger.
 
-    annotator: has `name`, `label(ids)` and `grade(ids, labels)`; None on ranks other than 0.  path: the ledger's file.
+    annotator: has `name`, `label(ids)` and `grade(labelled)`; None on ranks other than 0.  path: the ledger's file.
     """
 
     def __init__(self, annotator, path):
@@ -136,18 +136,19 @@ class Oracle:
             known.update(zip(new, labels))
         return [known.get(id, 0) for id, _, _ in items]
 
-    def report_pseudo(self, ids, labels):
-        """Tell the oracle which pairs are trained on with a pseudo-label (±1), so that it can count and grade them.
+    def report_pseudo(self, unasked):
+        """Tell the oracle which pairs are trained on with a pseudo-label, so that it can count and grade them.
 
-        All ranks call it together, once an optimiser step. Nothing comes back: the loop learns no label by it.
+        unasked: [(pair id, ±1)]. All ranks call it together, once an optimiser step. Nothing comes back: the loop learns
+        no label by it.
         """
-        parts = [(ids, labels)]
+        parts = [unasked]
         if self.world > 1:
             parts = [None] * self.world if self.rank == 0 else None
-            dist.gather_object((ids, labels), parts, dst=0, group=self.group)
-        for ids, labels in parts or ():
-            right, known = self.annotator.grade(ids, labels)
-            self.pseudo["labels"] += len(ids)
+            dist.gather_object(unasked, parts, dst=0, group=self.group)
+        for part in parts or ():
+            right, known = self.annotator.grade(part)
+            self.pseudo["labels"] += len(part)
             self.pseudo["right"] += right
             self.pseudo["known"] += known
 

@@ -1,10 +1,10 @@
-"""Train a language model with Active DPO: the config, and one visible loop around `deepspeed.initialize`.
+"""Train a language model with Active DPO: one visible loop around `deepspeed.initialize`.
 
     deepspeed train.py --config configs/quickstart.yaml [--key value | --key=value] …
     python train.py --config …                            the same in one process, without the launcher
     python train.py --help                                every key
 
-Read `main` first: data, reference, engine, oracle, loop, end. The maths is in adpo.py.
+Read `main` first: data, policy and reference, oracle, loop, end. The maths is in adpo.py, the keys in config.py.
 
 Departures from the paper: none in the loop. Departures from the official code: no Trainer and no trl; an unknown key ends
 the run; the reference is scored once and cached, so that no second model is resident; evaluation uses true labels and
@@ -14,11 +14,9 @@ Legend: B pairs of a micro-batch, T tokens of a row, N response tokens, V vocabu
 """
 
 import dataclasses
-import difflib
 import gc
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -26,9 +24,6 @@ import resource
 import shutil
 import sys
 import time
-import types
-import typing
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -48,297 +43,27 @@ import adpo
 import data
 import oracle
 import toy
-
-HERE = Path(__file__).resolve().parent
-
-
-class UsageError(Exception):
-    """What the user asked for cannot be done; the message says what, where and what to do. Exit code 2."""
-
+from config import FREE_ON_RESUME, HERE, REFUSED, UsageError, help_text, parse_config
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Config: one flat typed dataclass; the names are those of Hugging Face, TRL and the alignment handbook
+# Ranks, engine, model
 
-def key(default, help, choices=None, low=None, high=None):
-    factory = {"default_factory": lambda: default} if isinstance(default, (list, dict)) else {"default": default}
-    return field(metadata={"help": help, "choices": choices, "low": low, "high": high}, **factory)
-
-
-@dataclass
-class Config:
-    # Model
-    model_name_or_path: str = key(None, "policy: hub id or folder; `toy` is the built-in task's model")
-    model_revision: str = key("main", "branch, tag or commit of the hub model")
-    tokenizer_name_or_path: str | None = key(None, "tokenizer, where it is not the model's own")
-    ref_model_name_or_path: str | None = key(None, "reference policy; null: the policy before its first step")
-    torch_dtype: str | None = key(None, "dtype that the weights are loaded in; bf16 decides what is trained in",
-                                  choices=(None, "auto", "bfloat16", "float32"))
-    attn_implementation: str | None = key(None, "attention of transformers: eager, sdpa, flash_attention_2, …")
-    trust_remote_code: bool = key(False, "run code that comes with the model")
-    # Data
-    dataset_mixer: dict[str, float] = key(None, "source: share of its training pairs; a source is a hub id, a folder, a file")
-    dataset_splits: list[str] = key(["train", "test"], "splits to use; names with `train` are for training")
-    dataset_configs: list[str] | None = key(None, "config name of each source of dataset_mixer, in order")
-    preprocessing_num_workers: int | None = key(None, "processes that tokenise; null: all cores", low=1)
-    chat_template: str | None = key(None, "template in place of the tokenizer's own: text, or a .jinja file")
-    auto_insert_empty_system_msg: bool = key(True, "put an empty system message where the template knows system messages")
-    max_length: int = key(1024, "tokens of prompt and one response; responses are cut from the right", low=2)
-    max_prompt_length: int = key(512, "tokens of the prompt; it is cut from the left", low=1)
-    max_train_samples: int | None = key(None, "train on a random share of at most so many pairs", low=1)
-    max_eval_samples: int | None = key(None, "evaluate on a random share of at most so many pairs", low=1)
-    decontaminate_with: str | None = key(None, "drop pairs that contain text of this benchmark (openai_humaneval, a data "
-                                               "set, or a text file)")
-    # ADPO
-    beta: float = key(0.1, "β: strength of the pull towards the reference", low=1e-6)
-    gamma: float = key(1.3, "γ: a pair with |margin| ≤ γ is asked; in units of reward, so it goes with beta", low=0)
-    data_selection: bool = key(True, "the gate; false asks for every pair, which is plain DPO")
-    pseudo_labels: bool = key(True, "train a pair that is not asked on sign(margin); false gives it no loss")
-    loss_type: str = key("sigmoid", "sigmoid (DPO), ipo or hinge")
-    label_smoothing: float = key(0.0, "ε of the sigmoid loss", low=0, high=0.5)
-    oracle: str = key("dataset", "who answers: dataset (the labels that the data came with)", choices=("dataset",))
-    # Optimisation
-    per_device_train_batch_size: int = key(8, "pairs a micro-batch", low=1)
-    per_device_eval_batch_size: int = key(8, "pairs a batch of evaluation", low=1)
-    gradient_accumulation_steps: int = key(1, "micro-batches an optimiser step", low=1)
-    learning_rate: float = key(5e-7, "peak learning rate", low=0)
-    weight_decay: float = key(0.0, "AdamW's, on matrices alone", low=0)
-    max_grad_norm: float = key(1.0, "clip the gradient's norm; 0: do not", low=0)
-    optim: str = key("adamw_torch", "optimiser", choices=("adamw_torch", "rmsprop"))
-    lr_scheduler_type: str = key("cosine", "schedule after the warm-up",
-                                 choices=("cosine", "linear", "constant", "constant_with_warmup"))
-    warmup_ratio: float = key(0.1, "share of the steps that warm up", low=0, high=1)
-    num_train_epochs: float = key(1.0, "passes over the pairs", low=0)
-    max_steps: int = key(-1, "optimiser steps, in place of num_train_epochs; -1: not", low=-1)
-    bf16: bool = key(False, "compute in bfloat16, with fp32 weights in the optimiser")
-    gradient_checkpointing: bool = key(False, "recompute activations in backward: half the memory, a fifth slower")
-    gradient_checkpointing_kwargs: dict[str, bool] = key({"use_reentrant": False}, "passed to torch.utils.checkpoint")
-    logits_chunk_size: int = key(2048, "response tokens whose logits are alive at a time", low=1)
-    deepspeed: str = key(str(HERE / "ds_config.json"), "engine config; what this file owns is \"auto\" there")
-    num_threads: int | None = key(None, "CPU threads a process; small models are several times faster with 1", low=1)
-    seed: int = key(42, "order of the pairs, random shares, weights that a model folder lacks", low=0)
-    # Output
-    output_dir: str = key(None, "where all of it goes")
-    logging_steps: int = key(10, "steps between two rows of metrics.jsonl", low=1)
-    logging_first_step: bool = key(True, "log the first step too")
-    log_level: str = key("warning", "of transformers, datasets and DeepSpeed",
-                         choices=("debug", "info", "warning", "error", "critical"))
-    do_eval: bool = key(True, "evaluate at all")
-    eval_strategy: str = key("no", "when to evaluate, besides at the end", choices=("no", "steps", "epoch"))
-    eval_steps: int = key(100, "with eval_strategy steps", low=1)
-    eval_on_start: bool = key(False, "evaluate before the first step too")
-    save_strategy: str = key("steps", "when to write a checkpoint", choices=("no", "steps", "epoch"))
-    save_steps: int = key(500, "with save_strategy steps", low=1)
-    save_total_limit: int | None = key(None, "keep so many checkpoints, the latest", low=1)
-    resume_from_checkpoint: str | None = key(None, "a checkpoint folder, or false; null: the latest in output_dir, if any")
-    report_to: list[str] = key(["none"], "tensorboard, wandb, csv_monitor (DeepSpeed's monitor) or none")
-    push_to_hub: bool = key(False, "upload the trained model at the end")
-    hub_model_id: str | None = key(None, "name of the uploaded model; null: the name of output_dir")
-    hub_model_revision: str = key("main", "branch to upload to")
-    # The built-in task (toy.py)
-    toy_dir: str = key("outputs/toy", "where the built-in task is kept, for `toy` as a model or data set")
-    toy_label_noise: float = key(0.05, "share of its labels that are wrong", low=0, high=0.5)
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-ALIASES = {"Gamma": "gamma", "evaluation_strategy": "eval_strategy", "dtype": "torch_dtype",
-           "dataset_num_proc": "preprocessing_num_workers"}
-
-# Keys of the recipes that this project does not do. Their "off" value is accepted.
-REFUSED = {
-    "use_peft": "adapters are not supported; all weights are trained",
-    "load_in_4bit": "quantised training is not supported",
-    "load_in_8bit": "quantised training is not supported",
-    "fp16": "float16 needs loss scaling, which skips steps; use bf16",
-    "packing": "a row holds one pair",
-    "sync_ref_model": "the reference is fixed, which is what makes its log-probs cacheable",
-    "reference_free": "without a reference there is no implicit reward to gate by",
-    "precompute_ref_log_probs": None,  # always on: accepted when true
-}
-# Settings of adapters that recipes carry along: without use_peft they mean nothing.
-ADAPTER_KEYS = ("lora_", "bnb_4bit_", "use_bnb_")
-
-# What may differ between a checkpoint and the run that resumes it: none of it changes what is computed.
-FREE_ON_RESUME = {"logging_steps", "logging_first_step", "log_level", "eval_strategy", "eval_steps", "eval_on_start",
-                  "do_eval", "max_eval_samples", "per_device_eval_batch_size", "save_strategy", "save_steps",
-                  "save_total_limit", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id",
-                  "hub_model_revision", "preprocessing_num_workers", "num_threads", "output_dir", "toy_dir"}
+def say(message):
+    """One line from rank 0, above the progress bar."""
+    if rank() == 0:
+        tqdm.write(message)
+        sys.stdout.flush()
 
 
-def parse_config(argv):
-    """Config from a command line: the YAML of --config, then the flags, which win. Raises UsageError."""
-    flags = parse_flags(argv)
-    values = {}
-    path = flags.pop("config", None)
-    if path is None:
-        raise UsageError("no config: say --config FILE.yaml (ready ones are in configs/)")
-    try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error.reason})")
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        where = "" if line is None else f", line {line + 1}"
-        raise UsageError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or error})".replace("\n", " "))
-    if not isinstance(loaded or {}, dict):
-        raise UsageError(f"{path}: expected keys with values, found {type(loaded).__name__}")
-    for place, source in ((path, loaded or {}), ("command line", flags)):
-        given = {}
-        for name, value in source.items():
-            known = resolve_key(str(name), value, place)
-            if known:
-                if known in given:
-                    raise UsageError(f"{place}: {name} and {given[known]} are the same key; keep one")
-                given[known] = name
-                values[known] = convert(value, known, f"{place}, {name}")
-    config = Config(**values)
-    check_config(config, path)
-    return config
-
-
-def parse_flags(argv):
-    """{"key": text} of `--key value`, `--key=value` and `--key` (true). Of a flag given twice the last counts."""
-    flags, rest = {}, list(argv)
-    while rest:
-        flag = rest.pop(0)
-        if not flag.startswith("--") or flag == "--":
-            raise UsageError(f"{flag!r}: expected --key value or --key=value")
-        name, equals, value = flag[2:].partition("=")
-        if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        flags[name] = value
-    flags.pop("local_rank", None)  # the launcher's; the environment says the same
-    return flags
-
-
-def resolve_key(name, value, place):
-    """The Config field that a key means, or None for one that is accepted and has nothing to do. Raises UsageError."""
-    known = {f.name for f in dataclasses.fields(Config)}
-    name = ALIASES.get(name, name)
-    if name in known:
-        return name
-    if name.startswith(ADAPTER_KEYS):
-        return None
-    if name in REFUSED:
-        off = str(value).lower() in ("false", "no", "0", "none", "null", "")
-        if off == (name != "precompute_ref_log_probs"):
-            return None
-        raise UsageError(f"{place}: {name}={value} cannot be honoured: "
-                         f"{REFUSED[name] or 'the log-probs of the reference are always computed once'}")
-    near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=0)
-    raise UsageError(f"{place}: unknown key {name!r}; the nearest known key is {near[0]!r}" if near else
-                     f"{place}: unknown key {name!r}")
-
-
-def convert(value, name, place):
-    """A value from YAML or the command line as the field's type, checked for choices and range. Raises UsageError."""
-    spec = Config.__dataclass_fields__[name]
-    hint = spec.type
-    optional = isinstance(hint, types.UnionType) or spec.default is None
-    if isinstance(hint, types.UnionType):
-        hint = next(t for t in typing.get_args(hint) if t is not type(None))
-    if value is None or (isinstance(value, str) and value.lower() in ("null", "none") and name != "report_to"):
-        if optional or value is not None and hint is str:
-            return None if optional else value
-        raise UsageError(f"{place}: expected {describe(hint)}, found nothing")
-    wrong = UsageError(f"{place}: expected {describe(hint)}, found {value!r}")
-    if hint is bool:
-        word = str(value).lower()
-        if word not in ("true", "yes", "1", "false", "no", "0"):
-            raise wrong
-        return word in ("true", "yes", "1")
-    if hint in (int, float):
-        try:
-            number = float(value) if not isinstance(value, (bool, list, dict)) else math.nan
-        except ValueError:
-            raise wrong
-        if not math.isfinite(number) or hint is int and number != int(number):
-            raise wrong
-        value = hint(number)
-    elif hint is str:
-        if isinstance(value, (list, dict)):
-            raise wrong
-        value = str(value)
-    else:
-        value = convert_collection(value, hint, wrong)
-    meta = spec.metadata
-    if meta["choices"] and value not in meta["choices"]:
-        near = difflib.get_close_matches(str(value), [c for c in meta["choices"] if c], n=1)
-        raise UsageError(f"{place}: expected one of {', '.join(str(c) for c in meta['choices'])}, found {value!r}"
-                         + (f"; did you mean {near[0]!r}?" if near else ""))
-    for bound, beyond, words in ((meta["low"], lambda b: value < b, "at least"), (meta["high"], lambda b: value > b, "at most")):
-        if bound is not None and beyond(bound):
-            raise UsageError(f"{place}: expected {describe(hint)} of {words} {bound}, found {value}")
-    return value
-
-
-def convert_collection(value, hint, wrong):
-    """list[str] from a list or "a,b"; dict[str, X] from a mapping or "{a: 1}"."""
-    if isinstance(value, str) and (value.startswith(("[", "{")) or typing.get_origin(hint) is dict):
-        try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise wrong
-    if typing.get_origin(hint) is list:
-        value = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-        if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
-            raise wrong
-        return value
-    item = typing.get_args(hint)[1]
-    if not isinstance(value, dict) or not value:
-        raise wrong
-    for k, v in value.items():
-        if not isinstance(v, (int, float)) or isinstance(v, bool) != (item is bool):
-            raise wrong
-    return {str(k): item(v) for k, v in value.items()}
-
-
-def describe(hint):
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(hint) or (
-        "a list of names" if typing.get_origin(hint) is list else "a mapping of names to numbers"
-        if typing.get_args(hint)[1] is float else "a mapping of names to true or false")
-
-
-def check_config(config, path):
-    """What no single key can be checked for. Raises UsageError."""
-    for name in ("model_name_or_path", "dataset_mixer", "output_dir"):
-        if getattr(config, name) is None:
-            raise UsageError(f"{path}: {name} is missing")
-    if config.max_prompt_length >= config.max_length:
-        raise UsageError(f"{path}: max_prompt_length {config.max_prompt_length} leaves no room for a response in "
-                         f"max_length {config.max_length}")
-    for source, share in config.dataset_mixer.items():
-        if not 0 < share <= 1:
-            raise UsageError(f"{path}, dataset_mixer: the share of {source} must be over 0 and at most 1, found {share}")
-    if config.dataset_configs and len(config.dataset_configs) != len(config.dataset_mixer):
-        raise UsageError(f"{path}: dataset_configs needs one name for each of the {len(config.dataset_mixer)} sources")
-    for split in config.dataset_splits:
-        if not any(word in split for word in ("train", *EVALUATION_SPLITS)):
-            raise UsageError(f"{path}, dataset_splits: {split!r} must contain one of train, {', '.join(EVALUATION_SPLITS)}")
-    if not any("train" in split for split in config.dataset_splits):
-        raise UsageError(f"{path}, dataset_splits: no name contains `train`")
-    if config.loss_type not in adpo.LOSS_TYPES:
-        try:
-            adpo.preference_loss(torch.zeros(1), torch.ones(1), config.loss_type)
-        except ValueError as error:
-            raise UsageError(f"{path}: {error}")
-    if config.label_smoothing and config.loss_type != "sigmoid":
-        raise UsageError(f"{path}: label_smoothing is defined for loss_type sigmoid, not {config.loss_type}")
-    if config.torch_dtype == "bfloat16" and not config.bf16:
-        raise UsageError(f"{path}: torch_dtype bfloat16 needs bf16: true, which trains with fp32 weights in the optimiser")
-    if config.max_steps == 0 or config.num_train_epochs == 0:
-        raise UsageError(f"{path}: nothing to do in 0 {'steps' if config.max_steps == 0 else 'epochs'}")
-    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "csv_monitor": None, "none": None}
-    for service in config.report_to:
-        if service not in packages:
-            raise UsageError(f"{path}, report_to: expected some of {', '.join(packages)}, found {service!r}")
-        if packages[service] and importlib.util.find_spec(packages[service]) is None:
-            raise UsageError(f"{path}, report_to: {service} is not installed: pip install {service}, or --report_to=none")
-    if config.push_to_hub:
-        from huggingface_hub import get_token
-        if get_token() is None:
-            raise UsageError(f"{path}: push_to_hub needs a login: run `hf auth login`, or say --push_to_hub=false")
-
-
-EVALUATION_SPLITS = ("test", "eval", "valid", "dev")
+def bar(total, what, **kwargs):
+    """A progress bar on rank 0; in a log file, a line now and then."""
+    terminal = sys.stderr.isatty()
+    return tqdm(total=total, desc=what, disable=rank() != 0 or not terminal and not kwargs.get("leave", True),
+                dynamic_ncols=True, mininterval=0.5 if terminal else 20, **kwargs)
 
 
 def engine_config(config, world):
@@ -381,43 +106,32 @@ def engine_config(config, world):
     return ds
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Ranks, model, reference
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def say(message):
-    """One line from rank 0, above the progress bar."""
-    if rank() == 0:
-        tqdm.write(message)
-        sys.stdout.flush()
-
-
-def bar(total, what, **kwargs):
-    """A progress bar on rank 0; in a log file, a line now and then."""
-    terminal = sys.stderr.isatty()
-    return tqdm(total=total, desc=what, disable=rank() != 0 or not terminal and not kwargs.get("leave", True),
-                dynamic_ncols=True, mininterval=0.5 if terminal else 20, **kwargs)
-
-
 def load_tokenizer(config):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        config.tokenizer_name_or_path or config.model_name_or_path, revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code)
+    name = config.tokenizer_name_or_path or config.model_name_or_path
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            name, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"tokenizer {name}: cannot be loaded ({one_line(error)})")
     if config.chat_template:
         is_file = config.chat_template.endswith(".jinja")
         tokenizer.chat_template = Path(config.chat_template).read_text() if is_file else config.chat_template
     return tokenizer
 
 
-def load_model(config, name, say=say):
+def one_line(error):
+    return " ".join(str(error).split())
+
+
+def load_model(config, name):
     """The causal LM inside the module that the engine wraps, in the dtype that it is trained in, dropout off."""
     torch.manual_seed(config.seed)
-    lm = transformers.AutoModelForCausalLM.from_pretrained(
-        name, revision=config.model_revision, dtype=torch.bfloat16 if config.bf16 else torch.float32,
-        attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code, use_safetensors=True)
+    try:
+        lm = transformers.AutoModelForCausalLM.from_pretrained(
+            name, revision=config.model_revision, dtype=torch.bfloat16 if config.bf16 else torch.float32,
+            attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code, use_safetensors=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"model {name}: cannot be loaded ({one_line(error)})")
     for module in lm.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -476,7 +190,8 @@ class Schedule:
         self.micro_steps = config.gradient_accumulation_steps
         self.step_pairs = config.per_device_train_batch_size * self.micro_steps * world
         self.epoch_steps = math.ceil(len(pairs) / self.step_pairs)
-        self.total_steps = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * self.epoch_steps)
+        self.total_steps = (config.max_steps if config.max_steps > 0
+                            else math.ceil(config.num_train_epochs * self.epoch_steps))
         self._order = (None, None)
 
     def rows(self, step):
@@ -516,13 +231,12 @@ def score(engine, pairs, batches, shared, what):
             if rows:
                 logps[batch.rows], seen[batch.rows] = scored, 1.0
             progress.update()
-    if dist.get_world_size() > 1:
-        dist.all_reduce(logps)
-        dist.all_reduce(seen)
+    dist.all_reduce(logps)
+    dist.all_reduce(seen)
     return logps.where(seen > 0, torch.nan).cpu()
 
 
-def reference_logps(engine, parts, weights, config, shared):
+def reference_logps(engine, parts, weights, shared):
     """log π_ref of all pairs of the run, from the cache on disk or computed once. `parts`: {name: (pairs, batches)}.
 
     The batches are those that training and evaluation will use, and part of the cache's key: how a batch is padded shows
@@ -563,16 +277,11 @@ def check_rows(engine, pairs, shared):
     plain = engine(data.collate(pairs, [row], shared=False).to(engine.device), per_token="plain")
     ours = engine(data.collate(pairs, [row], shared).to(engine.device), per_token="ours")
     error = (ours - plain).pow(2).mean().sqrt().item()
-    limit = 0.15 if plain_dtype(engine) == torch.bfloat16 else 1e-3
+    limit = 0.15 if next(engine.module.parameters()).dtype == torch.bfloat16 else 1e-3
     if not error <= limit:
         raise UsageError(f"{type(engine.module.lm).__name__}: log-probs of pair {pairs.ids[row]} differ from a plain forward "
                          f"by {error:.2g} nats a token (limit {limit:.2g}): this architecture, transformers version or "
-                         "attn_implementation is not supported; try attn_implementation: eager")
-    return error
-
-
-def plain_dtype(engine):
-    return next(engine.module.parameters()).dtype
+                         "attn_implementation is not supported; try --attn_implementation=eager")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -598,12 +307,16 @@ def metric_sums(losses, rewards, logps, labels, weights, tokens):
     return torch.cat([sums, (columns * labelled).sum(-1)]).double()
 
 
-def means(sums):
-    """{metric: mean} of summed metrics over all ranks. The loss is over all pairs, the rest over those with a label."""
+def reduced(sums):
+    """Metric sums over all ranks, as a list."""
     sums = sums.clone()
-    if dist.get_world_size() > 1:
-        dist.all_reduce(sums)
-    pairs, labelled, tokens, loss, *rest = sums.tolist()
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def means(sums):
+    """({metric: mean}, tokens) of reduced sums. The loss is over all pairs, the rest over those with a label."""
+    pairs, labelled, tokens, loss, *rest = sums
     return {"loss": loss / max(pairs, 1), **{name: value / max(labelled, 1) for name, value in zip(METRICS[1:], rest)}}, tokens
 
 
@@ -621,7 +334,7 @@ def evaluate(engine, pairs, batches, reference, labels, config, shared):
             losses = adpo.preference_loss(adpo.margins(rewards), o, config.loss_type, config.beta, config.label_smoothing)
             sums += metric_sums(losses, rewards, logps, o, batch.weights, batch.tokens)
             progress.update()
-    return means(sums)[0]
+    return means(reduced(sums))[0]
 
 
 class Log:
@@ -787,30 +500,49 @@ def rank_0_first(work):
 
 
 def setup(config):
-    """Threads, log levels and the process group; then the built-in task, where the config names it."""
+    """Threads, log levels and the process group."""
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     transformers.logging.set_verbosity(getattr(transformers.logging, config.log_level.upper()))
     data.datasets.logging.set_verbosity(getattr(data.datasets.logging, config.log_level.upper()))
     deepspeed.utils.logging.logger.setLevel(config.log_level.upper())
-    os.environ.setdefault("RANK", "0"), os.environ.setdefault("WORLD_SIZE", "1"), os.environ.setdefault("LOCAL_RANK", "0")
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1"), os.environ.setdefault("MASTER_PORT", "0")
-    deepspeed.init_distributed(dist_init_required=True, auto_mpi_discovery=False)
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)  # one process, where no launcher has set them
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ["MASTER_PORT"] = "0"  # any free port: nobody else has to find it, and runs side by side do not collide
+    try:
+        deepspeed.init_distributed(dist_init_required=True, auto_mpi_discovery=False)
+    except dist.DistNetworkError as error:
+        raise UsageError(f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+                         f"({one_line(error)}): is another run on? Say `deepspeed --master_port PORT train.py …`")
     if rank() != 0:
         transformers.utils.logging.disable_progress_bar()
         data.datasets.disable_progress_bars()
-    if "toy" in (config.model_name_or_path, *config.dataset_mixer):
+
+
+def resolve_toy(config):
+    """Build the built-in task where the config names it, and put its folders in place of `toy`.
+
+    Returns the prompts of its test split, to generate from, or None.
+    """
+    if "toy" not in (config.model_name_or_path, *config.dataset_mixer):
+        return None
+    try:
         model, pairs = rank_0_first(lambda: toy.build(config.toy_dir, label_noise=config.toy_label_noise))
-        config.dataset_mixer = {str(pairs) if source == "toy" else source: share
-                                for source, share in config.dataset_mixer.items()}
-        if config.model_name_or_path == "toy":
-            config.model_name_or_path = str(model)
-        return [json.loads(line)["prompt"] for line in open(Path(pairs) / "test.jsonl")]
-    return None
+    except ValueError as error:
+        raise UsageError(f"toy: {error}")
+    config.dataset_mixer = {str(pairs) if source == "toy" else source: share
+                            for source, share in config.dataset_mixer.items()}
+    if config.model_name_or_path == "toy":
+        config.model_name_or_path = str(model)
+    return [row["prompt"] for _, row in data.read_rows(str(pairs), "test")]
 
 
 def load_data(config, tokenizer):
-    """(train pairs, test pairs or None, annotator, test labels (pairs,) or None)."""
+    """(train pairs, test pairs or None, annotator, test labels (pairs,) or None).
+
+    The labels go to the annotator, on rank 0 alone; what the loop gets has none.
+    """
     renderer = data.Renderer(tokenizer, config.max_prompt_length, config.max_length, config.auto_insert_empty_system_msg)
     names = dict(zip(config.dataset_mixer, config.dataset_configs or ()))
 
@@ -821,68 +553,76 @@ def load_data(config, tokenizer):
             config.decontaminate_with if kind == "train" else None, limit, config.seed, say))
 
     train, labels, truths = load("train", config.max_train_samples)
-    missing = next((id for id in train.ids if id not in labels), None)
-    if missing is not None:
-        raise UsageError(f"oracle dataset: pair {missing} has no label ({len(set(train.ids) - set(labels))} pairs have none)")
+    missing = [id for id in train.ids if id not in labels]
+    if missing:
+        raise UsageError(f"oracle dataset: pair {missing[0]} has no label ({len(missing)} of {len(train)} have none)")
     annotator = oracle.DatasetAnnotator(labels, truths) if rank() == 0 else None
-    test, test_labels = None, None
-    if config.do_eval:
-        test, _, test_truths = load("test", config.max_eval_samples)
-        if test is None:
+    test, _, truths = load("test", config.max_eval_samples) if config.do_eval else (None, {}, {})
+    if test is None:
+        if config.do_eval:
             say("no test split: evaluation is skipped")
-        elif not all(id in test_truths for id in test.ids):
-            raise UsageError(f"the test split has pairs without a label, {next(i for i in test.ids if i not in test_truths)} "
-                             "the first: label them, or say --do_eval=false")
-        else:
-            test_labels = torch.tensor([float(test_truths[id]) for id in test.ids])
-    return train, test, annotator, test_labels
+        return train, None, annotator, None
+    missing = [id for id in test.ids if id not in truths]
+    if missing:
+        raise UsageError(f"test split: pair {missing[0]} has no label ({len(missing)} of {len(test)} have none): label them, "
+                         "or say --do_eval=false")
+    return train, test, annotator, torch.tensor([float(truths[id]) for id in test.ids])
+
+
+def policy_and_reference(config, ds, parts):
+    """(engine of the policy, {part: reference log-probs (pairs, 2)}, whether a row holds both responses).
+
+    The reference is the policy before its first step, scored by its own engine. One that is another model is loaded, scored
+    and freed before the policy is loaded. parts: {"train": (pairs, batches), …}.
+    """
+    def prepare(name, zero, with_optimizer):
+        module = load_model(config, name)
+        shared = module.why_not_shared() is None
+        optimizer = make_optimizer(config, module, ds) if with_optimizer else None
+        weights = weights_fingerprint(module, name)
+        engine = deepspeed.initialize(model=module, optimizer=optimizer, config={**ds, "zero_optimization": zero})[0]
+        check_rows(engine, parts["train"][0], shared)
+        return engine, weights, shared
+
+    reference = None
+    if config.ref_model_name_or_path:
+        stage = 3 if ds["zero_optimization"].get("stage") == 3 else 0  # without an optimiser, stages 1 and 2 have no sense
+        engine, weights, shared = prepare(config.ref_model_name_or_path, {"stage": stage}, with_optimizer=False)
+        reference = reference_logps(engine, parts, weights, shared)
+        engine.destroy()
+        del engine
+        gc.collect()
+    engine, weights, shared = prepare(config.model_name_or_path, ds["zero_optimization"], with_optimizer=True)
+    if not shared:
+        say(f"two rows a pair: {type(engine.module.lm).__name__} cannot share a prompt, {engine.module.why_not_shared()}")
+    if reference is None:
+        reference = reference_logps(engine, parts, weights, shared)
+    return engine, {name: logps.to(engine.device) for name, logps in reference.items()}, shared
 
 
 def main(config):
     start_time = time.time()
-    toy_prompts = setup(config)
+    setup(config)
+    toy_prompts = resolve_toy(config)
     world = dist.get_world_size()
     ds = engine_config(config, world)
     output = Path(config.output_dir)
+    check_same_run(config, output)
     if (output / "summary.json").is_file():
-        check_same_run(config, output)
         say(f"{output} is finished: {closing_line(json.loads((output / 'summary.json').read_text()))}")
         return say("to train again, choose another --output_dir or move that one away")
-    check_same_run(config, output)
     resume = find_checkpoint(config, output)
 
-    # Data. The labels go to the annotator; what the loop gets has none.
+    # Data, policy, reference.
     tokenizer = load_tokenizer(config)
     train, test, annotator, test_labels = load_data(config, tokenizer)
     schedule = Schedule(config, train, world)
-    train_batches = schedule.training_batches()
-    test_batches = evaluation_batches(test, config.per_device_eval_batch_size, world) if test else []
-    parts = {"train": (train, train_batches)} | ({"test": (test, test_batches)} if test else {})
-
-    # Policy and engine. A reference that is another model is loaded, scored and freed before.
-    reference = None
-    if config.ref_model_name_or_path:
-        module = load_model(config, config.ref_model_name_or_path)
-        stage = 3 if ds["zero_optimization"].get("stage") == 3 else 0
-        engine = deepspeed.initialize(model=module, config={**ds, "zero_optimization": {"stage": stage}})[0]
-        shared = module.why_not_shared() is None
-        check_rows(engine, train, shared)
-        reference = reference_logps(engine, parts, weights_fingerprint(module, config.ref_model_name_or_path), config, shared)
-        engine.destroy()
-        del engine, module
-        gc.collect()
-    module = load_model(config, config.model_name_or_path)
-    shared = module.why_not_shared() is None
-    if not shared:
-        say(f"two rows a pair: {type(module.lm).__name__} cannot share a prompt, {module.why_not_shared()}")
-    weights = weights_fingerprint(module, config.model_name_or_path)
-    engine = deepspeed.initialize(model=module, optimizer=make_optimizer(config, module, ds), config=ds)[0]
+    parts = {"train": (train, schedule.training_batches())}
+    if test:
+        test_batches = evaluation_batches(test, config.per_device_eval_batch_size, world)
+        parts["test"] = (test, test_batches)
+    engine, reference, shared = policy_and_reference(config, ds, parts)
     device = engine.device
-    check_rows(engine, train, shared)
-    if reference is None:  # the reference is the policy before its first step
-        reference = reference_logps(engine, parts, weights, config, shared)
-    reference = {name: logps.to(device) for name, logps in reference.items()}  # (pairs, 2)
-    test_labels = test_labels.to(device) if test else None
 
     # The run's folder, its ledger, and where it stands.
     if rank() == 0:
@@ -891,39 +631,39 @@ def main(config):
             {"config": dataclasses.asdict(config), "versions": versions()}, sort_keys=False, allow_unicode=True))
     dist.barrier()
     asker = oracle.Oracle(annotator, output / "labels.sqlite")
-    step, seconds_before = 0, 0.0
+    step, seconds_before, evaluation = 0, 0.0, None
     sums = torch.zeros(10, dtype=torch.float64, device=device)  # metrics since the last log
     if resume:
         engine.load_checkpoint(str(resume.parent), tag=resume.name)
         state = json.loads((resume / "trainer_state.json").read_text())
-        step, seconds_before, asker.pseudo = state["step"], state["wall_seconds"], state["pseudo"]
+        step, seconds_before, asker.pseudo, evaluation = (state[k] for k in ("step", "wall_seconds", "pseudo", "evaluation"))
         sums += torch.tensor(state["sums"], dtype=torch.float64, device=device) * (rank() == 0)
         say(f"resumed from {resume} at step {step:,} of {schedule.total_steps:,}")
     log = Log(output, engine, step)
     say(f"{len(train):,} pairs, {schedule.total_steps:,} steps of {schedule.step_pairs} pairs, "
-        f"{sum(p.ds_numel if hasattr(p, 'ds_numel') else p.numel() for p in module.parameters()):,} parameters, "
+        f"{sum(getattr(p, 'ds_numel', p.numel()) for p in engine.module.parameters()):,} parameters, "
         f"{world} process{'es' if world > 1 else ''} on {device.type}, ZeRO {ds['zero_optimization'].get('stage', 0)}")
 
-    def wall_seconds():
-        return seconds_before + time.time() - start_time
-
     def run_evaluation():
-        metrics = evaluate(engine, test, test_batches, reference["test"], test_labels, config, shared)
+        metrics = evaluate(engine, test, test_batches, reference["test"], test_labels.to(device), config, shared)
         log.write({"step": step, "epoch": step / schedule.epoch_steps, "split": "eval", **metrics,
-                   "queries": asker.queries(step - 1), "pseudo_labels": asker.pseudo["labels"]})
+                   "queries": (bought := asker.queries(step - 1)), "pseudo_labels": asker.pseudo["labels"]})
+        say(f"step {step:,}: held-out accuracy {metrics['rewards/accuracies']:.3f}, loss {metrics['loss']:.4f}, "
+            f"{bought or 0:,} labels bought")
         return metrics
 
     # The loop.
-    evaluation = run_evaluation() if test and config.eval_on_start and step == 0 else None
-    window_start = time.time()
+    if test and config.eval_on_start and step == 0:
+        evaluation = run_evaluation()
     progress = bar(schedule.total_steps, "train", initial=step)
+    window_start = time.time()
     while step < schedule.total_steps:
         engine.train()
         lr = learning_rate(step, schedule.total_steps, config)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
         step_pairs = len(schedule.rows(step))
-        pseudo_ids, pseudo_labels = [], []
+        unasked = []  # (pair id, pseudo-label)
 
         for rows in schedule.micro_batches(step):
             batch = data.collate(train, rows, shared).to(device)
@@ -935,12 +675,10 @@ def main(config):
             m = margin.detach().cpu()
             ask = adpo.gate(m, config.gamma if config.data_selection else math.inf, batch.ids)
             answers = torch.tensor(asker.answer(batch.ids, m.tolist(), ask.tolist(), step))
-            o = adpo.choose_labels(m, answers, config.pseudo_labels)
-            unasked = [i for i, id in enumerate(batch.ids) if id is not None and answers[i] == 0 and o[i] != 0]
-            pseudo_ids += [batch.ids[i] for i in unasked]
-            pseudo_labels += [int(o[i]) for i in unasked]
-            o = o.to(device)
+            o = adpo.choose_labels(m, answers, config.pseudo_labels)  # (B,)
+            unasked += [(id, int(label)) for id, label, answer in zip(batch.ids, o, answers) if id and label and not answer]
 
+            o = o.to(device)
             losses = adpo.preference_loss(margin, o, config.loss_type, config.beta, config.label_smoothing)  # (B,)
             # The step's loss is the mean over its pairs, however they are cut: DeepSpeed divides by micro-steps and ranks.
             engine.backward((losses * batch.weights).sum() * (schedule.micro_steps * world / step_pairs))
@@ -949,21 +687,17 @@ def main(config):
             engine.step()
             sums += metric_sums(losses, rewards, logps, o, batch.weights, batch.tokens)
 
-        asker.report_pseudo(pseudo_ids, pseudo_labels)
+        asker.report_pseudo(unasked)
         step += 1
-        epoch_end = step % schedule.epoch_steps == 0
-        last = step == schedule.total_steps
+        epoch_end, last = step % schedule.epoch_steps == 0, step == schedule.total_steps
         if step % config.logging_steps == 0 or last or (step == 1 and config.logging_first_step):
-            metrics, tokens = means(sums)
+            metrics, tokens = means(reduced(sums))
             row = {"step": step, "epoch": step / schedule.epoch_steps, "split": "train", **metrics, "learning_rate": lr,
-                   "grad_norm": float(grad_norm if grad_norm is not None else engine.get_global_grad_norm()), "queries": asker.queries(step - 1),
-                   "pseudo_labels": asker.pseudo["labels"], "tokens_per_second": tokens / (time.time() - window_start)}
+                   "grad_norm": float(engine.get_global_grad_norm() if grad_norm is None else grad_norm),
+                   "queries": asker.queries(step - 1), "pseudo_labels": asker.pseudo["labels"],
+                   "tokens_per_second": tokens / (time.time() - window_start)}
             log.write(row)
-            if rank() == 0:
-                progress.set_postfix_str(
-                    f"loss {row['loss']:.3f}, acc {row['rewards/accuracies']:.3f}, {row['queries']:,} queries "
-                    f"({row['queries'] / min(step * schedule.step_pairs, len(train)):.0%})"
-                    + (f", held-out {evaluation['rewards/accuracies']:.3f}" if evaluation else ""), refresh=False)
+            progress.set_postfix_str(bar_text(row, min(step * schedule.step_pairs, len(train)), evaluation), refresh=False)
             sums.zero_()
             window_start = time.time()
         progress.update()
@@ -971,35 +705,37 @@ def main(config):
             evaluation = run_evaluation()
             window_start = time.time()
         if due(config.save_strategy, config.save_steps, step, epoch_end):
-            state = {"step": step, "epoch": step / schedule.epoch_steps, "wall_seconds": wall_seconds(),
-                     "pseudo": asker.pseudo, "sums": reduced(sums).tolist()}
+            state = {"step": step, "wall_seconds": seconds_before + time.time() - start_time, "pseudo": asker.pseudo,
+                     "evaluation": evaluation, "sums": reduced(sums)}
             save_checkpoint(engine, output, state, config.save_total_limit)
             window_start = time.time()
     progress.close()
 
-    # The end: model, card, summary.
-    seen = {train.ids[row] for s in range(min(schedule.total_steps, schedule.epoch_steps)) for row in schedule.rows(s)}
-    queries, pseudo = asker.queries(), asker.pseudo
-    summary = {"pairs": len(seen), "queries": queries, "query_fraction": (queries or 0) / len(seen),
-               "pseudo_labels": pseudo["labels"],
-               "pseudo_label_accuracy": pseudo["right"] / pseudo["known"] if pseudo["known"] else None,
-               "eval_loss": evaluation and evaluation["loss"],
-               "eval_accuracy": evaluation and evaluation["rewards/accuracies"],
-               "peak_memory_bytes": peak_memory(device)}
-    save_model(engine, tokenizer, output, model_card(config, summary) if rank() == 0 else "")
+    # The end: summary, model, card.
+    summary = summarise(train, schedule, asker, evaluation, device)
+    save_model(engine, tokenizer, output, model_card(config, summary))
     asker.close()
+    engine.destroy()
     if rank() == 0:
         if toy_prompts:
             summary |= {f"gold_reward_{when}": toy.mean_gold_reward(folder, toy_prompts)
                         for when, folder in (("before", config.model_name_or_path), ("after", output))}
         if config.push_to_hub:
             push(config, output)
-        summary["wall_seconds"] = wall_seconds()
+        summary["wall_seconds"] = seconds_before + time.time() - start_time
         replace_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
         say(closing_line(summary))
         say(f"the model, its metrics and its ledger are in {output}")
     dist.barrier()
-    engine.destroy()
+
+
+def bar_text(row, seen, evaluation):
+    """What stands behind the training bar. seen: pairs seen so far, each once."""
+    if rank() != 0:
+        return ""
+    held_out = f", held-out {evaluation['rewards/accuracies']:.3f}" if evaluation else ""
+    return (f"loss {row['loss']:.3f}, acc {row['rewards/accuracies']:.3f}, {row['queries']:,} queries "
+            f"({row['queries'] / seen:.0%} of pairs){held_out}")
 
 
 def gradient_norm(engine):
@@ -1014,12 +750,15 @@ def due(strategy, every, step, epoch_end):
     return strategy == "steps" and step % every == 0 or strategy == "epoch" and epoch_end
 
 
-def reduced(sums):
-    """Metric sums over all ranks, for a checkpoint."""
-    sums = sums.clone()
-    if dist.get_world_size() > 1:
-        dist.all_reduce(sums)
-    return sums
+def summarise(train, schedule, asker, evaluation, device):
+    """summary.json without its times. All ranks call it together; queries are known to rank 0 alone."""
+    epoch = range(min(schedule.total_steps, schedule.epoch_steps))
+    pairs = len({train.ids[row] for step in epoch for row in schedule.rows(step)})
+    queries, pseudo = asker.queries() or 0, asker.pseudo
+    return {"pairs": pairs, "queries": queries, "query_fraction": queries / pairs, "pseudo_labels": pseudo["labels"],
+            "pseudo_label_accuracy": pseudo["right"] / pseudo["known"] if pseudo["known"] else None,
+            "eval_loss": evaluation and evaluation["loss"],
+            "eval_accuracy": evaluation and evaluation["rewards/accuracies"], "peak_memory_bytes": peak_memory(device)}
 
 
 def push(config, output):
@@ -1032,25 +771,17 @@ def push(config, output):
     say(f"uploaded to {name}")
 
 
-def help_text():
-    lines = [__doc__.split("\n\n")[0], "", "deepspeed train.py --config FILE.yaml [--key value | --key=value] …", ""]
-    for f in dataclasses.fields(Config):
-        default = f.default_factory() if f.default is dataclasses.MISSING else f.default
-        default = "ds_config.json" if f.name == "deepspeed" else default
-        lines.append(f"  --{f.name} ({default})\n      {f.metadata['help']}")
-    return "\n".join(lines)
-
-
 def command(argv):
-    """The command line: exit code 0, or 2 behind one line that says what is wrong."""
+    """The command line. Returns the exit code: 0; 2 where the user has to change something; 1 where training broke down.
+    Behind 1 and 2 stands one line that says what is wrong."""
     if "--help" in argv or "-h" in argv:
         print(help_text())
         return 0
     try:
         main(parse_config(argv))
-    except (UsageError, data.DataError) as error:
+    except (UsageError, data.DataError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return 1 if isinstance(error, FloatingPointError) else 2
     return 0
 
 

@@ -51,7 +51,8 @@ def report(flags):
              f"{cpu_name()}; flags of train.py: `{' '.join(flags)}`.", "",
              "Held-out accuracy is that of the implicit reward's sign against the human label, on 128 pairs (one standard "
              "error is about 0.044); at step 0 every margin is 0, which counts as half right.", "",
-             "| step | held-out loss | held-out accuracy | labels bought | pseudo-labels |", "| --: | --: | --: | --: | --: |"]
+             "| step | held-out loss | held-out accuracy | labels bought | pseudo-labels |",
+             "| --: | --: | --: | --: | --: |"]
     lines += [f"| {row['step']} | {row['loss']:.4f} | {row['rewards/accuracies']:.3f} | {row['queries']} | "
               f"{row['pseudo_labels']} |" for row in held_out]
     lines += ["", "| step | loss | margin | by the labels used, right | gradient norm | tokens a second |",

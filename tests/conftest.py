@@ -76,7 +76,7 @@ model_name_or_path: {tiny}/model
 dataset_mixer: {{{tiny}/pairs: 1.0}}
 learning_rate: 2.0e-3
 warmup_ratio: 0.0
-gamma: 0.05
+gamma: 0.2
 per_device_train_batch_size: 8
 max_prompt_length: 16
 max_length: 64
@@ -90,10 +90,8 @@ num_threads: 1
         output = Path(keys.setdefault("output_dir", base / name))
         argv = ["--config", str(default), *(f"--{key}={value}" for key, value in keys.items())]
         if processes:
-            # The launcher starts its children with the `python` of the path.
-            env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
             done = subprocess.run(["deepspeed", "--num_gpus", str(processes), "--master_port", str(free_port()), "train.py",
-                                   *argv], cwd=ROOT, env=env, text=True, capture_output=True, timeout=240)
+                                   *argv], cwd=ROOT, env=launcher_environment(), text=True, capture_output=True, timeout=240)
             run = Run(output, done.stdout, done.stderr, done.returncode)
         else:
             from train import command
@@ -104,6 +102,11 @@ num_threads: 1
         return run
 
     return launch
+
+
+def launcher_environment():
+    """The launcher starts its children with the `python` of the path."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 def free_port():

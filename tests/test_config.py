@@ -4,9 +4,10 @@ import dataclasses
 import json
 
 import pytest
-
 from conftest import ROOT
-from train import Config, Schedule, UsageError, command, engine_config, learning_rate, parse_config
+
+from config import Config, UsageError, parse_config
+from train import Schedule, command, engine_config, learning_rate
 
 GOOD = {"model_name_or_path": "m", "dataset_mixer": {"d": 1.0}, "output_dir": "o"}
 
@@ -151,7 +152,8 @@ def test_booleans(word, value, write):
 def test_values_of_every_type(write):
     config = parse_config(write(GOOD) + [
         "--learning_rate=1e-3", "--chat_template={% if a == b %}x=y{% endif %}", "--dataset_splits=train_sft,test_sft",
-        "--dataset_mixer={a/b: 0.5, c: 1}", "--bf16", "--max_train_samples", "10", "--report_to=none", "--max_eval_samples=null"])
+        "--dataset_mixer={a/b: 0.5, c: 1}", "--bf16", "--max_train_samples", "10", "--report_to=none",
+        "--max_eval_samples=null"])
     assert config.learning_rate == 1e-3 and config.bf16 is True and config.max_train_samples == 10
     assert config.chat_template == "{% if a == b %}x=y{% endif %}"  # cut at the first "=" alone
     assert config.dataset_splits == ["train_sft", "test_sft"] and config.dataset_mixer == {"a/b": 0.5, "c": 1.0}
@@ -207,7 +209,8 @@ def test_a_file_that_cannot_be(text, message, write, capsys):
 
 def test_no_config_and_no_such_config(capsys):
     assert "say --config FILE.yaml" in refused([], capsys)
-    assert "--config nowhere.yaml: cannot be read (No such file or directory)" in refused(["--config", "nowhere.yaml"], capsys)
+    message = refused(["--config", "nowhere.yaml"], capsys)
+    assert "--config nowhere.yaml: cannot be read (No such file or directory)" in message
 
 
 def test_what_recipes_switch_off_is_accepted(write):

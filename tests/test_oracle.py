@@ -1,5 +1,6 @@
 """oracle.py: the ledger, the annotator, and answers over several ranks: `python -m pytest tests/test_oracle.py`."""
 
+import os
 import sqlite3
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def test_a_pair_without_a_label_is_named(asker):
 
 def test_pseudo_labels_are_graded_by_the_truth_and_nothing_comes_back(tmp_path):
     oracle = Oracle(DatasetAnnotator(LABELS, truths={"a": 1, "b": 1}), tmp_path / "labels.sqlite")
-    assert oracle.report_pseudo(["a", "b", "c"], [1, -1, 1]) is None
+    assert oracle.report_pseudo([("a", 1), ("b", -1), ("c", 1)]) is None
     assert oracle.pseudo == {"labels": 3, "right": 1, "known": 2}
 
 
@@ -107,7 +108,7 @@ def test_several_ranks_ask_at_once(tmp_path):
             ids = [["a", "b"], ["b", "c", "d"], [None]][rank]
             ask = [[True, True], [True, False, True], [True]][rank]
             assert oracle.answer(ids, [0.0] * len(ids), ask, 0) == [[1, -1], [-1, 0, -1], [0]][rank]
-            oracle.report_pseudo([["a"], ["c"], []][rank], [[1], [-1], []][rank])
+            oracle.report_pseudo([[("a", 1)], [("c", -1)], []][rank])
             if rank == 0:
                 assert oracle.queries() == annotator.calls == 3
                 assert oracle.pseudo["labels"] == 2
@@ -121,5 +122,5 @@ def test_several_ranks_ask_at_once(tmp_path):
             mp.spawn(work, (sys.argv[1],), nprocs=3)
         """))
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=120,
-                          env={**__import__("os").environ, "PYTHONPATH": "."})
+                          env={**os.environ, "PYTHONPATH": "."})
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,0 +1,318 @@
+"""The config: one flat typed dataclass, a help text a key, read from a YAML and the command line.
+
+    parse_config(["--config", "configs/quickstart.yaml", "--gamma=0.7"])  → Config, or UsageError in one line
+
+The names are those of Hugging Face, TRL and the alignment handbook, so that their recipes run unchanged. Departures from the
+official code: `--Gamma` means `--gamma`; an unknown key, a wrong type or a value out of range is an error that names its
+place and the nearest known key; booleans take true/false/yes/no/1/0 in any case; what cannot be honoured is refused with
+its reason. `python train.py --help` lists every key.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+import adpo
+
+HERE = Path(__file__).resolve().parent
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message says what, where and what to do. Exit code 2."""
+
+
+def key(default, help, choices=None, low=None, high=None):
+    factory = {"default_factory": lambda: default} if isinstance(default, (list, dict)) else {"default": default}
+    return field(metadata={"help": help, "choices": choices, "low": low, "high": high}, **factory)
+
+
+@dataclass
+class Config:
+    # Model
+    model_name_or_path: str = key(None, "policy: hub id or folder; `toy` is the built-in task's model")
+    model_revision: str = key("main", "branch, tag or commit of the hub model")
+    tokenizer_name_or_path: str | None = key(None, "tokenizer, where it is not the model's own")
+    ref_model_name_or_path: str | None = key(None, "reference policy; null: the policy before its first step")
+    torch_dtype: str | None = key(None, "dtype that the weights are loaded in; bf16 decides what is trained in",
+                                  choices=(None, "auto", "bfloat16", "float32"))
+    attn_implementation: str | None = key(None, "attention of transformers: eager, sdpa, flash_attention_2, …")
+    trust_remote_code: bool = key(False, "run code that comes with the model")
+    # Data
+    dataset_mixer: dict[str, float] = key(None, "source: share of its training pairs; a hub id, a folder or a file")
+    dataset_splits: list[str] = key(["train", "test"], "splits to use; names with `train` are for training")
+    dataset_configs: list[str] | None = key(None, "config name of each source of dataset_mixer, in order")
+    preprocessing_num_workers: int | None = key(None, "processes that tokenise; null: all cores", low=1)
+    chat_template: str | None = key(None, "template in place of the tokenizer's own: text, or a .jinja file")
+    auto_insert_empty_system_msg: bool = key(True, "put an empty system message where the template knows system messages")
+    max_length: int = key(1024, "tokens of prompt and one response; responses are cut from the right", low=2)
+    max_prompt_length: int = key(512, "tokens of the prompt; it is cut from the left", low=1)
+    max_train_samples: int | None = key(None, "train on a random share of at most so many pairs", low=1)
+    max_eval_samples: int | None = key(None, "evaluate on a random share of at most so many pairs", low=1)
+    decontaminate_with: str | None = key(None, "drop pairs that contain text of this benchmark (openai_humaneval, a data "
+                                               "set, or a text file)")
+    # ADPO
+    beta: float = key(0.1, "β: strength of the pull towards the reference", low=1e-6)
+    gamma: float = key(1.3, "γ: a pair with |margin| ≤ γ is asked; in units of reward, so it goes with beta", low=0)
+    data_selection: bool = key(True, "the gate; false asks for every pair, which is plain DPO")
+    pseudo_labels: bool = key(True, "train a pair that is not asked on sign(margin); false gives it no loss")
+    loss_type: str = key("sigmoid", "sigmoid (DPO), ipo or hinge")
+    label_smoothing: float = key(0.0, "ε of the sigmoid loss", low=0, high=0.5)
+    oracle: str = key("dataset", "who answers: dataset (the labels that the data came with)", choices=("dataset",))
+    # Optimisation
+    per_device_train_batch_size: int = key(8, "pairs a micro-batch", low=1)
+    per_device_eval_batch_size: int = key(8, "pairs a batch of evaluation", low=1)
+    gradient_accumulation_steps: int = key(1, "micro-batches an optimiser step", low=1)
+    learning_rate: float = key(5e-7, "peak learning rate", low=0)
+    weight_decay: float = key(0.0, "AdamW's, on matrices alone", low=0)
+    max_grad_norm: float = key(1.0, "clip the gradient's norm; 0: do not", low=0)
+    optim: str = key("adamw_torch", "optimiser", choices=("adamw_torch", "rmsprop"))
+    lr_scheduler_type: str = key("cosine", "schedule after the warm-up",
+                                 choices=("cosine", "linear", "constant", "constant_with_warmup"))
+    warmup_ratio: float = key(0.1, "share of the steps that warm up", low=0, high=1)
+    num_train_epochs: float = key(1.0, "passes over the pairs", low=0)
+    max_steps: int = key(-1, "optimiser steps, in place of num_train_epochs; -1: not", low=-1)
+    bf16: bool = key(False, "compute in bfloat16, with fp32 weights in the optimiser")
+    gradient_checkpointing: bool = key(False, "recompute activations in backward: half the memory, a fifth slower")
+    gradient_checkpointing_kwargs: dict[str, bool] = key({"use_reentrant": False}, "passed to torch.utils.checkpoint")
+    logits_chunk_size: int = key(2048, "response tokens whose logits are alive at a time", low=1)
+    deepspeed: str = key(str(HERE / "ds_config.json"), "engine config; what this file owns is \"auto\" there")
+    num_threads: int | None = key(None, "CPU threads a process; small models are several times faster with 1", low=1)
+    seed: int = key(42, "order of the pairs, random shares, weights that a model folder lacks", low=0)
+    # Output
+    output_dir: str = key(None, "where all of it goes")
+    logging_steps: int = key(10, "steps between two rows of metrics.jsonl", low=1)
+    logging_first_step: bool = key(True, "log the first step too")
+    log_level: str = key("warning", "of transformers, datasets and DeepSpeed",
+                         choices=("debug", "info", "warning", "error", "critical"))
+    do_eval: bool = key(True, "evaluate at all")
+    eval_strategy: str = key("no", "when to evaluate, besides at the end", choices=("no", "steps", "epoch"))
+    eval_steps: int = key(100, "with eval_strategy steps", low=1)
+    eval_on_start: bool = key(False, "evaluate before the first step too")
+    save_strategy: str = key("steps", "when to write a checkpoint", choices=("no", "steps", "epoch"))
+    save_steps: int = key(500, "with save_strategy steps", low=1)
+    save_total_limit: int | None = key(None, "keep so many checkpoints, the latest", low=1)
+    resume_from_checkpoint: str | None = key(None, "a checkpoint folder, or false; null: the latest in output_dir, if any")
+    report_to: list[str] = key(["none"], "tensorboard, wandb, csv_monitor (DeepSpeed's monitor) or none")
+    push_to_hub: bool = key(False, "upload the trained model at the end")
+    hub_model_id: str | None = key(None, "name of the uploaded model; null: the name of output_dir")
+    hub_model_revision: str = key("main", "branch to upload to")
+    # The built-in task (toy.py)
+    toy_dir: str = key("outputs/toy", "where the built-in task is kept, for `toy` as a model or data set")
+    toy_label_noise: float = key(0.05, "share of its labels that are wrong", low=0, high=0.5)
+
+
+EVALUATION_SPLITS = ("test", "eval", "valid", "dev")  # a split to evaluate on has one of these in its name
+
+ALIASES = {"Gamma": "gamma", "evaluation_strategy": "eval_strategy", "dtype": "torch_dtype",
+           "dataset_num_proc": "preprocessing_num_workers"}
+
+# Keys of the recipes that this project does not do. Their "off" value is accepted.
+REFUSED = {
+    "use_peft": "adapters are not supported; all weights are trained",
+    "load_in_4bit": "quantised training is not supported",
+    "load_in_8bit": "quantised training is not supported",
+    "fp16": "float16 needs loss scaling, which skips steps; use bf16",
+    "packing": "a row holds one pair",
+    "sync_ref_model": "the reference is fixed, which is what makes its log-probs cacheable",
+    "reference_free": "without a reference there is no implicit reward to gate by",
+    "precompute_ref_log_probs": None,  # always on: accepted when true
+}
+# Settings of adapters that recipes carry along: without use_peft they mean nothing.
+ADAPTER_KEYS = ("lora_", "bnb_4bit_", "use_bnb_")
+
+# What may differ between a checkpoint and the run that resumes it: none of it changes what is computed.
+FREE_ON_RESUME = {"logging_steps", "logging_first_step", "log_level", "eval_strategy", "eval_steps", "eval_on_start",
+                  "do_eval", "max_eval_samples", "per_device_eval_batch_size", "save_strategy", "save_steps",
+                  "save_total_limit", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id",
+                  "hub_model_revision", "preprocessing_num_workers", "num_threads", "output_dir", "toy_dir"}
+
+
+def parse_config(argv):
+    """Config from a command line: the YAML of --config, then the flags, which win. Raises UsageError."""
+    flags = parse_flags(argv)
+    values = {}
+    path = flags.pop("config", None)
+    if path is None:
+        raise UsageError("no config: say --config FILE.yaml (ready ones are in configs/)")
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error.reason})")
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        where = "" if line is None else f", line {line + 1}"
+        raise UsageError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or error})".replace("\n", " "))
+    if not isinstance(loaded or {}, dict):
+        raise UsageError(f"{path}: expected keys with values, found {type(loaded).__name__}")
+    for place, source in ((path, loaded or {}), ("command line", flags)):
+        given = {}
+        for name, value in source.items():
+            known = resolve_key(str(name), value, place)
+            if known:
+                if known in given:
+                    raise UsageError(f"{place}: {name} and {given[known]} are the same key; keep one")
+                given[known] = name
+                values[known] = convert(value, known, f"{place}, {name}")
+    config = Config(**values)
+    check_config(config, path)
+    return config
+
+
+def parse_flags(argv):
+    """{"key": text} of `--key value`, `--key=value` and `--key` (true). Of a flag given twice the last counts."""
+    flags, rest = {}, list(argv)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--") or flag == "--":
+            raise UsageError(f"{flag!r}: expected --key value or --key=value")
+        name, equals, value = flag[2:].partition("=")
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        flags[name] = value
+    flags.pop("local_rank", None)  # the launcher's; the environment says the same
+    return flags
+
+
+def resolve_key(name, value, place):
+    """The Config field that a key means, or None for one that is accepted and has nothing to do. Raises UsageError."""
+    known = {f.name for f in dataclasses.fields(Config)}
+    name = ALIASES.get(name, name)
+    if name in known:
+        return name
+    if name.startswith(ADAPTER_KEYS):
+        return None
+    if name in REFUSED:
+        off = str(value).lower() in ("false", "no", "0", "none", "null", "")
+        if off == (name != "precompute_ref_log_probs"):
+            return None
+        raise UsageError(f"{place}: {name}={value} cannot be honoured: "
+                         f"{REFUSED[name] or 'the log-probs of the reference are always computed once'}")
+    near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=0)
+    raise UsageError(f"{place}: unknown key {name!r}; the nearest known key is {near[0]!r}" if near else
+                     f"{place}: unknown key {name!r}")
+
+
+def convert(value, name, place):
+    """A value from YAML or the command line as the field's type, checked for choices and range. Raises UsageError."""
+    spec = Config.__dataclass_fields__[name]
+    hint = spec.type
+    optional = isinstance(hint, types.UnionType) or spec.default is None
+    if isinstance(hint, types.UnionType):
+        hint = next(t for t in typing.get_args(hint) if t is not type(None))
+    if value is None or (isinstance(value, str) and value.lower() in ("null", "none") and name != "report_to"):
+        if optional or value is not None and hint is str:
+            return None if optional else value
+        raise UsageError(f"{place}: expected {describe(hint)}, found nothing")
+    wrong = UsageError(f"{place}: expected {describe(hint)}, found {value!r}")
+    if hint is bool:
+        word = str(value).lower()
+        if word not in ("true", "yes", "1", "false", "no", "0"):
+            raise wrong
+        return word in ("true", "yes", "1")
+    if hint in (int, float):
+        try:
+            number = float(value) if not isinstance(value, (bool, list, dict)) else math.nan
+        except ValueError:
+            raise wrong
+        if not math.isfinite(number) or hint is int and number != int(number):
+            raise wrong
+        value = hint(number)
+    elif hint is str:
+        if isinstance(value, (list, dict)):
+            raise wrong
+        value = str(value)
+    else:
+        value = convert_collection(value, hint, wrong)
+    meta = spec.metadata
+    if meta["choices"] and value not in meta["choices"]:
+        near = difflib.get_close_matches(str(value), [c for c in meta["choices"] if c], n=1)
+        raise UsageError(f"{place}: expected one of {', '.join(str(c) for c in meta['choices'])}, found {value!r}"
+                         + (f"; did you mean {near[0]!r}?" if near else ""))
+    if meta["low"] is not None and value < meta["low"]:
+        raise UsageError(f"{place}: expected {describe(hint)} of at least {meta['low']}, found {value}")
+    if meta["high"] is not None and value > meta["high"]:
+        raise UsageError(f"{place}: expected {describe(hint)} of at most {meta['high']}, found {value}")
+    return value
+
+
+def convert_collection(value, hint, wrong):
+    """list[str] from a list or "a,b"; dict[str, X] from a mapping or "{a: 1}"."""
+    if isinstance(value, str) and (value.startswith(("[", "{")) or typing.get_origin(hint) is dict):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise wrong
+    if typing.get_origin(hint) is list:
+        value = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+        if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
+            raise wrong
+        return value
+    item = typing.get_args(hint)[1]
+    if not isinstance(value, dict) or not value:
+        raise wrong
+    for k, v in value.items():
+        if not isinstance(v, (int, float)) or isinstance(v, bool) != (item is bool):
+            raise wrong
+    return {str(k): item(v) for k, v in value.items()}
+
+
+def describe(hint):
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(hint) or (
+        "a list of names" if typing.get_origin(hint) is list else "a mapping of names to numbers"
+        if typing.get_args(hint)[1] is float else "a mapping of names to true or false")
+
+
+def check_config(config, path):
+    """What no single key can be checked for. Raises UsageError."""
+    for name in ("model_name_or_path", "dataset_mixer", "output_dir"):
+        if getattr(config, name) is None:
+            raise UsageError(f"{path}: {name} is missing")
+    if config.max_prompt_length >= config.max_length:
+        raise UsageError(f"{path}: max_prompt_length {config.max_prompt_length} leaves no room for a response in "
+                         f"max_length {config.max_length}")
+    for source, share in config.dataset_mixer.items():
+        if not 0 < share <= 1:
+            raise UsageError(f"{path}, dataset_mixer: the share of {source} must be over 0 and at most 1, found {share}")
+    if config.dataset_configs and len(config.dataset_configs) != len(config.dataset_mixer):
+        raise UsageError(f"{path}: dataset_configs needs one name for each of the {len(config.dataset_mixer)} sources")
+    for split in config.dataset_splits:
+        if not any(word in split for word in ("train", *EVALUATION_SPLITS)):
+            raise UsageError(f"{path}, dataset_splits: {split!r} must contain one of train, {', '.join(EVALUATION_SPLITS)}")
+    if not any("train" in split for split in config.dataset_splits):
+        raise UsageError(f"{path}, dataset_splits: no name contains `train`")
+    if refusal := adpo.why_not_gated(config.loss_type):
+        raise UsageError(f"{path}: {refusal}")
+    if config.label_smoothing and config.loss_type != "sigmoid":
+        raise UsageError(f"{path}: label_smoothing is defined for loss_type sigmoid, not {config.loss_type}")
+    if config.torch_dtype == "bfloat16" and not config.bf16:
+        raise UsageError(f"{path}: torch_dtype bfloat16 needs bf16: true, which trains with fp32 weights in the optimiser")
+    if config.max_steps == 0 or config.num_train_epochs == 0:
+        raise UsageError(f"{path}: nothing to do in 0 {'steps' if config.max_steps == 0 else 'epochs'}")
+    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "csv_monitor": None, "none": None}
+    for service in config.report_to:
+        if service not in packages:
+            raise UsageError(f"{path}, report_to: expected some of {', '.join(packages)}, found {service!r}")
+        if packages[service] and importlib.util.find_spec(packages[service]) is None:
+            raise UsageError(f"{path}, report_to: {service} is not installed: pip install {service}, or --report_to=none")
+    if config.push_to_hub:
+        from huggingface_hub import get_token
+        if get_token() is None:
+            raise UsageError(f"{path}: push_to_hub needs a login: run `hf auth login`, or say --push_to_hub=false")
+
+
+def help_text():
+    """Every key with its default and what it means."""
+    lines = ["Train a language model with Active DPO.", "",
+             "deepspeed train.py --config FILE.yaml [--key value | --key=value] …", ""]
+    for f in dataclasses.fields(Config):
+        default = f.default_factory() if f.default is dataclasses.MISSING else f.default
+        default = "ds_config.json" if f.name == "deepspeed" else default
+        lines.append(f"  --{f.name} ({default})\n      {f.metadata['help']}")
+    return "\n".join(lines)
