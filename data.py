@@ -313,9 +313,8 @@ class Renderer:
         content = repr(self.tokenizer)
         if self.tokenizer.is_fast:  # its padding and truncation are state of the last call, not of the tokeniser
             content = {**json.loads(self.tokenizer.backend_tokenizer.to_str()), "padding": None, "truncation": None}
-        return hashlib.blake2b(json.dumps(
-            [VERSION, content, self.tokenizer.chat_template, self.tokenizer.special_tokens_map, self.bos, self.eos,
-             self.max_prompt_length, self.max_length, self.empty_system], sort_keys=True).encode(), digest_size=16).hexdigest()
+        return _hash(VERSION, content, self.tokenizer.chat_template, self.tokenizer.special_tokens_map, self.bos, self.eos,
+                     self.max_prompt_length, self.max_length, self.empty_system)
 
     def protect(self, text):
         """Make special-token text inside a message plain text."""
@@ -592,7 +591,7 @@ def _fold(text):
 
 
 def _hash(*parts):
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _processes(workers, rows):
@@ -604,7 +603,8 @@ def _processes(workers, rows):
 def _plain(counts):
     """The counts in plain words; zeros are left out."""
     words = {"rows": "rows read", "contaminated": "dropped as contaminated",
-             "empty response": "dropped for an empty response", "equal responses": "dropped for equal responses", "pairs": "pairs", "repeated": "of them repeated",
+             "empty response": "dropped for an empty response", "equal responses": "dropped for equal responses",
+             "pairs": "pairs", "repeated": "of them repeated",
              "contradicting": "with opposite labels (the first counts)"}
     return ", ".join(f"{n:,} {words[key]}" for key, n in counts.items() if n or key in ("rows", "pairs"))
 

@@ -246,7 +246,7 @@ def reference_logps(engine, parts, weights, shared):
     scores = {}
     for name, (pairs, batches) in parts.items():
         depends = [data.VERSION, weights, pairs.fingerprint, str(next(engine.module.parameters()).dtype), shared,
-                   engine.module.lm.config._attn_implementation, hashlib.sha256(repr(all_gather(batches)).encode()).hexdigest()]
+                   engine.module.lm.config._attn_implementation, all_gather(batches)]
         path = cache / f"reference-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:32]}.safetensors"
         found = [path.is_file() and load_file(path)["logps"]]
         dist.broadcast_object_list(found, src=0, device=engine.device)  # rank 0's disk decides for all hosts
@@ -279,9 +279,9 @@ def check_rows(engine, pairs, shared):
     error = (ours - plain).pow(2).mean().sqrt().item()
     limit = 0.15 if next(engine.module.parameters()).dtype == torch.bfloat16 else 1e-3
     if not error <= limit:
-        raise UsageError(f"{type(engine.module.lm).__name__}: log-probs of pair {pairs.ids[row]} differ from a plain forward "
-                         f"by {error:.2g} nats a token (limit {limit:.2g}): this architecture, transformers version or "
-                         "attn_implementation is not supported; try --attn_implementation=eager")
+        raise UsageError(f"{type(engine.module.lm).__name__}: log-probs of pair {pairs.ids[row]} differ from a plain "
+                         f"forward by {error:.2g} nats a token (limit {limit:.2g}): this architecture, version of "
+                         "transformers or attn_implementation is not supported; try --attn_implementation=eager")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -317,7 +317,7 @@ def reduced(sums):
 def means(sums):
     """({metric: mean}, tokens) of reduced sums. The loss is over all pairs, the rest over those with a label."""
     pairs, labelled, tokens, loss, *rest = sums
-    return {"loss": loss / max(pairs, 1), **{name: value / max(labelled, 1) for name, value in zip(METRICS[1:], rest)}}, tokens
+    return {"loss": loss / max(pairs, 1)} | {k: v / max(labelled, 1) for k, v in zip(METRICS[1:], rest)}, tokens
 
 
 @torch.no_grad()
@@ -352,8 +352,9 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
             if self.engine.monitor.enabled:
-                self.engine.monitor.write_events([(f"{row['split']}/{name}", value, row["step"]) for name, value in row.items()
-                                                  if isinstance(value, (int, float)) and name != "step"])
+                self.engine.monitor.write_events([
+                    (f"{row['split']}/{name}", value, row["step"]) for name, value in row.items()
+                    if isinstance(value, (int, float)) and name != "step"])
 
 
 def replace_text(path, text):
@@ -469,7 +470,8 @@ def closing_line(summary):
     if summary["eval_accuracy"] is not None:
         parts.append(f"held-out accuracy {summary['eval_accuracy']:.3f}")
     if "gold_reward_after" in summary:
-        parts.append(f"gold reward of generations {summary['gold_reward_before']:+.2f} → {summary['gold_reward_after']:+.2f}")
+        parts.append("gold reward of generations "
+                     f"{summary['gold_reward_before']:+.2f} → {summary['gold_reward_after']:+.2f}")
     return " · ".join([*parts, f"{summary['wall_seconds']:.0f} s"])
 
 
@@ -564,8 +566,8 @@ def load_data(config, tokenizer):
         return train, None, annotator, None
     missing = [id for id in test.ids if id not in truths]
     if missing:
-        raise UsageError(f"test split: pair {missing[0]} has no label ({len(missing)} of {len(test)} have none): label them, "
-                         "or say --do_eval=false")
+        raise UsageError(f"test split: pair {missing[0]} has no label ({len(missing)} of {len(test)} have none): "
+                         "label them, or say --do_eval=false")
     return train, test, annotator, torch.tensor([float(truths[id]) for id in test.ids])
 
 
@@ -680,7 +682,7 @@ def main(config):
 
             o = o.to(device)
             losses = adpo.preference_loss(margin, o, config.loss_type, config.beta, config.label_smoothing)  # (B,)
-            # The step's loss is the mean over its pairs, however they are cut: DeepSpeed divides by micro-steps and ranks.
+            # The step's loss is the mean over its pairs, however they are cut; DeepSpeed divides by micro-steps and ranks.
             engine.backward((losses * batch.weights).sum() * (schedule.micro_steps * world / step_pairs))
             if engine.is_gradient_accumulation_boundary():
                 grad_norm = gradient_norm(engine)

@@ -3,7 +3,7 @@
     python benchmarks/hh_smollm2.py MODEL_DIR HH_FILE [--key value …]
 
 MODEL_DIR: a folder with the model.  HH_FILE: jsonl(.gz) of {"chosen", "rejected"} dialogues; a seeded tenth is held out.
-Trains 60 optimiser steps of 8 pairs through the real command line (further flags go to train.py) and writes
+Trains 80 optimiser steps of 8 pairs through the real command line (further flags go to train.py) and writes
 benchmarks/results/hh_smollm2.md. The texts of HH are often offensive; none of them is written anywhere here but into
 outputs/hh/.
 """
@@ -18,8 +18,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS, OUTPUT = ROOT / "outputs" / "hh" / "pairs", ROOT / "outputs" / "hh" / "run"
-FLAGS = {"max_steps": 60, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-5,
-         "gamma": 0.3, "max_prompt_length": 96, "max_length": 160, "max_eval_samples": 128, "eval_strategy": "steps",
+FLAGS = {"max_steps": 80, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 5e-5,
+         "gamma": 0.5, "max_prompt_length": 96, "max_length": 160, "max_eval_samples": 128, "eval_strategy": "steps",
          "eval_steps": 20, "eval_on_start": "true", "logging_steps": 5, "save_strategy": "no",
          "dataset_splits": "train,test"}
 

@@ -67,8 +67,11 @@ def engine_configs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def train(tiny, tmp_path_factory):
-    """train(name, processes=None, check=0, **keys) → Run. With `processes`, the real command line through the `deepspeed`
-    launcher; without, the same command inside this process, which spares the seconds that the imports take."""
+    """train(name, processes=None, check=0, config=…, **keys) → Run.
+
+    With `processes`, the real command line through the `deepspeed` launcher; without, the same command inside this process,
+    which spares the seconds that the imports take. check: the exit code that is expected.
+    """
     base = tmp_path_factory.mktemp("runs")
     default = base / "tiny.yaml"
     default.write_text(f"""
@@ -86,9 +89,9 @@ save_strategy: "no"
 num_threads: 1
 """)
 
-    def launch(name, processes=None, check=0, **keys):
+    def launch(name, processes=None, check=0, config=default, **keys):
         output = Path(keys.setdefault("output_dir", base / name))
-        argv = ["--config", str(default), *(f"--{key}={value}" for key, value in keys.items())]
+        argv = ["--config", str(config), *(f"--{key}={value}" for key, value in keys.items())]
         if processes:
             done = subprocess.run(["deepspeed", "--num_gpus", str(processes), "--master_port", str(free_port()), "train.py",
                                    *argv], cwd=ROOT, env=launcher_environment(), text=True, capture_output=True, timeout=240)

@@ -95,7 +95,8 @@ def test_mean_gold_reward_is_seeded_and_reads_a_saved_model(built):
 def test_train_builds_the_task_where_the_config_names_it(built, train, monkeypatch):
     build = toy.build
     monkeypatch.setattr(toy, "build", lambda folder, label_noise: build(folder, label_noise, 400, 100, quiet=True))
-    run = train("toy", model_name_or_path="toy", dataset_mixer="{toy: 1.0}", toy_dir=built[0], toy_label_noise=0.2, max_steps=2)
+    run = train("toy", model_name_or_path="toy", dataset_mixer="{toy: 1.0}", toy_dir=built[0], toy_label_noise=0.2,
+                max_steps=2)
     summary = run.summary()
     assert summary["gold_reward_before"] == toy.mean_gold_reward(
         built[1], [row["prompt"] for row in rows(built[2] / "test.jsonl")])

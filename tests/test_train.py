@@ -15,7 +15,10 @@ import torch
 import transformers
 import yaml
 from conftest import ROOT
+from test_config import OFFICIAL_BETA
 
+import adpo
+import oracle
 from config import parse_config
 
 METRICS = {"step", "epoch", "split", "loss", "rewards/chosen", "rewards/rejected", "rewards/margins",
@@ -63,6 +66,15 @@ def test_queries_reported_are_the_rows_of_the_ledger(launched):
     assert [row["queries"] for row in rows] == [sum(step < row["step"] for _, _, step in ledger) for row in rows]
     assert rows[-1]["queries"] == launched.summary()["queries"] == len(ledger)
     assert 8 < len(ledger) < 32 and len(ledger) + rows[-1]["pseudo_labels"] == 32 == launched.summary()["pairs"]
+
+
+def test_queries_reported_are_the_calls_to_the_oracle(train, monkeypatch):
+    calls = []
+    label = oracle.DatasetAnnotator.label
+    monkeypatch.setattr(oracle.DatasetAnnotator, "label", lambda self, ids: calls.extend(ids) or label(self, ids))
+    run = train("calls", max_steps=20)  # over an epoch of 15: some pairs come twice
+    assert sorted(calls) == [pair for pair, _, _ in run.ledger()]
+    assert len(calls) == run.summary()["queries"] == run.rows()[-1]["queries"]
 
 
 def test_the_trained_model_loads_and_moved(launched, tiny):
@@ -184,6 +196,51 @@ def test_a_model_that_cannot_share_a_prompt_takes_two_rows(train, tiny, tmp_path
     run = train("bloom", model_name_or_path=tmp_path / "bloom", max_steps=1)
     assert "two rows a pair: BloomForCausalLM cannot share a prompt, it takes no position_ids" in run.stdout
     assert abs(run.losses()[0] - math.log(2)) <= 1e-4
+
+
+def test_a_model_whose_rows_are_scored_wrongly_is_refused(train, monkeypatch):
+    """The check at start-up sees a mask that lets y2 read y1."""
+    mask = adpo.attention_mask
+    monkeypatch.setattr(adpo, "attention_mask", lambda segments, *args: mask(segments.clamp(max=0), *args))
+    run = train("wrong-mask", check=2)
+    assert "differ from a plain forward by" in run.stderr and "--attn_implementation=eager" in run.stderr
+
+
+def test_a_margin_that_is_no_number_ends_the_run_and_names_the_pair(train, tiny, monkeypatch):
+    rewards = adpo.implicit_rewards
+    monkeypatch.setattr(adpo, "implicit_rewards", lambda *args: rewards(*args) * float("nan"))
+    run = train("nan", check=1, do_eval=False)
+    assert "error: the margin of pair " in run.stderr and "is nan, not a finite number" in run.stderr
+    assert run.ledger() == []  # and no label was bought for it
+
+
+def test_the_official_recipe_runs_end_to_end_in_miniature(train, tiny, tmp_path):
+    """Its file as it is, with the flags of its README; the model and the data are tiny ones of the same shape, and the
+    engine is ZeRO-3 over two processes."""
+    template = "{% for m in messages %}{{ '<s> ' + m['role'] + ' ' + m['content'] + ' </s>\n' }}{% endfor %}" \
+               "{% if add_generation_prompt %}{{ '<s> assistant' }}{% endif %}"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny / "model")
+    tokenizer.chat_template = template
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "ultrafeedback").mkdir()
+    for split in ("train", "test"):
+        with open(tmp_path / "ultrafeedback" / f"{split}_prefs.jsonl", "w") as file:
+            for line in (tiny / "pairs" / f"{split}.jsonl").read_text().splitlines():
+                row = json.loads(line)
+                best, worst = (row[f"response_{side}"].strip() for side in (row["label"], "ba"["ab".index(row["label"])]))
+                said = [[{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": content}]
+                        for content in (best, worst)]
+                file.write(json.dumps({"prompt": row["prompt"], "prompt_id": "x", "chosen": said[0], "rejected": said[1],
+                                       "messages": said[0], "score_chosen": 8.0, "score_rejected": 3.0}) + "\n")
+    (tmp_path / "recipe.yaml").write_text(OFFICIAL_BETA)
+    run = train("official", processes=2, config=tmp_path / "recipe.yaml", deepspeed="configs/zero3.json", beta=0.1,
+                data_selection="true", Gamma=1.3, num_train_epochs=1, push_to_hub="false",
+                model_name_or_path=tmp_path / "model", dataset_mixer=f"{{{tmp_path}/ultrafeedback: 1.0}}")
+    assert run.summary()["pairs"] == 120 and run.rows()[-1]["step"] == 8  # 4 pairs, 2 micro-steps, 2 processes
+    assert abs(run.losses()[0] - math.log(2)) <= 1e-4
+    assert run.summary()["eval_accuracy"] is not None
+    assert transformers.AutoModelForCausalLM.from_pretrained(run.output).dtype == torch.bfloat16
 
 
 def test_metrics_reach_deepspeeds_monitor(train):
