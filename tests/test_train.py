@@ -15,6 +15,7 @@ import torch
 import transformers
 import yaml
 from conftest import ROOT
+from safetensors.torch import load_file
 from test_config import OFFICIAL_BETA
 
 import adpo
@@ -150,24 +151,35 @@ def test_every_pair_is_seen_once_an_epoch_and_none_is_asked_twice(train):
 
 
 def test_resume_is_exact(train, tmp_path):
-    """Stopped behind step 4 of 6 and started again with the same command: the same metrics, ledger and weights."""
-    keys = dict(max_steps=6, save_strategy="steps", save_steps=2, logging_steps=3, save_total_limit=2, gamma=0.1)
-    whole = train("whole", **keys)
-    assert sorted(p.name for p in whole.output.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    """Stopped behind step 4 of 6, the checkpoint of step 4 lost, and started again with the same command: it goes on from
+    step 2, and metrics, ledger and weights are those of the undisturbed run."""
+    keys = dict(max_steps=6, save_strategy="steps", save_steps=2, logging_steps=3, save_total_limit=2, gamma=0.1,
+                eval_strategy="steps", eval_steps=5)
+    whole = train("whole", **keys | {"save_total_limit": 3})
+    assert sorted(p.name for p in whole.output.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     stopped = tmp_path / "stopped"
     shutil.copytree(whole.output, stopped)
-    for path in ("checkpoint-6", "summary.json", "model.safetensors"):
+    for path in ("checkpoint-4", "checkpoint-6", "summary.json", "model.safetensors"):
         shutil.rmtree(stopped / path) if (stopped / path).is_dir() else (stopped / path).unlink()
     again = train("again", output_dir=stopped, **keys)
-    assert "resumed from" in again.stdout and "step 4 of 6" in again.stdout
-    timeless = [[{k: v for k, v in row.items() if k != "tokens_per_second"} for row in run.rows()] for run in (whole, again)]
-    assert timeless[0] == timeless[1] and [row["step"] for row in timeless[0]] == [1, 3, 6]
+    assert "resumed from" in again.stdout and "step 2 of 6" in again.stdout
+    assert sorted(p.name for p in stopped.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]  # save_total_limit
+    timeless = [[{k: v for k, v in row.items() if k != "tokens_per_second"} for row in run.rows() + run.rows("eval")]
+                for run in (whole, again)]
+    assert timeless[0] == timeless[1] and [row["step"] for row in timeless[0]] == [1, 3, 6, 5, 6]
     assert again.ledger() == whole.ledger()
     assert_same_weights(again.weights(), whole.weights(), 0)
     third = train("third", output_dir=stopped, **keys)
     assert "is finished" in third.stdout
     other = train("other", output_dir=stopped, check=2, **{**keys, "gamma": 0.5})
     assert "gamma 0.1, this one 0.5" in other.stderr and "another output_dir" in other.stderr
+
+
+def test_the_schedules_learning_rate_reaches_the_optimiser(train, tiny):
+    """The first step of a warm-up has learning rate 0: the weights stay what they were."""
+    run = train("warm-up", warmup_ratio=1.0, max_steps=1)
+    assert run.rows()[0]["learning_rate"] == 0 and run.rows()[0]["grad_norm"] > 0
+    assert_same_weights(run.weights(), load_file(tiny / "model" / "model.safetensors"), 0)
 
 
 def test_plain_dpo_and_no_pseudo_labels(train, launched):
