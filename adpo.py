@@ -91,15 +91,18 @@ def gate(margin, gamma, ids=None):
     return margin.abs() <= gamma
 
 
-def choose_labels(margin, answers, pseudo_labels=True):
+def choose_labels(margin, answers, unsure=None, pseudo_labels=True):
     """Algorithm 2, the label: o = the annotator's answer where there is one, else sign(m) or none.
 
-    margin: (B,).  answers: (B,), +1 (y1 preferred), −1 (y2 preferred), 0 (not asked, and not known from before).
-    pseudo_labels: False is the paper's ablation "ADPO without pseudo-labels": such a pair gets 0, which is no label.
+    margin: (B,).  answers: (B,), +1 (y1 preferred), −1 (y2 preferred), 0 (no answer, now or from before).
+    unsure: (B,) bool, the gate's verdict: a pair to be asked that got no answer (the budget is spent) gets 0, no label.
+    pseudo_labels: False is the paper's ablation "ADPO without pseudo-labels": a pair without an answer gets 0.
     Returns (B,) in margin's dtype, detached: o carries no gradient.
     """
     margin = margin.detach()
     pseudo = margin.sign() if pseudo_labels else torch.zeros_like(margin)
+    if unsure is not None:
+        pseudo = pseudo.masked_fill(unsure, 0)
     return torch.where(answers != 0, answers.to(margin.dtype), pseudo)
 
 

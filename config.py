@@ -64,7 +64,23 @@ class Config:
     pseudo_labels: bool = key(True, "train a pair that is not asked on sign(margin); false gives it no loss")
     loss_type: str = key("sigmoid", "sigmoid (DPO), ipo or hinge")
     label_smoothing: float = key(0.0, "ε of the sigmoid loss", low=0, high=0.5)
-    oracle: str = key("dataset", "who answers: dataset (the labels that the data came with)", choices=("dataset",))
+    # Who answers
+    oracle: str = key("dataset", "dataset (the labels that the data came with), human (tools/label.py) or judge",
+                      choices=("dataset", "human", "judge"))
+    oracle_wait_minutes: float = key(60.0, "without an answer for so long, a run stops, resumable", low=0)
+    max_queries: int | None = key(None, "labels that may be bought in all; null: no limit", low=0)
+    after_budget: str = key("none", "when they are bought, an unsure pair gets no label (none) or its pseudo_label",
+                            choices=("none", "pseudo_label"))
+    price_per_label: float | None = key(None, "turns counts into money", low=0)
+    audit_fraction: float = key(0.0, "share of the confident pairs that is asked as well, to know the pseudo-labels' error; "
+                                     "0.05 is a good one", low=0, high=1)
+    judge: str = key("chat", "chat (an OpenAI-compatible endpoint) or reward_model (a sequence classifier)",
+                     choices=("chat", "reward_model"))
+    judge_url: str | None = key(None, "base URL of the endpoint, such as http://127.0.0.1:8000/v1")
+    judge_model: str | None = key(None, "name of the judge at its endpoint, or the reward model's hub id or folder")
+    judge_api_key_env: str = key("OPENAI_API_KEY", "environment variable that holds the endpoint's key, if it wants one")
+    judge_concurrency: int = key(8, "requests at a time", low=1)
+    judge_timeout: float = key(60.0, "seconds a request may take", low=0.1)
     # Optimisation
     per_device_train_batch_size: int = key(8, "pairs a micro-batch", low=1)
     per_device_eval_batch_size: int = key(8, "pairs a batch of evaluation", low=1)
@@ -131,7 +147,9 @@ ADAPTER_KEYS = ("lora_", "bnb_4bit_", "use_bnb_")
 FREE_ON_RESUME = {"logging_steps", "logging_first_step", "log_level", "eval_strategy", "eval_steps", "eval_on_start",
                   "do_eval", "max_eval_samples", "per_device_eval_batch_size", "save_strategy", "save_steps",
                   "save_total_limit", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id",
-                  "hub_model_revision", "preprocessing_num_workers", "num_threads", "output_dir", "toy_dir"}
+                  "hub_model_revision", "preprocessing_num_workers", "num_threads", "output_dir", "toy_dir",
+                  "oracle_wait_minutes", "price_per_label", "judge_url", "judge_api_key_env", "judge_concurrency",
+                  "judge_timeout", "max_queries"}  # a budget may be raised: what was computed under the old one still holds
 
 
 def parse_config(argv):
@@ -295,6 +313,11 @@ def check_config(config, path):
         raise UsageError(f"{path}: torch_dtype bfloat16 needs bf16: true, which trains with fp32 weights in the optimiser")
     if config.max_steps == 0 or config.num_train_epochs == 0:
         raise UsageError(f"{path}: nothing to do in 0 {'steps' if config.max_steps == 0 else 'epochs'}")
+    if config.oracle == "judge":
+        needed = ("judge_url", "judge_model") if config.judge == "chat" else ("judge_model",)
+        for name in needed:
+            if getattr(config, name) is None:
+                raise UsageError(f"{path}: oracle judge ({config.judge}) needs {name}")
     packages = {"tensorboard": "tensorboard", "wandb": "wandb", "csv_monitor": None, "none": None}
     for service in config.report_to:
         if service not in packages:

@@ -33,7 +33,7 @@ import jinja2
 import torch
 
 # Raise it with any change to what a row becomes: it is part of every cache key.
-VERSION = 1
+VERSION = 2
 # Put into special-token text inside a message, so that the tokeniser does not take it for the token. Private-use
 # characters that nobody types; `Renderer.encode` cuts there and removes it.
 SENTINEL = "\ue0f7\ue0a1\ue0f7"
@@ -418,10 +418,12 @@ class Pairs:
 
     table: a datasets.Dataset with columns id, prompt_ids, first_ids, second_ids, tokens (of the whole pair).
     fingerprint: hash of all ids and tokens, in order.  counts: what was read, dropped and why.
+    texts: the columns prompt, first, second of the same rows, each JSON (a string or messages), for people and judges.
     """
     table: datasets.Dataset
     fingerprint: str
     counts: dict
+    texts: datasets.Dataset | None = None
 
     def __len__(self):
         return len(self.table)
@@ -429,6 +431,11 @@ class Pairs:
     def __post_init__(self):
         self.ids = self.table["id"][:]
         self.lengths = self.table["tokens"][:]
+
+    def text_by_id(self):
+        """A function pair id → (prompt, first, second), each JSON."""
+        rows = {id: row for row, id in enumerate(self.ids)}
+        return lambda id: tuple(self.texts[rows[id]][name] for name in ("prompt", "first", "second"))
 
 
 def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decontaminate_with=None, max_samples=None,
@@ -469,7 +476,7 @@ def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decont
     if not len(rows):
         raise DataError(f"{', '.join(mixer)}: no {kind} pair is left ({_plain(counts)})")
     table = rows.map(
-        tokenize_rows, fn_kwargs={"renderer": renderer}, batched=True, batch_size=256, remove_columns=rows.column_names,
+        tokenize_rows, fn_kwargs={"renderer": renderer}, batched=True, batch_size=256, remove_columns=["place"],
         num_proc=_processes(workers, len(rows)), desc=f"tokenising {kind} pairs",
         new_fingerprint=_hash(rows._fingerprint, renderer.fingerprint()))
     drops = table["drop"][:]
@@ -488,8 +495,9 @@ def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decont
             conflicts += labels.setdefault(id, label) != label
         if truth:
             truths.setdefault(id, truth)
-    table = table.select_columns(["id", "prompt_ids", "first_ids", "second_ids", "tokens"])
-    pairs = Pairs(table, _hash(renderer.fingerprint(), table["id"][:]), counts)
+    pairs = Pairs(table.select_columns(["id", "prompt_ids", "first_ids", "second_ids", "tokens"]),
+                  _hash(renderer.fingerprint(), table["id"][:]), counts,
+                  table.select_columns(["prompt", "first", "second"]))
     counts["repeated"] = len(pairs) - len(set(pairs.ids))
     counts["contradicting"] = conflicts
     say(f"{kind}: {_plain(counts)}")

@@ -1,21 +1,216 @@
 """Who answers a query, and the ledger that remembers every answer.
 
-    Oracle.answer(ids, margins, ask)      what the loop calls; over all ranks together
-        Ledger                            SQLite: one row an answer, unique by pair, committed before it is used
-        annotator.label(ids)              who is asked: here DatasetAnnotator; anything with its two methods will do
+    Oracle.answer(ids, margins, ask, step)    what the loop calls; over all ranks together
+        annotator.answer(questions, ledger)   who is asked; gets the answers into the ledger, or raises Waiting
+        Ledger                                SQLite: one row an answer, unique by pair, committed before it is used
 
-A label that is not in the ledger does not exist for the loop: what a run reports as queries is the number of rows here.
+Annotators: DatasetAnnotator (the labels that the data came with) and HumanAnnotator (people, through tools/label.py) here; a
+judge model in judge.py. Another one is a class with `name`, `asks_together`, `answer` and `grade`.
+
+A label that is not in the ledger does not exist for the loop: what a run reports as queries is the number of rows there.
 
 Departures from the official code: there, each batch carries its labels and nobody is asked. Departure from the paper: an
-answer is remembered, so that in a second epoch no pair is asked twice.
+answer is remembered, so that in a second epoch no pair is asked twice; a share of the confident pairs can be asked as well
+(audit), so that the error of pseudo-labels is known.
 
-Look at a ledger with `sqlite3 OUTPUT_DIR/labels.sqlite 'select * from answers limit 5'`.
+Look at a ledger with `python tools/ledger.py OUTPUT_DIR`.
 """
 
+import hashlib
+import math
 import sqlite3
 import time
+from dataclasses import dataclass
 
 import torch.distributed as dist
+
+
+class Waiting(Exception):
+    """The annotator has not answered all that it was asked; the message says why. What is answered is in the ledger."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A pair that is to be labelled. margin: the policy's, in units of reward.  step: optimiser step that asks, from 0.
+    audit: asked although the policy is confident."""
+    pair: str
+    margin: float
+    step: int
+    audit: bool = False
+
+
+class Ledger:
+    """Every question and answer of a run, in SQLite; the run, labelling pages and tools meet here and nowhere else.
+
+    Label 1 means that y1 is preferred, −1 that y2 is. Which response of a pair is y1 follows from its content alone
+    (data.canonical), so that a label means the same in every run.
+    """
+
+    SCHEMA = """
+        CREATE TABLE IF NOT EXISTS answers (
+            pair TEXT PRIMARY KEY,                            -- hash of the pair's content; so none is paid for twice
+            label INTEGER NOT NULL CHECK (label IN (1, -1)),  -- 1: y1 preferred, -1: y2 preferred
+            source TEXT NOT NULL,                             -- dataset, human, judge, reused
+            annotator TEXT NOT NULL DEFAULT '',               -- who, within the source
+            margin REAL,                                      -- the policy's margin when it asked, in units of reward
+            step INTEGER NOT NULL,                            -- optimiser step that asked, from 0; -1: from another run
+            audit INTEGER NOT NULL DEFAULT 0,                 -- asked although the policy was confident
+            answered_at REAL NOT NULL,                        -- seconds since 1970
+            seconds REAL,                                     -- that the annotator took
+            cost REAL,                                        -- what it cost, where that is known
+            used INTEGER NOT NULL DEFAULT 0                   -- the run has taken it: it cannot be taken back
+        ) WITHOUT ROWID;
+        CREATE INDEX IF NOT EXISTS answers_by_step ON answers (step);
+        CREATE TABLE IF NOT EXISTS questions (                -- for people: open where there is no answer of the pair
+            pair TEXT PRIMARY KEY,
+            prompt TEXT NOT NULL, first TEXT NOT NULL, second TEXT NOT NULL,  -- JSON: a string or a list of messages
+            margin REAL, step INTEGER NOT NULL, audit INTEGER NOT NULL, asked_at REAL NOT NULL,
+            leased_to TEXT, leased_until REAL                 -- who is looking at it, and until when
+        ) WITHOUT ROWID;
+        CREATE TABLE IF NOT EXISTS verdicts (                 -- all that was said: both orders of a judge, second opinions
+            id INTEGER PRIMARY KEY,
+            pair TEXT NOT NULL, annotator TEXT NOT NULL,
+            verdict INTEGER NOT NULL CHECK (verdict IN (1, 0, -1)),           -- 0: no preference, or nothing usable
+            seconds REAL, cost REAL, detail TEXT, at REAL NOT NULL
+        );
+        CREATE INDEX IF NOT EXISTS verdicts_by_pair ON verdicts (pair);
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.db = sqlite3.connect(path, timeout=60, isolation_level=None)  # transactions are written out below
+        self.db.execute("PRAGMA journal_mode = WAL")  # others may read and write while a run is on
+        self.db.execute("PRAGMA synchronous = FULL")  # a committed answer survives a power cut
+        self.db.executescript(self.SCHEMA)
+
+    def transaction(self):
+        return _Transaction(self.db)
+
+    # For the run.
+
+    def take(self, ids):
+        """{pair id: label} of those of the ids that have an answer; from now on these answers cannot be taken back."""
+        found = {}
+        for start in range(0, len(ids), 10_000):  # SQLite takes at most 32,766 parameters
+            some = ids[start:start + 10_000]
+            marks = ",".join("?" * len(some))
+            with self.transaction():
+                found.update(self.db.execute(f"SELECT pair, label FROM answers WHERE pair IN ({marks})", some))
+                self.db.execute(f"UPDATE answers SET used = 1 WHERE used = 0 AND pair IN ({marks})", some)
+        return found
+
+    def add(self, source, labelled):
+        """Commit answers: (Question, label, annotator, seconds, cost) each. All or none."""
+        now = time.time()
+        rows = [(q.pair, label, source, annotator, q.margin, q.step, q.audit, now, seconds, cost)
+                for q, label, annotator, seconds, cost in labelled]
+        with self.transaction():
+            self.db.executemany("INSERT INTO answers (pair, label, source, annotator, margin, step, audit, answered_at, "
+                                "seconds, cost) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def count(self, step=None):
+        """Answers bought up to and including an optimiser step (or all). Counted by step, not by row, so that a run that
+        is resumed from an earlier step reports again what it reported then."""
+        return self.db.execute("SELECT COUNT(*) FROM answers WHERE step BETWEEN 0 AND ?",
+                               (2**62 if step is None else step,)).fetchone()[0]
+
+    def audits(self, step=None):
+        """[(margin, label)] of the audited pairs up to and including an optimiser step (or all)."""
+        return self.db.execute("SELECT margin, label FROM answers WHERE audit AND step BETWEEN 0 AND ?",
+                               (2**62 if step is None else step,)).fetchall()
+
+    def cost(self):
+        """(sum of what answers cost, number of answers whose cost is not known)."""
+        return self.db.execute(
+            "SELECT COALESCE(SUM(cost), 0), COUNT(*) - COUNT(cost) FROM answers WHERE step >= 0").fetchone()
+
+    # For people and their tools. A question is open while its pair has no answer.
+
+    def put_questions(self, questions, texts):
+        """Open questions, those that stand already left as they are. texts: {pair id: (prompt, first, second) as JSON}."""
+        now = time.time()
+        rows = [(q.pair, *texts[q.pair], q.margin, q.step, q.audit, now) for q in questions]
+        with self.transaction():
+            self.db.executemany(
+                "INSERT OR IGNORE INTO questions (pair, prompt, first, second, margin, step, audit, asked_at) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def open_questions(self):
+        """[(pair, prompt, first, second)], oldest first; the texts are JSON."""
+        return self.db.execute(
+            "SELECT pair, prompt, first, second FROM questions WHERE pair NOT IN (SELECT pair FROM answers) "
+            "ORDER BY step, pair").fetchall()
+
+    def lease(self, annotator, seconds, not_these=()):
+        """Lease one open question to an annotator for some seconds: (pair, prompt, first, second), or None.
+
+        The annotator's own unexpired lease comes first (a reload shows the same question), then the oldest question that
+        nobody holds. not_these: pairs that the annotator has skipped; they come again when nothing else is left.
+        """
+        now = time.time()
+        with self.transaction():
+            rows = self.db.execute(
+                "SELECT pair, prompt, first, second FROM questions WHERE pair NOT IN (SELECT pair FROM answers) "
+                "AND (leased_to IS NULL OR leased_until < ? OR leased_to = ?) "
+                "ORDER BY leased_to IS NOT ? OR leased_until < ?, step, pair", (now, annotator, annotator, now)).fetchall()
+            wanted = [row for row in rows if row[0] not in not_these] or rows
+            if not wanted:
+                return None
+            self.db.execute("UPDATE questions SET leased_to = ?, leased_until = ? WHERE pair = ?",
+                            (annotator, now + seconds, wanted[0][0]))
+            return wanted[0]
+
+    def release(self, annotator, pair=None):
+        """Give back an annotator's lease of a pair, or all of them."""
+        self.db.execute("UPDATE questions SET leased_to = NULL, leased_until = NULL WHERE leased_to = ? "
+                        "AND pair = COALESCE(?, pair)", (annotator, pair))
+
+    def answer_question(self, pair, label, annotator, seconds=None, cost=None, source="human"):
+        """Answer an open question. True where the answer now stands; False where the pair has one already: then this one is
+        kept as a verdict, a second opinion. Raises KeyError where the pair was never asked."""
+        now = time.time()
+        with self.transaction():
+            asked = self.db.execute("SELECT margin, step, audit FROM questions WHERE pair = ?", (pair,)).fetchone()
+            if asked is None:
+                raise KeyError(pair)
+            self.db.execute("INSERT INTO verdicts (pair, annotator, verdict, seconds, cost, at) VALUES (?, ?, ?, ?, ?, ?)",
+                            (pair, annotator, label, seconds, cost, now))
+            done = self.db.execute(
+                "INSERT OR IGNORE INTO answers (pair, label, source, annotator, margin, step, audit, answered_at, seconds, "
+                "cost) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (pair, label, source, annotator, *asked, now, seconds, cost))
+            return done.rowcount == 1
+
+    def retract(self, pair, annotator):
+        """Take back an annotator's own answer, which opens its question again. False where the run has used it, or there is
+        none of theirs."""
+        with self.transaction():
+            done = self.db.execute("DELETE FROM answers WHERE pair = ? AND annotator = ? AND source = 'human' AND used = 0",
+                                   (pair, annotator))
+            if done.rowcount:
+                self.db.execute("DELETE FROM verdicts WHERE id = (SELECT MAX(id) FROM verdicts WHERE pair = ? "
+                                "AND annotator = ?)", (pair, annotator))
+            return done.rowcount == 1
+
+    def add_verdict(self, pair, annotator, verdict, seconds=None, cost=None, detail=None):
+        """Keep what an annotator said, answer or not: 1, −1, or 0 for no preference."""
+        self.db.execute("INSERT INTO verdicts (pair, annotator, verdict, seconds, cost, detail, at) "
+                        "VALUES (?, ?, ?, ?, ?, ?, ?)", (pair, annotator, verdict, seconds, cost, detail, time.time()))
+
+    def close(self):
+        self.db.close()
+
+
+class _Transaction:
+    """BEGIN IMMEDIATE … COMMIT: takes the write lock at once, so that what is read inside still holds when it is written."""
+
+    def __init__(self, db):
+        self.db = db
+
+    def __enter__(self):
+        self.db.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind, error, trace):
+        self.db.execute("COMMIT" if kind is None else "ROLLBACK")
 
 
 class DatasetAnnotator:
@@ -26,17 +221,18 @@ class DatasetAnnotator:
     """
 
     name = "dataset"
+    asks_together = False  # it answers at once, so a question need not wait for the others of its step
 
     def __init__(self, labels, truths=None):
         self.labels, self.truths, self.calls = labels, truths or {}, 0
 
-    def label(self, ids):
-        """One label (+1 or −1) for each pair id, in order. Raises LookupError, naming the pair, for one without a label."""
-        self.calls += len(ids)
-        missing = [id for id in ids if id not in self.labels]
+    def answer(self, questions, ledger):
+        """Raises LookupError, naming the pair, for one without a label."""
+        self.calls += len(questions)
+        missing = [q.pair for q in questions if q.pair not in self.labels]
         if missing:
-            raise LookupError(f"pair {missing[0]} has no label in the data set ({len(missing)} of {len(ids)} asked)")
-        return [self.labels[id] for id in ids]
+            raise LookupError(f"pair {missing[0]} has no label in the data set ({len(missing)} of {len(questions)} asked)")
+        ledger.add(self.name, [(q, self.labels[q.pair], "", None, None) for q in questions])
 
     def grade(self, labelled):
         """(right, known): of these (pair id, label), how many agree with the truth, and of how many the truth is known."""
@@ -44,97 +240,126 @@ class DatasetAnnotator:
         return sum(known), len(known)
 
 
-class Ledger:
-    """Every answer of a run, in SQLite. One row a pair: the primary key makes paying twice impossible."""
+class HumanAnnotator:
+    """People, who answer through the ledger (tools/label.py) when they come to it.
 
-    SCHEMA = """
-        CREATE TABLE IF NOT EXISTS answers (
-            pair TEXT PRIMARY KEY,                            -- pair id: hash of the pair's content
-            label INTEGER NOT NULL CHECK (label IN (1, -1)),  -- 1: y1 preferred, -1: y2 preferred
-            source TEXT NOT NULL,                             -- who answered
-            margin REAL,                                      -- the policy's margin when it asked, in units of reward
-            step INTEGER NOT NULL,                            -- optimiser step that asked, from 0
-            answered_at REAL NOT NULL                         -- seconds since 1970
-        ) WITHOUT ROWID;
-        CREATE INDEX IF NOT EXISTS answers_by_step ON answers (step);
+    texts: pair id → (prompt, first, second) as JSON, for the page.  wait_minutes: how long to wait for the next answer.
+    show: called with the number of answers that are missing, while waiting.
     """
 
-    def __init__(self, path):
-        self.path = path
-        self.db = sqlite3.connect(path, timeout=60)
-        self.db.execute("PRAGMA journal_mode = WAL")  # others may read and write while a run is on
-        self.db.execute("PRAGMA synchronous = FULL")  # a committed answer survives a power cut
-        self.db.executescript(self.SCHEMA)
+    name = "human"
+    asks_together = True
+    poll_seconds = 0.5
 
-    def lookup(self, ids):
-        """{pair id: label} of those of the ids that have an answer."""
-        found = {}
-        for start in range(0, len(ids), 10_000):  # SQLite takes at most 32,766 parameters
-            some = ids[start:start + 10_000]
-            marks = ",".join("?" * len(some))
-            found.update(self.db.execute(f"SELECT pair, label FROM answers WHERE pair IN ({marks})", some))
-        return found
+    def __init__(self, texts, wait_minutes, show=lambda missing: None):
+        self.texts, self.wait_seconds, self.show = texts, 60 * wait_minutes, show
 
-    def add(self, rows):
-        """Commit answers: (pair, label, source, margin, step) each. All or none."""
-        now = time.time()
-        with self.db:
-            self.db.executemany("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?)", [(*row, now) for row in rows])
+    def answer(self, questions, ledger):
+        """Put the questions and wait until all are answered. Raises Waiting where no answer came in for wait_minutes, or on
+        Ctrl-C; the questions stay open."""
+        ledger.put_questions(questions, {q.pair: self.texts(q.pair) for q in questions})
+        ids, last, since = [q.pair for q in questions], None, time.monotonic()
+        try:
+            while missing := self.missing(ids, ledger):
+                if missing != last:
+                    last, since = missing, time.monotonic()
+                    self.show(missing)
+                if time.monotonic() - since >= self.wait_seconds:
+                    raise Waiting(f"no answer for {self.wait_seconds / 60:g} minutes, {missing} of {len(ids)} are missing")
+                time.sleep(self.poll_seconds)
+        except KeyboardInterrupt:
+            raise Waiting(f"interrupted, {missing} of {len(ids)} answers are missing")
+        self.show(0)
 
-    def count(self, step=None):
-        """Answers bought up to and including an optimiser step (or all). Counted by step, not by row, so that a run that
-        is resumed from an earlier step reports again what it reported then."""
-        where, args = ("", ()) if step is None else (" WHERE step <= ?", (step,))
-        return self.db.execute("SELECT COUNT(*) FROM answers" + where, args).fetchone()[0]
+    @staticmethod
+    def missing(ids, ledger):
+        marks = ",".join("?" * len(ids))
+        return len(ids) - ledger.db.execute(f"SELECT COUNT(*) FROM answers WHERE pair IN ({marks})", ids).fetchone()[0]
 
-    def close(self):
-        self.db.close()
+    def grade(self, labelled):
+        return 0, 0  # nobody knows
+
+
+def is_audited(pair, fraction, seed):
+    """Whether a pair belongs to the random share of pairs that are asked however confident the policy is. By hash, so that
+    a resumed run draws the same."""
+    draw = int.from_bytes(hashlib.blake2b(f"audit {seed} {pair}".encode(), digest_size=8).digest(), "big")
+    return draw < fraction * 2**64
+
+
+def wilson(successes, trials, z=1.96):
+    """Wilson's interval of a share (95 % at z = 1.96), which holds for few trials and for shares near 0 and 1 too
+    (Wilson 1927; Brown, Cai, DasGupta 2001). (0, 1) without trials."""
+    if trials == 0:
+        return 0.0, 1.0
+    share = successes / trials
+    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 class Oracle:
     """The one way to a label. Every rank makes one; rank 0 alone holds the annotator and the ledger.
 
-    annotator: has `name`, `label(ids)` and `grade(labelled)`; None on ranks other than 0.  path: the ledger's file.
+    annotator: None on ranks other than 0.  path: the ledger's file.  max_queries: labels that may be bought in all, or None.
+    asks_together: the annotator's, on all ranks.
     """
 
-    def __init__(self, annotator, path):
+    def __init__(self, annotator, path, max_queries=None, asks_together=False):
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         # Pair ids are host data: they go over gloo, past the GPUs.
         self.group = dist.new_group(backend="gloo") if self.world > 1 else None
         self.annotator = annotator if self.rank == 0 else None
         self.ledger = Ledger(path) if self.rank == 0 else None
-        self.pseudo = {"labels": 0, "right": 0, "known": 0}  # what was trained on unasked, and how much of it was right
+        self.max_queries, self.asks_together = max_queries, asks_together
+        # What was trained on unasked and how much of it was right; the step at which the budget was first too small; whether
+        # the audit has been complained of.
+        self.state = {"pseudo_labels": 0, "pseudo_right": 0, "pseudo_known": 0, "budget_spent_at_step": None,
+                      "warned": False}
 
-    def answer(self, ids, margins, ask, step):
-        """Labels of one micro-batch. All ranks call it together, each with pairs of its own.
+    def answer(self, ids, margins, ask, step, audit=None):
+        """Labels of some pairs. All ranks call it together, each with pairs of its own.
 
-        ids: pair ids, None for a filler.  margins: floats.  ask: bools, the gate's verdict.  step: optimiser step.
-        Returns a list: +1 or −1 where the pair was asked, now or ever; 0 where it was not.
+        ids: pair ids, None for a filler.  margins: floats.  ask: bools, who is to be asked.  step: optimiser step.
+        audit: bools, who of them is asked although the policy is confident.
+        Returns a list: +1 or −1 where the pair was asked, now or ever; 0 where it was not, or the budget is spent.
+        Raises Waiting, on all ranks, where the annotator has not answered.
         """
-        mine = list(zip(ids, margins, ask))
-        if self.world == 1:
-            return self._answer(mine, step)
-        gathered = [None] * self.world if self.rank == 0 else None
-        dist.gather_object(mine, gathered, dst=0, group=self.group)
+        mine = list(zip(ids, margins, ask, audit or [False] * len(ids)))
+        gathered = [mine]
+        if self.world > 1:
+            gathered = [None] * self.world if self.rank == 0 else None
+            dist.gather_object(mine, gathered, dst=0, group=self.group)
         answers = None
         if self.rank == 0:
-            flat = self._answer([item for part in gathered for item in part], step)
-            starts = [sum(map(len, gathered[:r])) for r in range(self.world)]
-            answers = [flat[start:start + len(part)] for start, part in zip(starts, gathered)]
-        received = [None]
-        dist.scatter_object_list(received, answers, src=0, group=self.group)
+            try:
+                known = self._answers([item for part in gathered for item in part if item[0] is not None], step)
+                answers = [[known.get(item[0], 0) for item in part] for part in gathered]
+            except Waiting as waiting:  # the other ranks have to hear of it too
+                answers = [waiting] * self.world
+        received = answers or [None]
+        if self.world > 1:
+            received = [None]
+            dist.scatter_object_list(received, answers, src=0, group=self.group)
+        if isinstance(received[0], Waiting):
+            raise received[0]
         return received[0]
 
-    def _answer(self, items, step):
-        margin_of = {id: margin for id, margin, _ in items if id is not None}
-        known = self.ledger.lookup(list(margin_of))
-        new = list(dict.fromkeys(id for id, _, ask in items if ask and id is not None and id not in known))
-        if new:
-            labels = self.annotator.label(new)
-            self.ledger.add([(id, label, self.annotator.name, margin_of[id], step) for id, label in zip(new, labels)])
-            known.update(zip(new, labels))
-        return [known.get(id, 0) for id, _, _ in items]
+    def _answers(self, items, step):
+        known = self.ledger.take([item[0] for item in items])
+        new = {pair: Question(pair, margin, step, audit) for pair, margin, ask, audit in items if ask and pair not in known}
+        questions = list(new.values())
+        if self.max_queries is not None:
+            left = max(0, self.max_queries - self.ledger.count(step))
+            if left < len(questions):  # the least sure are worth most
+                questions = sorted(questions, key=lambda q: (q.audit, abs(q.margin), q.pair))[:left]
+                if self.state["budget_spent_at_step"] is None:
+                    self.state["budget_spent_at_step"] = step
+        if questions:
+            self.annotator.answer(questions, self.ledger)
+            known |= self.ledger.take([q.pair for q in questions])
+        return known
 
     def report_pseudo(self, unasked):
         """Tell the oracle which pairs are trained on with a pseudo-label, so that it can count and grade them.
@@ -148,13 +373,25 @@ class Oracle:
             dist.gather_object(unasked, parts, dst=0, group=self.group)
         for part in parts or ():
             right, known = self.annotator.grade(part)
-            self.pseudo["labels"] += len(part)
-            self.pseudo["right"] += right
-            self.pseudo["known"] += known
+            self.state["pseudo_labels"] += len(part)
+            self.state["pseudo_right"] += right
+            self.state["pseudo_known"] += known
 
     def queries(self, step=None):
-        """Labels bought, over all ranks (rank 0; elsewhere None)."""
-        return self.ledger.count(step) if self.ledger else None
+        """Labels bought, over all ranks (rank 0; elsewhere 0)."""
+        return self.ledger.count(step) if self.ledger else 0
+
+    def audit(self, step=None):
+        """What the audited pairs say of pseudo-labels (rank 0; elsewhere None): how many there are, the share of them on
+        which sign(margin) agrees with the annotator, its 95 % interval, and the share that the policy itself predicts,
+        the mean of σ(|m|)."""
+        pairs = self.ledger.audits(step) if self.ledger else []
+        if not pairs:
+            return None
+        right = sum((margin > 0) == (label > 0) for margin, label in pairs)
+        predicted = sum(1 / (1 + math.exp(-min(abs(margin), 700))) for margin, _ in pairs) / len(pairs)
+        return {"audited": len(pairs), "accuracy": right / len(pairs), "interval": wilson(right, len(pairs)),
+                "predicted": predicted}
 
     def close(self):
         if self.ledger:

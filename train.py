@@ -21,6 +21,7 @@ import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import sys
 import time
@@ -41,6 +42,7 @@ from tqdm import tqdm
 
 import adpo
 import data
+import judge
 import oracle
 import toy
 from config import FREE_ON_RESUME, HERE, REFUSED, UsageError, help_text, parse_config
@@ -452,6 +454,9 @@ def model_card(config, summary):
     rows = [("pairs", f"{summary['pairs']:,}"),
             ("labels bought", f"{summary['queries']:,} ({summary['query_fraction']:.1%})"),
             ("pseudo-labels", f"{summary['pseudo_labels']:,}" + ("" if right is None else f", {right:.1%} of them right")),
+            *([("audited pseudo-labels", "{:,}, {:.1%} right (95 % interval {:.1%} to {:.1%})".format(
+                summary["audited"], summary["audit_accuracy"], *summary["audit_interval"]))] if summary["audited"] else []),
+            *([("spent on labels", f"{summary['cost']:,.2f}")] if summary["cost"] is not None else []),
             ("held-out accuracy of the implicit reward", "not measured" if accuracy is None else f"{accuracy:.3f}"),
             ("β, γ", f"{config.beta}, {config.gamma if config.data_selection else 'every pair asked'}")]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
@@ -467,6 +472,14 @@ def closing_line(summary):
     parts = [f"{summary['queries']:,} of {summary['pairs']:,} labels bought ({share:.0%})".replace("%", " %")]
     if summary["pseudo_label_accuracy"] is not None:
         parts.append(f"pseudo-labels right: {100 * summary['pseudo_label_accuracy']:.1f} %")
+    if summary["audited"]:
+        low, high = summary["audit_interval"]
+        parts.append(f"{summary['audited']:,} audited: {100 * summary['audit_accuracy']:.1f} % right ({100 * low:.1f}–"
+                     f"{100 * high:.1f} %)")
+    if summary["budget_spent_at_step"] is not None:
+        parts.append(f"the budget was spent at step {summary['budget_spent_at_step'] + 1:,}")
+    if summary["cost"] is not None:
+        parts.append(f"{summary['cost']:,.2f} spent on labels")
     if summary["eval_accuracy"] is not None:
         parts.append(f"held-out accuracy {summary['eval_accuracy']:.3f}")
     if "gold_reward_after" in summary:
@@ -555,20 +568,34 @@ def load_data(config, tokenizer):
             config.decontaminate_with if kind == "train" else None, limit, config.seed, say))
 
     train, labels, truths = load("train", config.max_train_samples)
-    missing = [id for id in train.ids if id not in labels]
-    if missing:
-        raise UsageError(f"oracle dataset: pair {missing[0]} has no label ({len(missing)} of {len(train)} have none)")
-    annotator = oracle.DatasetAnnotator(labels, truths) if rank() == 0 else None
+    if config.oracle == "dataset" and len(missing := [id for id in train.ids if id not in labels]):
+        first = " ".join(str(json.loads(text)) for text in train.text_by_id()(missing[0]))
+        raise UsageError(f"oracle dataset: pair {missing[0]} has no label ({len(missing)} of {len(train)} have none): label "
+                         f"them, or say --oracle=human or --oracle=judge; it begins {first!r:.80}")
+    annotator = make_annotator(config, train, labels, truths) if rank() == 0 else None
     test, _, truths = load("test", config.max_eval_samples) if config.do_eval else (None, {}, {})
-    if test is None:
+    missing = [id for id in test.ids if id not in truths] if test else []
+    if test is None or len(missing) == len(test):
         if config.do_eval:
-            say("no test split: evaluation is skipped")
+            say(f"no {'labels in the ' if test else ''}test split: evaluation is skipped")
         return train, None, annotator, None
-    missing = [id for id in test.ids if id not in truths]
     if missing:
         raise UsageError(f"test split: pair {missing[0]} has no label ({len(missing)} of {len(test)} have none): "
                          "label them, or say --do_eval=false")
     return train, test, annotator, torch.tensor([float(truths[id]) for id in test.ids])
+
+
+def make_annotator(config, train, labels, truths):
+    """Who answers."""
+    if config.oracle == "dataset":
+        return oracle.DatasetAnnotator(labels, truths)
+    if config.oracle == "human":
+        return oracle.HumanAnnotator(train.text_by_id(), config.oracle_wait_minutes)
+    if config.judge == "reward_model":
+        return judge.RewardModelJudge(train.text_by_id(), config.judge_model)
+    return judge.ChatJudge(
+        train.text_by_id(), config.judge_url, config.judge_model, os.environ.get(config.judge_api_key_env),
+        concurrency=config.judge_concurrency, timeout=config.judge_timeout, seed=config.seed)
 
 
 def policy_and_reference(config, ds, parts):
@@ -632,13 +659,13 @@ def main(config):
         replace_text(output / "config.yaml", yaml.safe_dump(
             {"config": dataclasses.asdict(config), "versions": versions()}, sort_keys=False, allow_unicode=True))
     dist.barrier()
-    asker = oracle.Oracle(annotator, output / "labels.sqlite")
+    asker = oracle.Oracle(annotator, output / "labels.sqlite", config.max_queries, config.oracle != "dataset")
     step, seconds_before, evaluation = 0, 0.0, None
     sums = torch.zeros(10, dtype=torch.float64, device=device)  # metrics since the last log
     if resume:
         engine.load_checkpoint(str(resume.parent), tag=resume.name)
         state = json.loads((resume / "trainer_state.json").read_text())
-        step, seconds_before, asker.pseudo, evaluation = (state[k] for k in ("step", "wall_seconds", "pseudo", "evaluation"))
+        step, seconds_before, asker.state, evaluation = (state[k] for k in ("step", "wall_seconds", "oracle", "evaluation"))
         sums += torch.tensor(state["sums"], dtype=torch.float64, device=device) * (rank() == 0)
         say(f"resumed from {resume} at step {step:,} of {schedule.total_steps:,}")
     log = Log(output, engine, step)
@@ -646,20 +673,40 @@ def main(config):
         f"{sum(getattr(p, 'ds_numel', p.numel()) for p in engine.module.parameters()):,} parameters, "
         f"{world} process{'es' if world > 1 else ''} on {device.type}, ZeRO {ds['zero_optimization'].get('stage', 0)}")
 
+    def labels_so_far():
+        return {"queries": asker.queries(step - 1), "pseudo_labels": asker.state["pseudo_labels"],
+                **audit_metrics(asker, step - 1, config)}
+
     def run_evaluation():
         metrics = evaluate(engine, test, test_batches, reference["test"], test_labels.to(device), config, shared)
-        log.write({"step": step, "epoch": step / schedule.epoch_steps, "split": "eval", **metrics,
-                   "queries": (bought := asker.queries(step - 1)), "pseudo_labels": asker.pseudo["labels"]})
+        log.write(row := {"step": step, "epoch": step / schedule.epoch_steps, "split": "eval", **metrics, **labels_so_far()})
         say(f"step {step:,}: held-out accuracy {metrics['rewards/accuracies']:.3f}, loss {metrics['loss']:.4f}, "
-            f"{bought or 0:,} labels bought")
+            f"{row['queries']:,} labels bought")
         return metrics
+
+    def checkpoint():
+        state = {"step": step, "wall_seconds": seconds_before + time.time() - start_time, "oracle": asker.state,
+                 "evaluation": evaluation, "sums": reduced(sums)}
+        save_checkpoint(engine, output, state, config.save_total_limit)
 
     # The loop.
     if test and config.eval_on_start and step == 0:
         evaluation = run_evaluation()
     progress = bar(schedule.total_steps, "train", initial=step)
+    if annotator:
+        annotator.show = lambda missing: progress.set_description_str(
+            f"waiting for {missing} labels" if missing else "train")
     window_start = time.time()
     while step < schedule.total_steps:
+        if asker.asks_together:
+            try:
+                ask_ahead(engine, asker, train, schedule.micro_batches(step), reference["train"], step, config, shared)
+            except oracle.Waiting:
+                progress.close()
+                if step and step not in checkpoints(output):
+                    checkpoint()
+                asker.close()
+                raise
         engine.train()
         lr = learning_rate(step, schedule.total_steps, config)
         for group in engine.optimizer.param_groups:
@@ -674,10 +721,9 @@ def main(config):
             margin = adpo.margins(rewards)  # (B,)
 
             # Algorithm 2: ask where |m| ≤ γ, else o = sign(m). The one wait for the device in a micro-step.
-            m = margin.detach().cpu()
-            ask = adpo.gate(m, config.gamma if config.data_selection else math.inf, batch.ids)
-            answers = torch.tensor(asker.answer(batch.ids, m.tolist(), ask.tolist(), step))
-            o = adpo.choose_labels(m, answers, config.pseudo_labels)  # (B,)
+            m, unsure, audited = consult_gate(margin, batch.ids, config)
+            answers = torch.tensor(asker.answer(batch.ids, m.tolist(), (unsure | audited).tolist(), step, audited.tolist()))
+            o = adpo.choose_labels(m, answers, unsure if config.after_budget == "none" else None, config.pseudo_labels)
             unasked += [(id, int(label)) for id, label, answer in zip(batch.ids, o, answers) if id and label and not answer]
 
             o = o.to(device)
@@ -696,10 +742,11 @@ def main(config):
             metrics, tokens = means(reduced(sums))
             row = {"step": step, "epoch": step / schedule.epoch_steps, "split": "train", **metrics, "learning_rate": lr,
                    "grad_norm": float(engine.get_global_grad_norm() if grad_norm is None else grad_norm),
-                   "queries": asker.queries(step - 1), "pseudo_labels": asker.pseudo["labels"],
-                   "tokens_per_second": tokens / (time.time() - window_start)}
+                   **labels_so_far(), "tokens_per_second": tokens / (time.time() - window_start)}
             log.write(row)
-            progress.set_postfix_str(bar_text(row, min(step * schedule.step_pairs, len(train)), evaluation), refresh=False)
+            warn_of_wrong_pseudo_labels(asker, step - 1)
+            progress.set_postfix_str(bar_text(row, min(step * schedule.step_pairs, len(train)), evaluation,
+                                              cost(asker, config)), refresh=False)
             sums.zero_()
             window_start = time.time()
         progress.update()
@@ -707,14 +754,12 @@ def main(config):
             evaluation = run_evaluation()
             window_start = time.time()
         if due(config.save_strategy, config.save_steps, step, epoch_end):
-            state = {"step": step, "wall_seconds": seconds_before + time.time() - start_time, "pseudo": asker.pseudo,
-                     "evaluation": evaluation, "sums": reduced(sums)}
-            save_checkpoint(engine, output, state, config.save_total_limit)
+            checkpoint()
             window_start = time.time()
     progress.close()
 
     # The end: summary, model, card.
-    summary = summarise(train, schedule, asker, evaluation, device)
+    summary = summarise(train, schedule, asker, evaluation, device, config)
     save_model(engine, tokenizer, output, model_card(config, summary))
     asker.close()
     engine.destroy()
@@ -731,13 +776,65 @@ def main(config):
     dist.barrier()
 
 
-def bar_text(row, seen, evaluation):
+def consult_gate(margin, ids, config):
+    """(margins, who is unsure, who is audited), each (B,) on the CPU. ids: None for a filler."""
+    m = margin.detach().cpu()
+    unsure = adpo.gate(m, config.gamma if config.data_selection else math.inf, ids)
+    drawn = [id is not None and oracle.is_audited(id, config.audit_fraction, config.seed) for id in ids]
+    return m, unsure, torch.tensor(drawn) & ~unsure
+
+
+@torch.no_grad()
+def ask_ahead(engine, asker, pairs, micro_batches, reference, step, config, shared):
+    """Put all questions of a step at once, over all micro-steps and ranks, so that people and judges are not waited for
+    again and again. The loop then finds the answers in the ledger. Costs one more forward pass of the step; nothing
+    changes between the two, so that they agree on who is asked."""
+    engine.eval()
+    items = []
+    for rows in micro_batches:
+        batch = data.collate(pairs, rows, shared).to(engine.device)
+        margin = adpo.margins(adpo.implicit_rewards(engine(batch), reference[batch.rows], config.beta))
+        m, unsure, audited = consult_gate(margin, batch.ids, config)
+        items += zip(batch.ids, m.tolist(), (unsure | audited).tolist(), audited.tolist())
+    ids, m, ask, audited = (list(column) for column in zip(*items))
+    asker.answer(ids, m, ask, step, audited)
+
+
+def cost(asker, config):
+    """Money spent on labels (rank 0), or None where no price is known."""
+    if not asker.ledger:
+        return None
+    known, unpriced = asker.ledger.cost()
+    if config.price_per_label is None:
+        return known or None
+    return known + unpriced * config.price_per_label
+
+
+def audit_metrics(asker, step, config):
+    """What the audit says so far, for a row of metrics; nothing without one."""
+    if not config.audit_fraction:
+        return {}
+    audit = asker.audit(step) or {"audited": 0, "accuracy": None, "interval": (0.0, 1.0)}
+    return {"audited": audit["audited"], "audit_accuracy": audit["accuracy"], "audit_low": audit["interval"][0],
+            "audit_high": audit["interval"][1]}
+
+
+def warn_of_wrong_pseudo_labels(asker, step):
+    """Once, loudly: the audited error is above what the policy's own confidence predicts, beyond the 95 % interval."""
+    audit = asker.audit(step)
+    if audit and audit["interval"][1] < audit["predicted"] and not asker.state["warned"]:
+        asker.state["warned"] = True
+        say(f"WARNING: of {audit['audited']} audited pseudo-labels {audit['accuracy']:.1%} agree with the annotator, where "
+            f"the policy's own confidence predicts {audit['predicted']:.1%}: it is surer than it has a right to be. Raise "
+            "gamma, or lower learning_rate.")
+
+
+def bar_text(row, seen, evaluation, cost):
     """What stands behind the training bar. seen: pairs seen so far, each once."""
-    if rank() != 0:
-        return ""
     held_out = f", held-out {evaluation['rewards/accuracies']:.3f}" if evaluation else ""
+    price = f", {cost:,.2f} spent" if cost is not None else ""
     return (f"loss {row['loss']:.3f}, acc {row['rewards/accuracies']:.3f}, {row['queries']:,} queries "
-            f"({row['queries'] / seen:.0%} of pairs){held_out}")
+            f"({row['queries'] / seen:.0%} of pairs){price}{held_out}")
 
 
 def gradient_norm(engine):
@@ -752,13 +849,16 @@ def due(strategy, every, step, epoch_end):
     return strategy == "steps" and step % every == 0 or strategy == "epoch" and epoch_end
 
 
-def summarise(train, schedule, asker, evaluation, device):
-    """summary.json without its times. All ranks call it together; queries are known to rank 0 alone."""
+def summarise(train, schedule, asker, evaluation, device, config):
+    """summary.json without its times. All ranks call it together; what the ledger knows is known to rank 0 alone."""
     epoch = range(min(schedule.total_steps, schedule.epoch_steps))
     pairs = len({train.ids[row] for step in epoch for row in schedule.rows(step)})
-    queries, pseudo = asker.queries() or 0, asker.pseudo
-    return {"pairs": pairs, "queries": queries, "query_fraction": queries / pairs, "pseudo_labels": pseudo["labels"],
-            "pseudo_label_accuracy": pseudo["right"] / pseudo["known"] if pseudo["known"] else None,
+    queries, state, audit = asker.queries(), asker.state, asker.audit()
+    return {"pairs": pairs, "queries": queries, "query_fraction": queries / pairs, "pseudo_labels": state["pseudo_labels"],
+            "pseudo_label_accuracy": state["pseudo_right"] / state["pseudo_known"] if state["pseudo_known"] else None,
+            "audited": audit["audited"] if audit else 0, "audit_accuracy": audit and audit["accuracy"],
+            "audit_interval": audit and list(audit["interval"]), "cost": cost(asker, config),
+            "budget_spent_at_step": state["budget_spent_at_step"],
             "eval_loss": evaluation and evaluation["loss"],
             "eval_accuracy": evaluation and evaluation["rewards/accuracies"], "peak_memory_bytes": peak_memory(device)}
 
@@ -773,14 +873,25 @@ def push(config, output):
     say(f"uploaded to {name}")
 
 
+def same_command(argv):
+    """The command line that started this run."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
+    launcher = ["deepspeed", *(["--num_gpus", str(local)] if local > 1 else [])] if local else ["python"]
+    return shlex.join([*launcher, "train.py", *(arg for arg in argv if not arg.startswith("--local_rank"))])
+
+
 def command(argv):
-    """The command line. Returns the exit code: 0; 2 where the user has to change something; 1 where training broke down.
-    Behind 1 and 2 stands one line that says what is wrong."""
+    """The command line. Returns the exit code: 0; 75 where answers are missing and the same command resumes; 2 where the
+    user has to change something; 1 where training broke down. Behind 1 and 2 stands one line that says what is wrong."""
     if "--help" in argv or "-h" in argv:
         print(help_text())
         return 0
     try:
-        main(parse_config(argv))
+        main(config := parse_config(argv))
+    except oracle.Waiting as waiting:
+        say(f"stopped: {waiting}. The questions stay open; all answers so far are in {config.output_dir}/labels.sqlite. "
+            f"Resume with\n    {same_command(argv)}")
+        return 75
     except (UsageError, data.DataError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1 if isinstance(error, FloatingPointError) else 2

@@ -214,6 +214,8 @@ def test_labels_by_hand():
     answers = torch.tensor([0, 0, -1, 1])
     assert adpo.choose_labels(margin, answers).tolist() == [1, -1, -1, 1]
     assert adpo.choose_labels(margin, answers, pseudo_labels=False).tolist() == [0, 0, -1, 1]
+    unsure = torch.tensor([True, False, False, True])  # the first was to be asked, but the budget was spent
+    assert adpo.choose_labels(margin, answers, unsure).tolist() == [0, -1, -1, 1]
 
 
 def test_no_gradient_flows_through_labels():

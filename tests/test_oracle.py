@@ -1,16 +1,24 @@
 """oracle.py: the ledger, the annotator, and answers over several ranks: `python -m pytest tests/test_oracle.py`."""
 
+import math
 import os
 import sqlite3
 import subprocess
 import sys
 import textwrap
+import threading
+import time
 
 import pytest
 
-from oracle import DatasetAnnotator, Ledger, Oracle
+from oracle import DatasetAnnotator, HumanAnnotator, Ledger, Oracle, Question, Waiting, is_audited, wilson
 
 LABELS = {"a": 1, "b": -1, "c": 1, "d": -1}
+
+
+def answers(**labels):
+    """What Ledger.add takes, for these labels."""
+    return [(Question(pair, 0.0, 0), label, "", None, None) for pair, label in labels.items()]
 
 
 @pytest.fixture
@@ -66,19 +74,19 @@ def test_an_answer_is_committed_before_it_is_used(tmp_path):
 
 def test_the_ledger_itself_refuses_a_second_answer_and_a_label_that_is_none(tmp_path):
     ledger = Ledger(tmp_path / "labels.sqlite")
-    ledger.add([("a", 1, "x", 0.0, 0)])
+    ledger.add("x", answers(a=1))
     with pytest.raises(sqlite3.IntegrityError):
-        ledger.add([("b", 1, "x", 0.0, 1), ("a", -1, "x", 0.0, 1)])
+        ledger.add("x", answers(b=1, a=-1))
     with pytest.raises(sqlite3.IntegrityError):
-        ledger.add([("c", 0, "x", 0.0, 1)])
-    assert ledger.lookup(["a", "b", "c"]) == {"a": 1}  # all or none
+        ledger.add("x", answers(c=0))
+    assert ledger.take(["a", "b", "c"]) == {"a": 1}  # all or none
 
 
 def test_lookup_of_many_ids(tmp_path):
     ledger = Ledger(tmp_path / "labels.sqlite")
     ids = [str(n) for n in range(40_000)]
-    ledger.add([(id, 1, "x", 0.0, 0) for id in ids[::2]])
-    assert set(ledger.lookup(ids)) == set(ids[::2])
+    ledger.add("x", answers(**{id: 1 for id in ids[::2]}))
+    assert set(ledger.take(ids)) == set(ids[::2])
 
 
 def test_a_pair_without_a_label_is_named(asker):
@@ -90,7 +98,7 @@ def test_a_pair_without_a_label_is_named(asker):
 def test_pseudo_labels_are_graded_by_the_truth_and_nothing_comes_back(tmp_path):
     oracle = Oracle(DatasetAnnotator(LABELS, truths={"a": 1, "b": 1}), tmp_path / "labels.sqlite")
     assert oracle.report_pseudo([("a", 1), ("b", -1), ("c", 1)]) is None
-    assert oracle.pseudo == {"labels": 3, "right": 1, "known": 2}
+    assert (oracle.state["pseudo_labels"], oracle.state["pseudo_right"], oracle.state["pseudo_known"]) == (3, 1, 2)
 
 
 def test_several_ranks_ask_at_once(tmp_path):
@@ -111,9 +119,9 @@ def test_several_ranks_ask_at_once(tmp_path):
             oracle.report_pseudo([[("a", 1)], [("c", -1)], []][rank])
             if rank == 0:
                 assert oracle.queries() == annotator.calls == 3
-                assert oracle.pseudo["labels"] == 2
+                assert oracle.state["pseudo_labels"] == 2
             else:
-                assert oracle.ledger is None and oracle.queries() is None
+                assert oracle.ledger is None and oracle.queries() == 0
             oracle.close()
             dist.barrier()
             dist.destroy_process_group()
@@ -124,3 +132,133 @@ def test_several_ranks_ask_at_once(tmp_path):
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=120,
                           env={**os.environ, "PYTHONPATH": "."})
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# People
+
+TEXTS = {pair: ('"prompt"', f'"{pair} one"', f'"{pair} two"') for pair in "abcd"}
+
+
+def ask(ledger, *pairs):
+    ledger.put_questions([Question(pair, 0.1, 0) for pair in pairs], TEXTS)
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    ledger = Ledger(tmp_path / "labels.sqlite")
+    yield ledger
+    ledger.close()
+
+
+def test_a_question_is_leased_to_one_annotator_and_comes_back(ledger):
+    ask(ledger, "a", "b")
+    assert ledger.lease("ann", 60)[0] == "a" and ledger.lease("ben", 60)[0] == "b"
+    assert ledger.lease("cat", 60) is None  # all are held
+    assert ledger.lease("ann", 60)[0] == "a"  # a reload shows the same one
+    ledger.release("ann")
+    assert ledger.lease("cat", -1)[0] == "a"  # a lease that has run out at once
+    assert ledger.lease("dan", 60)[0] == "a"
+
+
+def test_what_an_annotator_skipped_comes_last(ledger):
+    ask(ledger, "a", "b")
+    ledger.lease("ann", 60)
+    ledger.release("ann", "a")
+    assert ledger.lease("ann", 60, not_these=["a"])[0] == "b"
+    ledger.answer_question("b", 1, "ann")
+    assert ledger.lease("ann", 60, not_these=["a", "b"])[0] == "a"
+
+
+def test_an_answer_stands_once_and_the_second_is_an_opinion(ledger):
+    ask(ledger, "a")
+    assert ledger.answer_question("a", -1, "ann", seconds=3.5) is True
+    assert ledger.answer_question("a", 1, "ben") is False
+    assert ledger.take(["a"]) == {"a": -1}
+    assert ledger.db.execute("SELECT annotator, verdict FROM verdicts ORDER BY id").fetchall() == [("ann", -1), ("ben", 1)]
+    with pytest.raises(KeyError):
+        ledger.answer_question("z", 1, "ann")
+
+
+def test_undo_works_until_the_run_has_used_the_answer(ledger):
+    ask(ledger, "a")
+    ledger.answer_question("a", 1, "ann")
+    assert ledger.retract("a", "ben") is False  # not theirs
+    assert ledger.retract("a", "ann") is True and [row[0] for row in ledger.open_questions()] == ["a"]
+    ledger.answer_question("a", -1, "ann")
+    assert ledger.take(["a"]) == {"a": -1}
+    assert ledger.retract("a", "ann") is False and ledger.take(["a"]) == {"a": -1}
+
+
+def test_a_run_waits_for_people_and_gets_their_answers(tmp_path):
+    """A thread answers as an annotator would, through a connection of its own, while the run waits."""
+    annotator = HumanAnnotator(TEXTS.get, wait_minutes=1)
+    annotator.poll_seconds = 0.02
+    waiting = []
+    annotator.show = waiting.append
+    oracle = Oracle(annotator, tmp_path / "labels.sqlite", asks_together=True)
+
+    def person():
+        mine = Ledger(tmp_path / "labels.sqlite")
+        answered = 0
+        while answered < 3:
+            if question := mine.lease("ann", 60):
+                mine.answer_question(question[0], -1 if question[0] == "b" else 1, "ann", seconds=1.0)
+                answered += 1
+            time.sleep(0.05)
+        mine.close()
+
+    thread = threading.Thread(target=person)
+    thread.start()
+    assert oracle.answer(["a", "b", "d"], [0.1, 0.2, 0.3], [True] * 3, step=2) == [1, -1, 1]
+    thread.join()
+    assert waiting[0] == 3 and waiting[-1] == 0 and waiting == sorted(waiting, reverse=True)
+    assert oracle.queries() == 3 == oracle.queries(2) and oracle.queries(1) == 0
+
+
+def test_without_an_answer_the_run_stops_and_the_questions_stay_open(tmp_path):
+    annotator = HumanAnnotator(TEXTS.get, wait_minutes=0.001)
+    annotator.poll_seconds = 0.01
+    oracle = Oracle(annotator, tmp_path / "labels.sqlite", asks_together=True)
+    with pytest.raises(Waiting, match="no answer for 0.001 minutes, 2 of 2 are missing"):
+        oracle.answer(["a", "b"], [0.1, 0.1], [True, True], step=0)
+    assert len(oracle.ledger.open_questions()) == 2 and oracle.queries() == 0
+    for pair in "ab":
+        oracle.ledger.answer_question(pair, 1, "ann")
+    assert oracle.answer(["a", "b"], [0.1, 0.1], [True, True], step=0) == [1, 1]  # what came in meanwhile is used
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Budget and audit
+
+def test_the_budget_goes_to_the_least_sure_and_is_never_passed(tmp_path):
+    oracle = Oracle(DatasetAnnotator(LABELS), tmp_path / "labels.sqlite", max_queries=3)
+    assert oracle.answer(["a", "b"], [0.9, 0.1], [True, True], step=0) == [1, -1]
+    assert oracle.state["budget_spent_at_step"] is None
+    assert oracle.answer(["c", "d"], [0.9, -0.1], [True, True], step=1) == [0, -1]
+    assert oracle.state["budget_spent_at_step"] == 1
+    assert oracle.answer(["c", "a"], [0.0, 0.0], [True, True], step=2) == [0, 1]  # what was bought stays free
+    assert oracle.queries() == oracle.annotator.calls == 3
+
+
+def test_audited_pairs_tell_how_right_pseudo_labels_are(asker):
+    asker.answer(["a", "b", "c"], [2.0, 3.0, 0.1], [True] * 3, step=0, audit=[True, True, False])
+    audit = asker.audit()
+    assert audit["audited"] == 2 and audit["accuracy"] == 0.5  # a is labelled +1 as its margin says, b is not
+    assert audit["interval"] == wilson(1, 2)
+    assert audit["predicted"] == pytest.approx((1 / (1 + math.exp(-2)) + 1 / (1 + math.exp(-3))) / 2)
+    assert asker.audit(-1) is None
+
+
+@pytest.mark.parametrize("successes, trials, low, high", [(0, 10, 0.0, 0.27753), (5, 10, 0.23659, 0.76341),
+                                                          (97, 100, 0.91548, 0.98974)])
+def test_wilsons_interval_against_published_values(successes, trials, low, high):
+    assert wilson(successes, trials) == pytest.approx((low, high), abs=2e-4)
+
+
+def test_the_audited_share_is_seeded_and_as_large_as_asked():
+    drawn = [is_audited(str(n), 0.05, seed=1) for n in range(20_000)]
+    assert abs(sum(drawn) / 20_000 - 0.05) < 0.005
+    assert drawn == [is_audited(str(n), 0.05, seed=1) for n in range(20_000)]
+    assert drawn != [is_audited(str(n), 0.05, seed=2) for n in range(20_000)]
+    assert not any(is_audited(str(n), 0.0, 1) for n in range(1000)) and all(is_audited(str(n), 1.0, 1) for n in range(99))

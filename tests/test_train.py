@@ -26,7 +26,8 @@ METRICS = {"step", "epoch", "split", "loss", "rewards/chosen", "rewards/rejected
            "rewards/accuracies", "logps/chosen", "logps/rejected", "learning_rate", "grad_norm", "queries",
            "pseudo_labels", "tokens_per_second"}
 SUMMARY = {"pairs", "queries", "query_fraction", "pseudo_labels", "pseudo_label_accuracy", "eval_loss", "eval_accuracy",
-           "wall_seconds", "peak_memory_bytes"}
+           "wall_seconds", "peak_memory_bytes", "audited", "audit_accuracy", "audit_interval", "cost",
+           "budget_spent_at_step"}
 
 
 def assert_same_weights(one, other, tolerance):
@@ -71,8 +72,9 @@ def test_queries_reported_are_the_rows_of_the_ledger(launched):
 
 def test_queries_reported_are_the_calls_to_the_oracle(train, monkeypatch):
     calls = []
-    label = oracle.DatasetAnnotator.label
-    monkeypatch.setattr(oracle.DatasetAnnotator, "label", lambda self, ids: calls.extend(ids) or label(self, ids))
+    answer = oracle.DatasetAnnotator.answer
+    monkeypatch.setattr(oracle.DatasetAnnotator, "answer", lambda self, questions, ledger: calls.extend(
+        question.pair for question in questions) or answer(self, questions, ledger))
     run = train("calls", max_steps=20)  # over an epoch of 15: some pairs come twice
     assert sorted(calls) == [pair for pair, _, _ in run.ledger()]
     assert len(calls) == run.summary()["queries"] == run.rows()[-1]["queries"]

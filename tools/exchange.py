@@ -1,0 +1,305 @@
+"""A run's open questions for other annotation tools, and their answers back into the ledger: what tools/label.py does at
+--export and --import.
+
+    from oracle import Ledger
+    from tools.exchange import export_questions, import_answers
+    export_questions(Ledger("OUTPUT_DIR/labels.sqlite"), "questions.jsonl", "jsonl")
+    import_answers(Ledger("OUTPUT_DIR/labels.sqlite"), "answers.jsonl", "jsonl")
+
+Format "jsonl": JSON Lines in UTF-8. Out: one open question a line, {"pair", "prompt", "response_a", "response_b"}, each text
+as the data has it, a string or a list of {"role", "content"}. In: {"pair", "label": "a" or "b", "annotator", "seconds"},
+the last two optional; a label that is missing, null, "" or "skip" is a skipped question. Best is to add `label` to the
+exported line: where response_a and response_b stand in it, the label means those, whichever way round they are; where
+they do not, it means the sides as they were exported.
+
+Format "label-studio": Label Studio's own JSON, as of its versions 1.x (labelstud.io/guide/task_format, /tags/pairwise, and
+its template "Pairwise Classification"). Out: a list of tasks {"data": {"pair", "prompt", "response_a", "response_b"}}, the
+texts as plain text, and FILE.xml beside it, the labelling configuration. In: its export "JSON" (not "JSON-MIN"):
+annotations[].result[] of type "pairwise" with value {"selected": "left" or "right"}, left being response_a; completed_by is
+the annotator, lead_time the seconds. Of several annotations of a task the oldest is the answer and the others are second
+opinions. Cancelled annotations, and tasks without any, are skipped questions.
+
+Which side a response is on is drawn from a hash of the pair's id, so that neither y1 nor y2 is always on the left. An import
+is all or none: everything in the file is checked first, then written in one transaction. What is in the ledger already is
+not written again, so that importing a file twice changes nothing.
+
+The paper and the official code ask nobody.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+
+from oracle import Ledger
+
+CONFIGURATION = """\
+<View>
+  <Style>.htx-text { white-space: pre-wrap; }</Style>
+  <Header value="Prompt"/>
+  <Text name="prompt" value="$prompt" valueType="text"/>
+  <Header value="Click the better response"/>
+  <Pairwise name="preference" toName="response_a,response_b"/>
+  <View style="display: grid; grid-template-columns: 1fr 1fr; column-gap: 1em">
+    <Text name="response_a" value="$response_a" valueType="text"/>
+    <Text name="response_b" value="$response_b" valueType="text"/>
+  </View>
+</View>
+"""
+SKIPPED = (None, "", "skip")
+
+
+class ExchangeError(Exception):
+    """A file that cannot be read, written or used. The message names the file, the line or task, and the field."""
+
+
+# Out.
+
+def export_questions(ledger, path, format):
+    """Write the open questions to a file, which appears complete or not at all (one that stands there is replaced).
+
+    format: "jsonl" or "label-studio"; the latter writes FILE.xml too. Returns how many questions there are. Raises
+    ExchangeError."""
+    tasks = []
+    for pair, prompt, first, second in ledger.open_questions():
+        prompt, y1, y2 = map(json.loads, (prompt, first, second))
+        a, b = (y1, y2) if drawn_sides(pair)[0] == 1 else (y2, y1)
+        tasks.append({"pair": pair, "prompt": prompt, "response_a": a, "response_b": b})
+    if format == "jsonl":
+        replace_file(path, "".join(f"{_dump(task)}\n" for task in tasks), ledger)
+    elif format == "label-studio":
+        tasks = [{"data": {name: as_text(value) for name, value in task.items()}} for task in tasks]
+        replace_file(f"{os.fspath(path)}.xml", CONFIGURATION, ledger)
+        replace_file(path, "[" + ",\n ".join(map(_dump, tasks)) + "]\n", ledger)
+    else:
+        raise ValueError(f"format {format!r}: expected \"jsonl\" or \"label-studio\"")
+    return len(tasks)
+
+
+def drawn_sides(pair):
+    """What a label means on the exported sides: (1, −1) where response_a is y1, (−1, 1) where it is y2."""
+    odd = hashlib.blake2b(f"sides {pair}".encode(), digest_size=1).digest()[0] & 1
+    return (-1, 1) if odd else (1, -1)
+
+
+def as_text(value):
+    """A string as it is; messages as plain text, the role above each, unless the assistant's is the only one."""
+    if isinstance(value, str):
+        return value
+    if [message["role"] for message in value] == ["assistant"]:
+        return value[0]["content"]
+    return "\n\n".join(f"{message['role']}:\n{message['content']}" for message in value)
+
+
+def _dump(value):
+    """JSON on one line, readable. Escaped is only what some programs take for the end of a line, and half characters."""
+    return re.sub("[\x85\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}",
+                  json.dumps(value, ensure_ascii=False))
+
+
+def replace_file(path, text, ledger=None):
+    """Put a text at `path` in one go, as UTF-8. Raises ExchangeError, also where the ledger is there."""
+    path = os.fspath(path)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        if ledger and os.path.exists(path) and os.path.samefile(path, ledger.path):
+            raise ExchangeError(f"{path} is the ledger: choose another file")
+        try:
+            with open(temporary, "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+            os.replace(temporary, path)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+    except OSError as error:
+        raise ExchangeError(f"{path}: {error.strerror}")
+
+
+# In.
+
+def import_answers(ledger, path, format, annotator="import"):
+    """Answer questions from a file.
+
+    format: "jsonl" or "label-studio".  annotator: whose the labels are that name nobody.
+    Returns how many were `answered`; were `second_opinions`, of pairs that have an answer (kept as verdicts); were
+    `already_there`, the same label by the same annotator; were `skipped`, without a label.
+    Raises ExchangeError where anything in the file is wrong; then nothing of it is in the ledger.
+    """
+    if format not in READERS:
+        raise ValueError(f"format {format!r}: expected \"jsonl\" or \"label-studio\"")
+    questions = {pair: (first, second) for pair, first, second in
+                 ledger.db.execute("SELECT pair, first, second FROM questions")}
+    answers = list(READERS[format](path, questions, annotator))
+    counts = {"answered": 0, "second_opinions": 0, "already_there": 0, "skipped": 0}
+    with ledger.transaction():
+        inside = _Inside(ledger)
+        for pair, label, who, seconds in answers:
+            if label is None:
+                counts["skipped"] += 1
+            elif _stands(ledger, pair, label, who):
+                counts["already_there"] += 1
+            elif inside.answer_question(pair, label, who, seconds=seconds):
+                counts["answered"] += 1
+            else:
+                counts["second_opinions"] += 1
+    return counts
+
+
+class _Inside(Ledger):
+    """A ledger inside a transaction that is open already, which its methods join."""
+
+    def __init__(self, ledger):
+        self.path, self.db = ledger.path, ledger.db
+
+    def transaction(self):
+        return contextlib.nullcontext()
+
+
+def _stands(ledger, pair, label, annotator):
+    """Whether this annotator's label is in the ledger, as the answer or beside it."""
+    return ledger.db.execute(
+        "SELECT EXISTS (SELECT 1 FROM answers WHERE pair = :pair AND label = :label AND annotator = :annotator) OR "
+        "EXISTS (SELECT 1 FROM answers WHERE pair = :pair) AND "
+        "EXISTS (SELECT 1 FROM verdicts WHERE pair = :pair AND verdict = :label AND annotator = :annotator)",
+        {"pair": pair, "label": label, "annotator": annotator}).fetchone()[0]
+
+
+def _from_jsonl(path, questions, annotator):
+    """(pair, label or None, annotator, seconds) of each line."""
+    for n, line in enumerate(_read(path).split(b"\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {n}"
+        row = _parse(line, place)
+        if not isinstance(row, dict):
+            raise ExchangeError(f"{place}: expected an object, found {row!r:.80}")
+        pair, (first, second) = _question(row, questions, place)
+        sides = _sides(row, pair, (json.loads(first), json.loads(second)), place)
+        label = row.get("label")
+        if label not in (*SKIPPED, "a", "b"):
+            raise ExchangeError(f"{place}, field label: expected \"a\", \"b\" or null, found {label!r:.80}")
+        who = row.get("annotator")
+        yield (pair, None if label in SKIPPED else sides["ab".index(label)],
+               annotator if who is None else _name(who, f"{place}, field annotator"),
+               _seconds(row.get("seconds"), f"{place}, field seconds"))
+
+
+def _from_label_studio(path, questions, annotator):
+    """(pair, label or None, annotator, seconds) of each annotation, and one of each task without any."""
+    tasks = _parse(_read(path), path)
+    if not isinstance(tasks, list):
+        raise ExchangeError(f"{path}: expected a list of tasks, found {tasks!r:.80}")
+    for n, task in enumerate(tasks, 1):
+        place = f"{path}, task {n}"
+        for name, kind in (("data", dict), ("annotations", list)):
+            if not isinstance(task, dict) or not isinstance(task.get(name), kind):
+                raise ExchangeError(f"{place}, field {name}: is missing; export from Label Studio as \"JSON\"")
+        pair, (first, second) = _question(task["data"], questions, f"{place}, field data")
+        sides = _sides(task["data"], pair, (as_text(json.loads(first)), as_text(json.loads(second))), f"{place}, field data")
+        if not task["annotations"]:
+            yield pair, None, annotator, None
+        places = [f"{place}, annotation {k}" for k in range(1, len(task["annotations"]) + 1)]
+        for annotation, place in sorted(zip(task["annotations"], places), key=lambda one: _created(*one)):
+            side = _selected(annotation, place)
+            yield (pair, None if side is None else sides["left right".split().index(side)],
+                   _completed_by(annotation.get("completed_by"), f"{place}, field completed_by", annotator),
+                   _seconds(annotation.get("lead_time"), f"{place}, field lead_time"))
+
+
+READERS = {"jsonl": _from_jsonl, "label-studio": _from_label_studio}
+
+
+def _read(path):
+    try:
+        with open(path, "rb") as file:
+            return file.read().removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
+    except OSError as error:
+        raise ExchangeError(f"{path}: {error.strerror}")
+
+
+def _parse(text, place):
+    try:
+        return json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ExchangeError(f"{place}: not UTF-8 (at byte {error.start})")
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ExchangeError(f"{place}: not JSON ({line}column {error.colno}: {error.msg})")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+        raise ExchangeError(f"{place}: not usable JSON ({error})")
+
+
+def _question(row, questions, place):
+    """(pair, (first, second) as JSON) of the question that a row names."""
+    pair = row.get("pair")
+    if not isinstance(pair, str):
+        raise ExchangeError(f"{place}, field pair: expected a pair's id, found {pair!r:.80}")
+    if pair not in questions:
+        raise ExchangeError(f"{place}, field pair: {pair!r:.80} was never asked in this ledger")
+    return pair, questions[pair]
+
+
+def _sides(row, pair, texts, place):
+    """(label of side a, label of side b). texts: (y1, y2) in the form in which the row would have them."""
+    if "response_a" not in row and "response_b" not in row:
+        return drawn_sides(pair)
+    shown = [row.get("response_a"), row.get("response_b")]
+    for name, text in zip(("response_a", "response_b"), shown):
+        if text not in texts:
+            raise ExchangeError(f"{place}, field {name}: is neither response of the pair {pair} in the ledger; the texts "
+                                f"must come back unchanged, found {text!r:.80}")
+    fitting = [labels for labels in ((1, -1), (-1, 1)) if shown == [texts[label < 0] for label in labels]]
+    if not fitting:
+        raise ExchangeError(f"{place}, field response_b: is the same response of the pair {pair} as response_a")
+    return fitting[0] if len(fitting) == 1 else drawn_sides(pair)  # two responses that read alike: as exported
+
+
+def _name(value, place):
+    if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
+        raise ExchangeError(f"{place}: expected a name, found {value!r:.80}")
+    return value
+
+
+def _seconds(value, place):
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not 0 <= value < 1e12 or not math.isfinite(value):
+        raise ExchangeError(f"{place}: expected a number of seconds, found {value!r:.80}")
+    return float(value)
+
+
+def _created(annotation, place):
+    """What annotations of a task are sorted by: Label Studio's time, as ISO text, which sorts as it is."""
+    if not isinstance(annotation, dict):
+        raise ExchangeError(f"{place}: expected an object, found {annotation!r:.80}")
+    return str(annotation.get("created_at") or "")
+
+
+def _selected(annotation, place):
+    """ "left", "right", or None where nothing was chosen."""
+    if annotation.get("was_cancelled"):
+        return None
+    results = annotation.get("result")
+    if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
+        raise ExchangeError(f"{place}, field result: expected a list of objects, found {results!r:.80}")
+    values = [result.get("value") for result in results if result.get("type") == "pairwise"]
+    chosen = [value.get("selected") if isinstance(value, dict) else value for value in values]
+    if not chosen and not results:
+        return None
+    if not chosen:
+        raise ExchangeError(f"{place}, field result: none is of type pairwise; the project needs the configuration that was "
+                            "exported with the questions")
+    if len(chosen) > 1 or chosen[0] not in ("left", "right"):
+        raise ExchangeError(f"{place}, field selected: expected one \"left\" or \"right\", found {chosen!r:.80}")
+    return chosen[0]
+
+
+def _completed_by(value, place, nobody):
+    """An annotator's name: the user's mail address where the export has it, or label-studio-NUMBER."""
+    if isinstance(value, dict):
+        value = value.get("email") or value.get("id")
+    if value is None:
+        return nobody
+    return f"label-studio-{value}" if type(value) is int else _name(value, place)

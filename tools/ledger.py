@@ -1,0 +1,249 @@
+"""Look at a run's ledger, export it, or seed it with the labels of another run.
+
+    python tools/ledger.py OUTPUT_DIR                        print it
+    python tools/ledger.py OUTPUT_DIR --csv FILE [--force]   one row an answer, all columns
+    python tools/ledger.py OUTPUT_DIR --reuse OLD_OUTPUT_DIR
+                                                             copy the old run's answers, best before the new run starts
+
+A reused answer keeps its label and annotator; its source is "reused" and its step −1, so that it is used for free and not
+counted as a query, and it has no margin, time or cost here: what it took stands in the old ledger. An answer that is there
+already is left as it is.
+
+Reading changes nothing in the run's folder, and works while a run is on. Needs requirements.txt alone. Exit code 2: there is
+no ledger, or it cannot be read or written; one line says why. The paper and the official code keep no labels.
+"""
+
+import argparse
+import csv
+import io
+import sqlite3
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, for the two imports below
+
+from oracle import Ledger, Question, wilson  # noqa: E402
+from tools.exchange import ExchangeError, _Inside, replace_file  # noqa: E402
+
+PATIENCE = 10  # seconds to wait for a ledger that another process holds
+NEEDED = {"answers": "pair, label, source, annotator, margin, step, audit, answered_at, seconds, cost, used",
+          "questions": "pair, leased_to, leased_until", "verdicts": "pair, annotator, verdict, cost"}
+
+
+class LedgerError(Exception):
+    """There is no ledger, or it cannot be used. The message names the file."""
+
+
+def read_ledger(folder):
+    """{table: its rows}, all of one moment, from a connection that cannot write. Raises LedgerError."""
+    path = Path(folder) / "labels.sqlite"
+    if not path.is_file():
+        raise LedgerError(f"no ledger: {path} does not exist")
+    beside = [path.with_name(path.name + end) for end in ("-wal", "-journal")]
+    while True:
+        # Where nobody has the ledger open, SQLite would leave files beside it even for a reader, unless told that it cannot
+        # change. Should a run open it meanwhile, it is read again.
+        alone = not any(file.exists() for file in beside)
+        db = None
+        try:
+            db = sqlite3.connect(f"{path.resolve().as_uri()}?{'immutable=1' if alone else 'mode=ro'}", uri=True,
+                                 timeout=PATIENCE, isolation_level=None)
+            db.row_factory = sqlite3.Row
+            db.execute("BEGIN")
+            tables = {table: db.execute(f"SELECT {columns} FROM {table}").fetchall() for table, columns in NEEDED.items()}
+        except sqlite3.Error as error:
+            if alone and any(file.exists() for file in beside):
+                continue
+            raise LedgerError(in_words(path, error))
+        finally:
+            if db:
+                db.close()
+        if not alone or not any(file.exists() for file in beside):
+            return tables
+
+
+def in_words(path, error):
+    words = str(error)
+    if "locked" in words or "busy" in words:
+        return f"{path} is locked: another process holds it; try again when that is done"
+    if "no such" in words or "not a database" in words or "malformed" in words:
+        return f"{path} is not a ledger, or of another version ({words})"
+    return f"{path}: {words}"
+
+
+# The report.
+
+def report(folder, now=None):
+    """The ledger in words. now: seconds since 1970, for the leases."""
+    tables = read_ledger(folder)
+    answers, verdicts = tables["answers"], tables["verdicts"]
+    bought = [row for row in answers if row["step"] >= 0]
+    audited = [row for row in bought if row["audit"] and row["margin"] is not None]
+    answered = {row["pair"] for row in answers}
+    questions = [row for row in tables["questions"] if row["pair"] not in answered]
+    leased = [row for row in questions if row["leased_to"] is not None
+              and row["leased_until"] > (time.time() if now is None else now)]
+    lines = [
+        ("answers", f"{len(answers):,}: {len(bought):,} bought by this run, {len(answers) - len(bought):,} reused"),
+        ("y1 preferred", share(sum(row["label"] > 0 for row in answers), len(answers))),
+        ("audited", share(sum((row["margin"] > 0) == (row["label"] > 0) for row in audited), len(audited))
+         + (" have the label that the margin's sign predicts" if audited else "")),
+        ("open questions", f"{len(questions):,}, of which leased: {len(leased):,}"),
+        ("cost", money(bought)),
+        ("verdicts", f"{len(verdicts):,} on {len({row['pair'] for row in verdicts}):,} pairs, cost {money(verdicts)}"),
+        ("two annotators", agreement_between(verdicts))]
+    out = [str(Path(folder) / "labels.sqlite"), ""]
+    out += [f"{name:<16}{words}" for name, words in lines]
+    out += ["", *table(HEAD, [(*key, *figures(rows)) for key, rows in groups(answers, "source")]
+                       + [("all", *figures(answers))])]
+    out += ["", *table(("source", "annotator", *HEAD[1:]),
+                       [(*key, *figures(rows)) for key, rows in groups(answers, "source", "annotator")], words=2)]
+    twice = asked_twice(verdicts)
+    if twice:
+        out += ["", "The same pair, the same annotator, twice or more (of a judge: both orders)",
+                *table(("annotator", "pairs", "agree", "contradict", "no preference", "share that agrees"), twice)]
+    return "\n".join(line.rstrip() for line in out)
+
+
+HEAD = ("source", "answers", "y1 preferred", "median seconds", "labels an hour", "cost", "cost unknown")
+
+
+def figures(rows):
+    """The cells of some answers: HEAD without its first. Labels an hour: of an annotator's own time."""
+    bought = [row for row in rows if row["step"] >= 0]
+    seconds = [row["seconds"] for row in bought if row["seconds"] is not None]
+    known = [row["cost"] for row in bought if row["cost"] is not None]
+    return (f"{len(rows):,}", f"{sum(row['label'] > 0 for row in rows) / len(rows):.1%}" if rows else "–",
+            f"{statistics.median(seconds):.1f}" if seconds else "–",
+            f"{3600 * len(seconds) / sum(seconds):,.0f}" if sum(seconds) else "–",
+            f"{sum(known):,.4f}" if known else "–", f"{len(bought) - len(known):,}")
+
+
+def groups(rows, *names):
+    """[((value, …), rows)], sorted."""
+    found = defaultdict(list)
+    for row in rows:
+        found[tuple(row[name] for name in names)].append(row)
+    return sorted(found.items())
+
+
+def share(part, whole):
+    if not whole:
+        return "none"
+    low, high = wilson(part, whole)
+    return f"{part:,} of {whole:,}, {part / whole:.1%} (95 % interval {low:.1%} to {high:.1%})"
+
+
+def money(rows):
+    known = [row["cost"] for row in rows if row["cost"] is not None]
+    return f"{sum(known):,.4f} ({len(rows) - len(known):,} without a known cost)"
+
+
+def agreement_between(verdicts):
+    """Of the pairs on which two or more annotators have a view, on how many it is the same. One who said as often the one
+    as the other (a judge whose orders contradict) has none."""
+    views = defaultdict(lambda: defaultdict(int))
+    for row in verdicts:
+        views[row["pair"]][row["annotator"]] += row["verdict"]
+    signs = [[total > 0 for total in by.values() if total] for by in views.values()]
+    several = [found for found in signs if len(found) > 1]
+    return share(sum(len(set(found)) == 1 for found in several), len(several)) + (" agree" if several else "")
+
+
+def asked_twice(verdicts):
+    """(annotator, pairs, agree, contradict, no preference, share) of each who has two verdicts or more of one pair. Without
+    preference: one of them at least is none, and the others do not contradict."""
+    kinds = defaultdict(lambda: [0, 0, 0])
+    for (who, _), rows in groups(verdicts, "annotator", "pair"):
+        found = {row["verdict"] for row in rows}
+        if len(rows) > 1:
+            kinds[who][1 if {1, -1} <= found else 2 if 0 in found else 0] += 1
+    return [(who, *(f"{n:,}" for n in (sum(kind), *kind)), f"{kind[0] / sum(kind):.1%}") for who, kind in sorted(kinds.items())]
+
+
+def table(head, rows, words=1):
+    """Lines of a table; the first `words` columns to the left, numbers to the right."""
+    rows = [head, *([printable(cell) or "–" for cell in row] for row in rows)]
+    widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
+    return ["  ".join(f"{cell:{'<' if k < words else '>'}{widths[k]}}" for k, cell in enumerate(row)) for row in rows]
+
+
+def printable(text):
+    """A text that stays on its line and cannot steer a terminal: an annotator's name may come from anywhere."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+# The export and the seed.
+
+def export_csv(folder, path, force=False):
+    """Write one row an answer, oldest first. Returns how many there are."""
+    if Path(path).exists() and not force:
+        raise LedgerError(f"{path} exists: say --force to replace it")
+    if Path(path).exists() and Path(path).samefile(Path(folder) / "labels.sqlite"):
+        raise LedgerError(f"{path} is the ledger: choose another file")
+    rows = sorted(read_ledger(folder)["answers"], key=lambda row: (row["answered_at"], row["step"], row["pair"]))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(NEEDED["answers"].split(", "))
+    writer.writerows(rows)
+    replace_file(path, text.getvalue())
+    return len(rows)
+
+
+def reuse(folder, old):
+    """Seed a folder's ledger, made where there is none, with another's answers. Returns (copied, there already, of those
+    with the other label)."""
+    path = Path(folder) / "labels.sqlite"
+    if path.exists() and path.samefile(Path(old) / "labels.sqlite") if (Path(old) / "labels.sqlite").exists() else False:
+        raise LedgerError(f"{old} is the same run")
+    answers = read_ledger(old)["answers"]
+    if path.exists():
+        read_ledger(folder)  # whether it is a ledger, before anything of it is opened for writing
+    ledger = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ledger = Ledger(path)
+        ledger.db.execute(f"PRAGMA busy_timeout = {int(1000 * PATIENCE)}")
+        with ledger.transaction():
+            there = dict(ledger.db.execute("SELECT pair, label FROM answers"))
+            new = [row for row in answers if row["pair"] not in there]
+            _Inside(ledger).add("reused", [(Question(row["pair"], None, -1), row["label"], row["annotator"], None, None)
+                                           for row in new])
+    except sqlite3.Error as error:
+        raise LedgerError(in_words(path, error))
+    except OSError as error:
+        raise LedgerError(f"{path.parent}: {error.strerror}")
+    finally:
+        if ledger:
+            ledger.close()
+    contradict = sum(there.get(row["pair"], row["label"]) != row["label"] for row in answers)
+    return len(new), len(answers) - len(new), contradict
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="tools/ledger.py", description="Look at a run's ledger of labels.")
+    parser.add_argument("output_dir", help="the run's folder")
+    parser.add_argument("--csv", metavar="FILE", help="export one row an answer")
+    parser.add_argument("--force", action="store_true", help="let --csv replace a file")
+    parser.add_argument("--reuse", metavar="OLD_OUTPUT_DIR", help="copy another run's answers into this one's ledger")
+    args = parser.parse_args(argv)
+    try:
+        if args.reuse:
+            copied, there, contradict = reuse(args.output_dir, args.reuse)
+            print(f"{copied:,} answers copied from {args.reuse}; {there:,} were there already"
+                  + (f", {contradict:,} of them with the other label (kept as they are)" if contradict else ""))
+        if args.csv:
+            print(f"{export_csv(args.output_dir, args.csv, args.force):,} answers written to {args.csv}")
+        if not args.reuse and not args.csv:
+            print(report(args.output_dir))
+    except (LedgerError, ExchangeError) as error:
+        print(f"tools/ledger.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
