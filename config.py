@@ -81,6 +81,8 @@ class Config:
     judge_api_key_env: str = key("OPENAI_API_KEY", "environment variable that holds the endpoint's key, if it wants one")
     judge_concurrency: int = key(8, "requests at a time", low=1)
     judge_timeout: float = key(60.0, "seconds a request may take", low=0.1)
+    judge_prompt_price: float | None = key(None, "money for a million prompt tokens of the judge", low=0)
+    judge_completion_price: float | None = key(None, "money for a million completion tokens of the judge", low=0)
     # Optimisation
     per_device_train_batch_size: int = key(8, "pairs a micro-batch", low=1)
     per_device_eval_batch_size: int = key(8, "pairs a batch of evaluation", low=1)
@@ -149,7 +151,8 @@ FREE_ON_RESUME = {"logging_steps", "logging_first_step", "log_level", "eval_stra
                   "save_total_limit", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id",
                   "hub_model_revision", "preprocessing_num_workers", "num_threads", "output_dir", "toy_dir",
                   "oracle_wait_minutes", "price_per_label", "judge_url", "judge_api_key_env", "judge_concurrency",
-                  "judge_timeout", "max_queries"}  # a budget may be raised: what was computed under the old one still holds
+                  "judge_timeout", "judge_prompt_price", "judge_completion_price",
+                  "max_queries"}  # a budget may be raised: what was computed under the old one still holds
 
 
 def parse_config(argv):
@@ -318,6 +321,8 @@ def check_config(config, path):
         for name in needed:
             if getattr(config, name) is None:
                 raise UsageError(f"{path}: oracle judge ({config.judge}) needs {name}")
+    if (config.judge_prompt_price is None) != (config.judge_completion_price is None):
+        raise UsageError(f"{path}: judge_prompt_price and judge_completion_price go together")
     packages = {"tensorboard": "tensorboard", "wandb": "wandb", "csv_monitor": None, "none": None}
     for service in config.report_to:
         if service not in packages:

@@ -16,13 +16,21 @@ answer is remembered, so that in a second epoch no pair is asked twice; a share 
 Look at a ledger with `python tools/ledger.py OUTPUT_DIR`.
 """
 
+import contextlib
 import hashlib
 import math
+import os
+import signal
 import sqlite3
 import time
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
+
+
+class LedgerError(Exception):
+    """The ledger cannot be used; the message names its file and says what to do."""
 
 
 class Waiting(Exception):
@@ -76,15 +84,26 @@ class Ledger:
         CREATE INDEX IF NOT EXISTS verdicts_by_pair ON verdicts (pair);
     """
 
-    def __init__(self, path):
+    VERSION = 1  # of the schema
+
+    def __init__(self, path, timeout=60):
+        """path: the file, made where there is none.  timeout: seconds to wait for another process that holds it."""
         self.path = path
-        self.db = sqlite3.connect(path, timeout=60, isolation_level=None)  # transactions are written out below
-        self.db.execute("PRAGMA journal_mode = WAL")  # others may read and write while a run is on
-        self.db.execute("PRAGMA synchronous = FULL")  # a committed answer survives a power cut
-        self.db.executescript(self.SCHEMA)
+        try:
+            self.db = sqlite3.connect(path, timeout=timeout, isolation_level=None)  # transactions are written out below
+            version = self.db.execute("PRAGMA user_version").fetchone()[0]
+            tables = self.db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
+            if tables and version != self.VERSION:
+                raise LedgerError(f"{path}: not a ledger of this version ({version}, not {self.VERSION}): move it away")
+            self.db.execute("PRAGMA journal_mode = WAL")  # others may read and write while a run is on
+            self.db.execute("PRAGMA synchronous = FULL")  # a committed answer survives a power cut
+            self.db.executescript(f"BEGIN IMMEDIATE; {self.SCHEMA} PRAGMA user_version = {self.VERSION}; COMMIT;")
+        except sqlite3.Error as error:
+            raise LedgerError(f"{path}: cannot be used as a ledger ({error}): close what holds it, or move it away")
 
     def transaction(self):
-        return _Transaction(self.db)
+        """All or none of what is done inside; joins one that is open."""
+        return contextlib.nullcontext() if self.db.in_transaction else _Transaction(self.db)
 
     # For the run.
 
@@ -100,13 +119,13 @@ class Ledger:
         return found
 
     def add(self, source, labelled):
-        """Commit answers: (Question, label, annotator, seconds, cost) each. All or none."""
+        """Commit answers: (Question, label, annotator, seconds, cost) each. Where a pair has one already, that stands."""
         now = time.time()
         rows = [(q.pair, label, source, annotator, q.margin, q.step, q.audit, now, seconds, cost)
                 for q, label, annotator, seconds, cost in labelled]
         with self.transaction():
             self.db.executemany("INSERT INTO answers (pair, label, source, annotator, margin, step, audit, answered_at, "
-                                "seconds, cost) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+                                "seconds, cost) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (pair) DO NOTHING", rows)
 
     def count(self, step=None):
         """Answers bought up to and including an optimiser step (or all). Counted by step, not by row, so that a run that
@@ -120,9 +139,12 @@ class Ledger:
                                (2**62 if step is None else step,)).fetchall()
 
     def cost(self):
-        """(sum of what answers cost, number of answers whose cost is not known)."""
-        return self.db.execute(
-            "SELECT COALESCE(SUM(cost), 0), COUNT(*) - COUNT(cost) FROM answers WHERE step >= 0").fetchone()
+        """(money spent, number of answers whose cost is not known). A judge's verdicts cost, whether or not they settled
+        their pair; an answer's own cost is that of its verdicts."""
+        spent = self.db.execute("SELECT COALESCE(SUM(cost), 0) FROM verdicts").fetchone()[0]
+        spent += self.db.execute("SELECT COALESCE(SUM(cost), 0) FROM answers WHERE step >= 0 "
+                                 "AND pair NOT IN (SELECT pair FROM verdicts)").fetchone()[0]
+        return spent, self.db.execute("SELECT COUNT(*) FROM answers WHERE step >= 0 AND cost IS NULL").fetchone()[0]
 
     # For people and their tools. A question is open while its pair has no answer.
 
@@ -211,6 +233,34 @@ class _Transaction:
 
     def __exit__(self, kind, error, trace):
         self.db.execute("COMMIT" if kind is None else "ROLLBACK")
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM (as schedulers send it) ask the run to stop where it can go on later; a second Ctrl-C kills it.
+
+    asked: whether it was asked to stop; the loop looks at it between steps. inside: while an annotator is asked, which may
+    take hours, KeyboardInterrupt is raised at once.
+    """
+
+    def __init__(self):
+        self.asked = self.inside = self.pressed = False
+
+    def install(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self)
+
+    def remove(self):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def __call__(self, number, frame):
+        if number == signal.SIGINT and self.pressed:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        self.pressed |= number == signal.SIGINT  # the launcher sends SIGTERM behind a Ctrl-C: that is no second one
+        self.asked = True
+        if self.inside:
+            raise KeyboardInterrupt
 
 
 class DatasetAnnotator:
@@ -313,6 +363,7 @@ class Oracle:
         self.annotator = annotator if self.rank == 0 else None
         self.ledger = Ledger(path) if self.rank == 0 else None
         self.max_queries, self.asks_together = max_queries, asks_together
+        self.interrupt = Interrupt()
         # What was trained on unasked and how much of it was right; the step at which the budget was first too small; whether
         # the audit has been complained of.
         self.state = {"pseudo_labels": 0, "pseudo_right": 0, "pseudo_known": 0, "budget_spent_at_step": None,
@@ -357,9 +408,21 @@ class Oracle:
                 if self.state["budget_spent_at_step"] is None:
                     self.state["budget_spent_at_step"] = step
         if questions:
-            self.annotator.answer(questions, self.ledger)
+            self.interrupt.inside = True
+            try:
+                self.annotator.answer(questions, self.ledger)
+            finally:
+                self.interrupt.inside = False
             known |= self.ledger.take([q.pair for q in questions])
         return known
+
+    def stop_if_asked(self):
+        """Raise Waiting on all ranks where one of them was asked to stop. All ranks call it together, once a step."""
+        asked = torch.tensor(int(self.interrupt.asked))
+        if self.world > 1:
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.group)
+        if asked:
+            raise Waiting("interrupted")
 
     def report_pseudo(self, unasked):
         """Tell the oracle which pairs are trained on with a pseudo-label, so that it can count and grade them.

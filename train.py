@@ -589,13 +589,19 @@ def make_annotator(config, train, labels, truths):
     """Who answers."""
     if config.oracle == "dataset":
         return oracle.DatasetAnnotator(labels, truths)
+    texts = train.text_by_id()
     if config.oracle == "human":
-        return oracle.HumanAnnotator(train.text_by_id(), config.oracle_wait_minutes)
-    if config.judge == "reward_model":
-        return judge.RewardModelJudge(train.text_by_id(), config.judge_model)
-    return judge.ChatJudge(
-        train.text_by_id(), config.judge_url, config.judge_model, os.environ.get(config.judge_api_key_env),
-        concurrency=config.judge_concurrency, timeout=config.judge_timeout, seed=config.seed)
+        return oracle.HumanAnnotator(texts, config.oracle_wait_minutes)
+    try:
+        if config.judge == "reward_model":
+            return judge.RewardModelJudge(texts, config.judge_model, seed=config.seed)
+        price = None
+        if config.judge_prompt_price is not None:
+            price = config.judge_prompt_price / 1e6, config.judge_completion_price / 1e6
+        return judge.ChatJudge(texts, config.judge_url, config.judge_model, os.environ.get(config.judge_api_key_env),
+                               config.judge_concurrency, config.judge_timeout, seed=config.seed, price=price)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"oracle judge: {one_line(error)}")
 
 
 def policy_and_reference(config, ds, parts):
@@ -696,17 +702,20 @@ def main(config):
     if annotator:
         annotator.show = lambda missing: progress.set_description_str(
             f"waiting for {missing} labels" if missing else "train")
+    asker.interrupt.install()
     window_start = time.time()
     while step < schedule.total_steps:
-        if asker.asks_together:
-            try:
+        try:
+            asker.stop_if_asked()
+            if asker.asks_together:
                 ask_ahead(engine, asker, train, schedule.micro_batches(step), reference["train"], step, config, shared)
-            except oracle.Waiting:
-                progress.close()
-                if step and step not in checkpoints(output):
-                    checkpoint()
-                asker.close()
-                raise
+        except oracle.Waiting:
+            progress.close()
+            if step and step not in checkpoints(output):
+                checkpoint()
+            asker.interrupt.remove()
+            asker.close()
+            raise
         engine.train()
         lr = learning_rate(step, schedule.total_steps, config)
         for group in engine.optimizer.param_groups:
@@ -757,6 +766,7 @@ def main(config):
             checkpoint()
             window_start = time.time()
     progress.close()
+    asker.interrupt.remove()
 
     # The end: summary, model, card.
     summary = summarise(train, schedule, asker, evaluation, device, config)
@@ -889,10 +899,10 @@ def command(argv):
     try:
         main(config := parse_config(argv))
     except oracle.Waiting as waiting:
-        say(f"stopped: {waiting}. The questions stay open; all answers so far are in {config.output_dir}/labels.sqlite. "
-            f"Resume with\n    {same_command(argv)}")
+        say(f"stopped: {waiting}. All answers so far are in {config.output_dir}/labels.sqlite. Resume with\n"
+            f"    {same_command(argv)}")
         return 75
-    except (UsageError, data.DataError, FloatingPointError) as error:
+    except (UsageError, data.DataError, oracle.LedgerError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1 if isinstance(error, FloatingPointError) else 2
     return 0

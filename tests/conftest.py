@@ -104,6 +104,13 @@ num_threads: 1
         assert run.code == check, f"exit code {run.code}\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
         return run
 
+    def start(**keys):
+        """The command as a process of its own, under way."""
+        argv = ["--config", str(default), *(f"--{key}={value}" for key, value in keys.items())]
+        return subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, env=launcher_environment(), text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    launch.start = start
     return launch
 
 

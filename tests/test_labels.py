@@ -3,14 +3,21 @@
 People are played by a thread that answers through a connection of its own, as tools/label.py does.
 """
 
+import contextlib
 import json
+import re
 import shutil
+import signal
 import sqlite3
 import threading
 import time
 
 import pytest
+import torch
+import transformers
+from test_judge import Server, completion
 
+import judge
 import oracle
 import toy
 
@@ -100,6 +107,33 @@ def test_a_run_that_nobody_answers_stops_and_the_same_command_goes_on(processes,
     assert run.losses() == pytest.approx(by_dataset.losses(), rel=1e-5)
 
 
+@pytest.mark.parametrize("number, kind", [(signal.SIGINT, "dataset"), (signal.SIGTERM, "dataset"), (signal.SIGINT, "human")])
+def test_ctrl_c_and_sigterm_stop_a_run_that_the_same_command_resumes(number, kind, train, unlabelled, tiny, tmp_path):
+    """In the middle of training, and while it waits for people: exit code 75 with a checkpoint; then it ends as an
+    undisturbed run does."""
+    mixer = unlabelled if kind == "human" else tiny / "pairs"
+    keys = dict(oracle=kind, dataset_mixer=f"{{{mixer}: 1.0}}", max_steps=40, logging_steps=5)
+    whole = train("whole", **keys | {"oracle": "dataset", "dataset_mixer": f"{{{tiny}/pairs: 1.0}}"})
+    output = tmp_path / "run"
+    with Person(output, limit=10) if kind == "human" else contextlib.nullcontext():
+        process = train.start(output_dir=output, **keys)
+        deadline = time.time() + 120
+        while time.time() < deadline and process.poll() is None:
+            rows = (output / "metrics.jsonl").read_text().count("\n") if (output / "metrics.jsonl").exists() else 0
+            if rows >= (1 if kind == "human" else 2):
+                break
+            time.sleep(0.01)
+        time.sleep(2 if kind == "human" else 0)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 75, out[-2000:] + err[-2000:]
+    assert "stopped: interrupted" in out and list(output.glob("checkpoint-*/trainer_state.json"))
+    with Person(output) if kind == "human" else contextlib.nullcontext():
+        again = train("again", output_dir=output, **keys)
+    assert "resumed from" in again.stdout
+    assert again.losses() == pytest.approx(whole.losses(), rel=1e-6) and again.ledger() == whole.ledger()
+
+
 def test_unlabelled_pairs_are_refused_where_nobody_could_answer(train, unlabelled):
     run = train("refused", check=2, dataset_mixer=f"{{{unlabelled}: 1.0}}")
     assert "has no label (120 of 120 have none)" in run.stderr and "--oracle=human" in run.stderr
@@ -155,3 +189,72 @@ def test_pseudo_labels_that_are_wrong_beyond_their_confidence_are_complained_of_
     run = train("wrong", dataset_mixer=f"{{{tmp_path}: 1.0}}", audit_fraction=1.0, max_steps=15, learning_rate=0.02,
                 gamma=0.1)
     assert run.stdout.count("WARNING: of ") == 1 and "surer than it has a right to be" in run.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Judges
+
+def by_gold_reward(prompt, n):
+    """A chat model that judges as the tiny pairs are labelled."""
+    a, b = (re.search(rf"response {side} begins\n(.*)\n=== \w+ response {side} ends", prompt, re.DOTALL)[1] for side in "AB")
+    a, b = toy.gold_reward(a), toy.gold_reward(b)
+    return completion("[[C]]" if a == b else "[[A]]" if a > b else "[[B]]")
+
+
+@pytest.fixture
+def endpoint():
+    servers = []
+
+    def serve(behave):
+        servers.append(Server(behave))
+        return servers[-1]
+
+    yield serve
+    for server in servers:
+        server.http.shutdown()
+        server.http.server_close()
+
+
+@pytest.mark.parametrize("processes", [None, 2])
+def test_a_chat_judge_labels_what_a_data_set_would_have(processes, train, unlabelled, by_dataset, endpoint, tmp_path):
+    server = endpoint(by_gold_reward)
+    run = train("judge", processes, output_dir=tmp_path / "run", oracle="judge", judge_url=server.url, judge_model="m",
+                dataset_mixer=f"{{{unlabelled}: 1.0}}", per_device_train_batch_size=4 if processes else 8,
+                judge_prompt_price=10, judge_completion_price=100)
+    assert run.ledger() == by_dataset.ledger()
+    assert run.losses() == pytest.approx(by_dataset.losses(), rel=1e-5)
+    queries = run.summary()["queries"]
+    assert len(server.bodies) == 2 * queries  # both orders, nothing twice
+    assert run.summary()["cost"] == pytest.approx(2 * queries * (100 * 10e-6 + 5 * 100e-6))
+
+
+def test_a_judge_that_breaks_down_stops_the_run_resumable_and_no_label_is_invented(train, unlabelled, by_dataset, endpoint,
+                                                                                   tmp_path, monkeypatch):
+    monkeypatch.setattr(judge.ChatJudge, "backoff_seconds", 0.01)
+    steps = sorted(step for _, _, step in by_dataset.ledger())
+    working = 2 * steps.count(0)
+    broken = endpoint(lambda prompt, n: by_gold_reward(prompt, n) if len(broken.bodies) <= working else (500, {}, "down"))
+    keys = dict(oracle="judge", judge_model="m", dataset_mixer=f"{{{unlabelled}: 1.0}}", output_dir=tmp_path / "run")
+    stopped = train("down", check=75, judge_url=broken.url, **keys)
+    assert "answers are missing" in stopped.stdout and "Resume with" in stopped.stdout
+    assert len(stopped.ledger()) == steps.count(0)
+    run = train("up", judge_url=endpoint(by_gold_reward).url, **keys)
+    assert run.ledger() == by_dataset.ledger()
+
+
+def test_a_reward_model_is_the_offline_judge(train, unlabelled, tiny, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny / "model")
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                      num_attention_heads=2, num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path / "reward")
+    tokenizer.save_pretrained(tmp_path / "reward")
+    run = train("reward", oracle="judge", judge="reward_model", judge_model=tmp_path / "reward",
+                dataset_mixer=f"{{{unlabelled}: 1.0}}", output_dir=tmp_path / "run")
+    assert len(run.ledger()) == run.summary()["queries"] > 8
+    assert {label for _, label, _ in run.ledger()} == {1, -1}
+
+
+def test_a_judge_needs_its_keys(train, unlabelled):
+    run = train("keys", check=2, oracle="judge", dataset_mixer=f"{{{unlabelled}: 1.0}}")
+    assert "oracle judge (chat) needs judge_url" in run.stderr

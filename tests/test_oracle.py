@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from oracle import DatasetAnnotator, HumanAnnotator, Ledger, Oracle, Question, Waiting, is_audited, wilson
+from oracle import DatasetAnnotator, HumanAnnotator, Ledger, LedgerError, Oracle, Question, Waiting, is_audited, wilson
 
 LABELS = {"a": 1, "b": -1, "c": 1, "d": -1}
 
@@ -72,14 +72,31 @@ def test_an_answer_is_committed_before_it_is_used(tmp_path):
     assert rows == [("d", -1, "dataset", 0.25, 7)]
 
 
-def test_the_ledger_itself_refuses_a_second_answer_and_a_label_that_is_none(tmp_path):
+def test_of_two_answers_the_first_stands_and_a_label_is_one_of_two(tmp_path):
     ledger = Ledger(tmp_path / "labels.sqlite")
     ledger.add("x", answers(a=1))
+    ledger.add("x", answers(b=1, a=-1))
+    assert ledger.take(["a", "b"]) == {"a": 1, "b": 1} and ledger.count() == 2
     with pytest.raises(sqlite3.IntegrityError):
-        ledger.add("x", answers(b=1, a=-1))
-    with pytest.raises(sqlite3.IntegrityError):
-        ledger.add("x", answers(c=0))
-    assert ledger.take(["a", "b", "c"]) == {"a": 1}  # all or none
+        ledger.add("x", answers(d=1, c=0))
+    assert ledger.take(["c", "d"]) == {}  # all or none
+
+
+def test_what_is_no_ledger_of_ours_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "text").write_text("not a database, but long enough to look like a file of some kind" * 20)
+    other = sqlite3.connect(tmp_path / "other")
+    other.execute("CREATE TABLE answers (pair TEXT)")
+    other.close()
+    before = [(tmp_path / name).read_bytes() for name in ("text", "other")]
+    with pytest.raises(LedgerError, match="text: cannot be used as a ledger .*not a database.*move it away"):
+        Ledger(tmp_path / "text")
+    with pytest.raises(LedgerError, match="other: not a ledger of this version"):
+        Ledger(tmp_path / "other")
+    assert before == [(tmp_path / name).read_bytes() for name in ("text", "other")]
+    held = sqlite3.connect(tmp_path / "held", isolation_level=None)
+    held.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(LedgerError, match="held: cannot be used as a ledger .*locked.*close what holds it"):
+        Ledger(tmp_path / "held", timeout=0.1)
 
 
 def test_lookup_of_many_ids(tmp_path):

@@ -1,27 +1,28 @@
-"""A run's open questions for other annotation tools, and their answers back into the ledger: what tools/label.py does at
---export and --import.
+"""A run's open questions for other annotation tools, and their answers back into the ledger: what tools/label.py does
+at --export and --import.
 
     from oracle import Ledger
     from tools.exchange import export_questions, import_answers
     export_questions(Ledger("OUTPUT_DIR/labels.sqlite"), "questions.jsonl", "jsonl")
     import_answers(Ledger("OUTPUT_DIR/labels.sqlite"), "answers.jsonl", "jsonl")
 
-Format "jsonl": JSON Lines in UTF-8. Out: one open question a line, {"pair", "prompt", "response_a", "response_b"}, each text
-as the data has it, a string or a list of {"role", "content"}. In: {"pair", "label": "a" or "b", "annotator", "seconds"},
-the last two optional; a label that is missing, null, "" or "skip" is a skipped question. Best is to add `label` to the
-exported line: where response_a and response_b stand in it, the label means those, whichever way round they are; where
-they do not, it means the sides as they were exported.
+Format "jsonl": JSON Lines in UTF-8. Out: one open question a line, {"pair", "prompt", "response_a", "response_b"}, each
+text as the data has it, a string or a list of {"role", "content"}. In: {"pair", "label": "a" or "b", "annotator",
+"seconds"}, the last two optional; a label that is missing, null, "" or "skip" is a skipped question. Best is to add
+`label` to the exported line: where response_a and response_b stand in it, the label means those, whichever way round
+they are; where they do not, it means the sides as they were exported.
 
-Format "label-studio": Label Studio's own JSON, as of its versions 1.x (labelstud.io/guide/task_format, /tags/pairwise, and
-its template "Pairwise Classification"). Out: a list of tasks {"data": {"pair", "prompt", "response_a", "response_b"}}, the
-texts as plain text, and FILE.xml beside it, the labelling configuration. In: its export "JSON" (not "JSON-MIN"):
-annotations[].result[] of type "pairwise" with value {"selected": "left" or "right"}, left being response_a; completed_by is
-the annotator, lead_time the seconds. Of several annotations of a task the oldest is the answer and the others are second
-opinions. Cancelled annotations, and tasks without any, are skipped questions.
+Format "label-studio": Label Studio's own JSON, as of its versions 1.x (labelstud.io/guide/task_format, /tags/pairwise,
+and its template "Pairwise Classification"). Out: a list of tasks {"data": {"pair", "prompt", "response_a",
+"response_b"}}, the texts as plain text, and FILE.xml beside it, the labelling configuration. In: its export "JSON" (not
+"JSON-MIN"): annotations[].result[] of type "pairwise" with value {"selected": "left" or "right"}, left being
+response_a; completed_by is the annotator, lead_time the seconds. Of several annotations of a task the oldest is the
+answer and the others are second opinions. Cancelled annotations, annotations without a choice, and tasks without
+annotations are skipped questions.
 
-Which side a response is on is drawn from a hash of the pair's id, so that neither y1 nor y2 is always on the left. An import
-is all or none: everything in the file is checked first, then written in one transaction. What is in the ledger already is
-not written again, so that importing a file twice changes nothing.
+Which side a response is on is drawn from a hash of the pair's id, so that neither y1 nor y2 is always on the left. An
+import is all or none: everything in the file is checked first, then written in one transaction. What is in the ledger
+already is not written again, so that importing a file twice changes nothing.
 
 The paper and the official code ask nobody.
 """
@@ -32,8 +33,6 @@ import json
 import math
 import os
 import re
-
-from oracle import Ledger
 
 CONFIGURATION = """\
 <View>
@@ -94,7 +93,7 @@ def as_text(value):
 
 
 def _dump(value):
-    """JSON on one line, readable. Escaped is only what some programs take for the end of a line, and half characters."""
+    """JSON on one line, readable. Escaped is only what some programs take for a line's end, and lone surrogates."""
     return re.sub("[\x85\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}",
                   json.dumps(value, ensure_ascii=False))
 
@@ -134,27 +133,16 @@ def import_answers(ledger, path, format, annotator="import"):
     answers = list(READERS[format](path, questions, annotator))
     counts = {"answered": 0, "second_opinions": 0, "already_there": 0, "skipped": 0}
     with ledger.transaction():
-        inside = _Inside(ledger)
         for pair, label, who, seconds in answers:
             if label is None:
                 counts["skipped"] += 1
             elif _stands(ledger, pair, label, who):
                 counts["already_there"] += 1
-            elif inside.answer_question(pair, label, who, seconds=seconds):
+            elif ledger.answer_question(pair, label, who, seconds=seconds):
                 counts["answered"] += 1
             else:
                 counts["second_opinions"] += 1
     return counts
-
-
-class _Inside(Ledger):
-    """A ledger inside a transaction that is open already, which its methods join."""
-
-    def __init__(self, ledger):
-        self.path, self.db = ledger.path, ledger.db
-
-    def transaction(self):
-        return contextlib.nullcontext()
 
 
 def _stands(ledger, pair, label, annotator):
@@ -197,7 +185,8 @@ def _from_label_studio(path, questions, annotator):
             if not isinstance(task, dict) or not isinstance(task.get(name), kind):
                 raise ExchangeError(f"{place}, field {name}: is missing; export from Label Studio as \"JSON\"")
         pair, (first, second) = _question(task["data"], questions, f"{place}, field data")
-        sides = _sides(task["data"], pair, (as_text(json.loads(first)), as_text(json.loads(second))), f"{place}, field data")
+        texts = as_text(json.loads(first)), as_text(json.loads(second))
+        sides = _sides(task["data"], pair, texts, f"{place}, field data")
         if not task["annotations"]:
             yield pair, None, annotator, None
         places = [f"{place}, annotation {k}" for k in range(1, len(task["annotations"]) + 1)]
@@ -248,8 +237,8 @@ def _sides(row, pair, texts, place):
     shown = [row.get("response_a"), row.get("response_b")]
     for name, text in zip(("response_a", "response_b"), shown):
         if text not in texts:
-            raise ExchangeError(f"{place}, field {name}: is neither response of the pair {pair} in the ledger; the texts "
-                                f"must come back unchanged, found {text!r:.80}")
+            raise ExchangeError(f"{place}, field {name}: is neither response of the pair {pair} in the ledger; the "
+                                f"texts must come back unchanged, found {text!r:.80}")
     fitting = [labels for labels in ((1, -1), (-1, 1)) if shown == [texts[label < 0] for label in labels]]
     if not fitting:
         raise ExchangeError(f"{place}, field response_b: is the same response of the pair {pair} as response_a")
@@ -286,11 +275,8 @@ def _selected(annotation, place):
         raise ExchangeError(f"{place}, field result: expected a list of objects, found {results!r:.80}")
     values = [result.get("value") for result in results if result.get("type") == "pairwise"]
     chosen = [value.get("selected") if isinstance(value, dict) else value for value in values]
-    if not chosen and not results:
-        return None
     if not chosen:
-        raise ExchangeError(f"{place}, field result: none is of type pairwise; the project needs the configuration that was "
-                            "exported with the questions")
+        return None
     if len(chosen) > 1 or chosen[0] not in ("left", "right"):
         raise ExchangeError(f"{place}, field selected: expected one \"left\" or \"right\", found {chosen!r:.80}")
     return chosen[0]

@@ -5,12 +5,12 @@
     python tools/ledger.py OUTPUT_DIR --reuse OLD_OUTPUT_DIR
                                                              copy the old run's answers, best before the new run starts
 
-A reused answer keeps its label and annotator; its source is "reused" and its step −1, so that it is used for free and not
-counted as a query, and it has no margin, time or cost here: what it took stands in the old ledger. An answer that is there
-already is left as it is.
+A reused answer keeps its label and annotator; its source is "reused" and its step −1, so that it is used for free and
+not counted as a query, and it has no margin, time or cost here: what it took stands in the old ledger. An answer that
+is there already is left as it is.
 
-Reading changes nothing in the run's folder, and works while a run is on. Needs requirements.txt alone. Exit code 2: there is
-no ledger, or it cannot be read or written; one line says why. The paper and the official code keep no labels.
+Reading changes nothing in the run's folder, and works while a run is on. Needs requirements.txt alone. Exit code 2:
+there is no ledger, or it cannot be read or written; one line says why. The paper and the official code keep no labels.
 """
 
 import argparse
@@ -25,16 +25,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, for the two imports below
 
-from oracle import Ledger, Question, wilson  # noqa: E402
-from tools.exchange import ExchangeError, _Inside, replace_file  # noqa: E402
+from oracle import Ledger, LedgerError, Question, wilson  # noqa: E402
+from tools.exchange import ExchangeError, replace_file  # noqa: E402
 
 PATIENCE = 10  # seconds to wait for a ledger that another process holds
 NEEDED = {"answers": "pair, label, source, annotator, margin, step, audit, answered_at, seconds, cost, used",
           "questions": "pair, leased_to, leased_until", "verdicts": "pair, annotator, verdict, cost"}
-
-
-class LedgerError(Exception):
-    """There is no ledger, or it cannot be used. The message names the file."""
 
 
 def read_ledger(folder):
@@ -44,8 +40,8 @@ def read_ledger(folder):
         raise LedgerError(f"no ledger: {path} does not exist")
     beside = [path.with_name(path.name + end) for end in ("-wal", "-journal")]
     while True:
-        # Where nobody has the ledger open, SQLite would leave files beside it even for a reader, unless told that it cannot
-        # change. Should a run open it meanwhile, it is read again.
+        # Where nobody has the ledger open, even a reader would leave files beside it, unless SQLite is told that it
+        # cannot change. Should a run open it meanwhile, it is read again.
         alone = not any(file.exists() for file in beside)
         db = None
         try:
@@ -53,7 +49,7 @@ def read_ledger(folder):
                                  timeout=PATIENCE, isolation_level=None)
             db.row_factory = sqlite3.Row
             db.execute("BEGIN")
-            tables = {table: db.execute(f"SELECT {columns} FROM {table}").fetchall() for table, columns in NEEDED.items()}
+            tables = {name: db.execute(f"SELECT {columns} FROM {name}").fetchall() for name, columns in NEEDED.items()}
         except sqlite3.Error as error:
             if alone and any(file.exists() for file in beside):
                 continue
@@ -143,8 +139,8 @@ def money(rows):
 
 
 def agreement_between(verdicts):
-    """Of the pairs on which two or more annotators have a view, on how many it is the same. One who said as often the one
-    as the other (a judge whose orders contradict) has none."""
+    """Of the pairs on which two or more annotators have a view, on how many it is the same. One who said the one as
+    often as the other (a judge whose orders contradict) has none."""
     views = defaultdict(lambda: defaultdict(int))
     for row in verdicts:
         views[row["pair"]][row["annotator"]] += row["verdict"]
@@ -154,14 +150,15 @@ def agreement_between(verdicts):
 
 
 def asked_twice(verdicts):
-    """(annotator, pairs, agree, contradict, no preference, share) of each who has two verdicts or more of one pair. Without
-    preference: one of them at least is none, and the others do not contradict."""
+    """(annotator, pairs, agree, contradict, no preference, share) of each who has two verdicts or more of one pair.
+    No preference: that is what one of them says, and the others do not contradict."""
     kinds = defaultdict(lambda: [0, 0, 0])
     for (who, _), rows in groups(verdicts, "annotator", "pair"):
         found = {row["verdict"] for row in rows}
         if len(rows) > 1:
             kinds[who][1 if {1, -1} <= found else 2 if 0 in found else 0] += 1
-    return [(who, *(f"{n:,}" for n in (sum(kind), *kind)), f"{kind[0] / sum(kind):.1%}") for who, kind in sorted(kinds.items())]
+    return [(who, *(f"{n:,}" for n in (sum(kind), *kind)), f"{kind[0] / sum(kind):.1%}")
+            for who, kind in sorted(kinds.items())]
 
 
 def table(head, rows, words=1):
@@ -194,24 +191,23 @@ def export_csv(folder, path, force=False):
 
 
 def reuse(folder, old):
-    """Seed a folder's ledger, made where there is none, with another's answers. Returns (copied, there already, of those
-    with the other label)."""
+    """Seed a folder's ledger, made where there is none, with another's answers. Returns (copied, there already, of
+    those with the other label)."""
     path = Path(folder) / "labels.sqlite"
-    if path.exists() and path.samefile(Path(old) / "labels.sqlite") if (Path(old) / "labels.sqlite").exists() else False:
-        raise LedgerError(f"{old} is the same run")
     answers = read_ledger(old)["answers"]
     if path.exists():
+        if path.samefile(Path(old) / "labels.sqlite"):
+            raise LedgerError(f"{old} is the same run")
         read_ledger(folder)  # whether it is a ledger, before anything of it is opened for writing
     ledger = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        ledger = Ledger(path)
-        ledger.db.execute(f"PRAGMA busy_timeout = {int(1000 * PATIENCE)}")
+        ledger = Ledger(path, PATIENCE)
         with ledger.transaction():
             there = dict(ledger.db.execute("SELECT pair, label FROM answers"))
             new = [row for row in answers if row["pair"] not in there]
-            _Inside(ledger).add("reused", [(Question(row["pair"], None, -1), row["label"], row["annotator"], None, None)
-                                           for row in new])
+            ledger.add("reused", [(Question(row["pair"], None, -1), row["label"], row["annotator"], None, None)
+                                  for row in new])
     except sqlite3.Error as error:
         raise LedgerError(in_words(path, error))
     except OSError as error:
@@ -246,4 +242,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a name's letters shows ? for them
     sys.exit(main())
