@@ -3,6 +3,9 @@
     ChatJudge.answer(questions, ledger)          asks about both orders of the responses, many requests at once
     RewardModelJudge.answer(questions, ledger)   scores both responses; offline and free
 
+    deepspeed train.py --config … --oracle judge --judge_url http://HOST/v1 --judge_model NAME
+    deepspeed train.py --config … --oracle judge --judge reward_model --judge_model DIR
+
 Both are annotators as oracle.py wants them. Each verdict stands in the ledger with what was said and what it cost, each
 answer as soon as its pair is settled: a killed run pays again for nothing but what was in flight. An answer is
 
@@ -231,7 +234,7 @@ class ChatJudge(Judge):
         path = parts.path.rstrip("/")
         path += "" if path.endswith("/chat/completions") else "/chat/completions"
         self.url = urlunsplit(parts._replace(path=path, fragment=""))
-        self.where = f"{parts.scheme}://{parts.netloc}{path}"  # for messages: a query may hold a secret
+        self.where = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path}"  # for messages, without secrets
         self.key = (api_key or "").strip()
         if not (self.key.isascii() and self.key.isprintable()):
             raise ValueError("judge API key: it has characters that no key has; set the environment variable anew")

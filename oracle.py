@@ -91,15 +91,26 @@ class Ledger:
         self.path = path
         try:
             self.db = sqlite3.connect(path, timeout=timeout, isolation_level=None)  # transactions are written out below
+            self._keep_trying("PRAGMA journal_mode = WAL", timeout)  # others may read and write while a run is on
             version = self.db.execute("PRAGMA user_version").fetchone()[0]
             tables = self.db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
             if tables and version != self.VERSION:
                 raise LedgerError(f"{path}: not a ledger of this version ({version}, not {self.VERSION}): move it away")
-            self.db.execute("PRAGMA journal_mode = WAL")  # others may read and write while a run is on
             self.db.execute("PRAGMA synchronous = FULL")  # a committed answer survives a power cut
             self.db.executescript(f"BEGIN IMMEDIATE; {self.SCHEMA} PRAGMA user_version = {self.VERSION}; COMMIT;")
         except sqlite3.Error as error:
             raise LedgerError(f"{path}: cannot be used as a ledger ({error}): close what holds it, or move it away")
+
+    def _keep_trying(self, statement, seconds):
+        """SQLite does not wait for another process when it changes the journal's mode, as two that make a ledger do."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                return self.db.execute(statement)
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
 
     def transaction(self):
         """All or none of what is done inside; joins one that is open."""
@@ -387,8 +398,8 @@ class Oracle:
             try:
                 known = self._answers([item for part in gathered for item in part if item[0] is not None], step)
                 answers = [[known.get(item[0], 0) for item in part] for part in gathered]
-            except Waiting as waiting:  # the other ranks have to hear of it too
-                answers = [waiting] * self.world
+            except (Waiting, ValueError) as problem:  # unanswered, or cannot be: the other ranks have to hear of it too
+                answers = [Waiting(str(problem))] * self.world
         received = answers or [None]
         if self.world > 1:
             received = [None]

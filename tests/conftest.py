@@ -18,6 +18,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="kills of tests/test_kills.py")
+
+
 def pytest_configure(config):
     """Before anything imports datasets or transformers: caches of this session's own, one thread, no network."""
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="adpo-tests-")
@@ -93,8 +97,8 @@ num_threads: 1
         output = Path(keys.setdefault("output_dir", base / name))
         argv = ["--config", str(config), *(f"--{key}={value}" for key, value in keys.items())]
         if processes:
-            done = subprocess.run(["deepspeed", "--num_gpus", str(processes), "--master_port", str(free_port()), "train.py",
-                                   *argv], cwd=ROOT, env=launcher_environment(), text=True, capture_output=True, timeout=240)
+            done = subprocess.run([*launcher(processes), *argv], cwd=ROOT, env=launcher_environment(), text=True,
+                                  capture_output=True, timeout=240)
             run = Run(output, done.stdout, done.stderr, done.returncode)
         else:
             from train import command
@@ -104,14 +108,19 @@ num_threads: 1
         assert run.code == check, f"exit code {run.code}\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
         return run
 
-    def start(**keys):
+    def start(processes=None, **keys):
         """The command as a process of its own, under way."""
         argv = ["--config", str(default), *(f"--{key}={value}" for key, value in keys.items())]
-        return subprocess.Popen([sys.executable, "train.py", *argv], cwd=ROOT, env=launcher_environment(), text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        starter = launcher(processes) if processes else [sys.executable, "train.py"]
+        return subprocess.Popen([*starter, *argv], cwd=ROOT, env=launcher_environment(), text=True, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE)
 
     launch.start = start
     return launch
+
+
+def launcher(processes):
+    return ["deepspeed", "--num_gpus", str(processes), "--master_port", str(free_port()), "train.py"]
 
 
 def launcher_environment():

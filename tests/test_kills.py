@@ -1,0 +1,147 @@
+"""`kill -9` of the run, of the labelling page and of both, at random moments, while a person labels.
+
+    python -m pytest tests/test_kills.py               3 kills (what CI runs)
+    python -m pytest tests/test_kills.py --kills 20    20 kills, four minutes; writes benchmarks/results/kills.md
+
+No answer is lost, none is given twice, and the run ends with the labels, losses and weights of one that nobody killed.
+"""
+
+import json
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+
+import pytest
+from conftest import ROOT, free_port
+
+import toy
+
+pytest.importorskip("fastapi", reason="the page needs requirements-extra.txt")
+
+
+class Page:
+    """tools/label.py as a process that can be killed and started again."""
+
+    def __init__(self, output):
+        self.output, self.port, self.process = output, free_port(), None
+
+    def start(self):
+        while not (self.output / "labels.sqlite").exists():
+            time.sleep(0.1)
+        self.process = subprocess.Popen([sys.executable, "tools/label.py", str(self.output), "--port", str(self.port)],
+                                        cwd=ROOT, stdout=subprocess.DEVNULL)
+
+    def post(self, action, **message):
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/ask/{action}", json.dumps({"annotator": "ann", "view": "v", **message}).encode(),
+            {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=5) as reply:
+            return json.load(reply)
+
+
+class Person(threading.Thread):
+    """Labels by the gold reward through the page. `acknowledged`: what the page has said it took."""
+
+    def __init__(self, page, pause):
+        super().__init__(daemon=True)
+        self.page, self.pause, self.acknowledged, self.done = page, pause, {}, threading.Event()
+
+    def run(self):
+        while not self.done.is_set():
+            try:
+                question = self.page.post("next")["question"]
+                if question is None:
+                    time.sleep(0.05)
+                    continue
+                best = max(question["sides"], key=lambda side: toy.gold_reward(side["turns"][0]["content"]))
+                self.page.post("answer", pair=question["pair"], choice=best["choice"], seconds=0.1)
+                self.acknowledged[question["pair"]] = best["turns"][0]["content"]
+                time.sleep(self.pause)
+            except (OSError, urllib.error.URLError, json.JSONDecodeError):  # the page is dead: come back
+                time.sleep(0.1)
+
+
+def test_nothing_is_lost_and_nothing_doubled(request, train, tiny, tmp_path):
+    kills, rng = request.config.getoption("--kills"), random.Random(0)
+    with open(tmp_path / "train.jsonl", "w") as labelled, open(tmp_path / "unlabelled.jsonl", "w") as unlabelled:
+        for n in range(30 * (kills + 1)):
+            a, b = toy.write_response(rng), toy.write_response(rng)
+            while toy.gold_reward(a) == toy.gold_reward(b):  # a tie has no label of its own
+                b = toy.write_response(rng)
+            row = {"prompt": f"review of the {toy.PLACES[n % len(toy.PLACES)]} in {rng.choice(toy.CITIES)} :",
+                   "response_a": a, "response_b": b}
+            unlabelled.write(json.dumps(row) + "\n")
+            labelled.write(json.dumps(row | {"label": "a" if toy.gold_reward(a) > toy.gold_reward(b) else "b"}) + "\n")
+    keys = dict(max_steps=-1, gamma=0.5, do_eval=False, save_strategy="steps", save_steps=2, save_total_limit=2,
+                learning_rate=5e-4, logging_steps=5)
+    whole = train("whole", dataset_mixer=f"{{{tmp_path}/train.jsonl: 1.0}}", **keys)
+
+    output = tmp_path / "run"
+    keys |= dict(output_dir=output, oracle="human", dataset_mixer=f"{{{tmp_path}/unlabelled.jsonl: 1.0}}")
+    page, killed = Page(output), []
+    run = train.start(**keys)
+    page.start()
+    person = Person(page, pause=0.1 if kills < 10 else 0.35)  # slow enough that all the kills come before the end
+    person.start()
+    try:
+        for _ in range(kills):
+            time.sleep(rng.uniform(1, 12))
+            if run.poll() is not None:
+                break
+            victim = rng.choice(["run", "page", "both"])
+            for process in [run] * (victim != "page") + [page.process] * (victim != "run"):
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+            killed.append((victim, count(output)))
+            if victim != "run":
+                page.start()
+            if victim != "page":
+                run = train.start(**keys)
+        out, err = run.communicate(timeout=120 + 10 * kills)
+    finally:
+        person.done.set()
+        person.join()
+        page.process.kill()
+        run.kill()
+    assert run.returncode == 0, out[-2000:] + err[-2000:]
+    assert len(killed) == kills
+
+    again = type(whole)(output, out, err, 0)
+    ledger = sqlite3.connect(output / "labels.sqlite")
+    verdicts = ledger.execute("SELECT pair, COUNT(*) FROM verdicts GROUP BY pair").fetchall()
+    lost = set(person.acknowledged) - {pair for pair, _, _ in again.ledger()}
+    doubled = [pair for pair, n in verdicts if n > 1]
+    assert not lost and not doubled
+    assert again.ledger() == whole.ledger() and again.summary()["queries"] == len(again.ledger())
+    timeless = [[{k: v for k, v in row.items() if k != "tokens_per_second"} for row in r.rows()] for r in (whole, again)]
+    assert timeless[0] == timeless[1]
+    weights = [r.weights() for r in (whole, again)]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+    if kills >= 20:
+        write_report(killed, again)
+
+
+def count(output):
+    """Answers in the ledger at the moment."""
+    if not (output / "labels.sqlite").exists():
+        return 0
+    return sqlite3.connect(output / "labels.sqlite", timeout=30).execute("SELECT COUNT(*) FROM answers").fetchone()[0]
+
+
+def write_report(killed, run):
+    counts = Counter(victim for victim, _ in killed)
+    lines = ["# kill -9 while a person labels", "", "    python -m pytest tests/test_kills.py --kills 20", "",
+             f"{len(killed)} kills at random moments: {', '.join(f'{n} of the {victim}' for victim, n in counts.items())} "
+             "(both: run and page). Each was followed by the same command again.", "",
+             f"{len(run.ledger())} answers in the ledger at the end. Answers that the page had acknowledged and that were "
+             "lost: 0. Questions answered twice: 0. Labels, metrics and final weights are those of a run that nobody "
+             "killed, to the last bit.", "", "| kill | of | answers in the ledger then |", "| --: | --- | --: |",
+             *(f"| {n} | {victim} | {answers} |" for n, (victim, answers) in enumerate(killed, 1)), ""]
+    (ROOT / "benchmarks" / "results" / "kills.md").write_text("\n".join(lines))
