@@ -91,13 +91,14 @@ class Ledger:
         self.path = path
         try:
             self.db = sqlite3.connect(path, timeout=timeout, isolation_level=None)  # transactions are written out below
-            self._keep_trying("PRAGMA journal_mode = WAL", timeout)  # others may read and write while a run is on
             version = self.db.execute("PRAGMA user_version").fetchone()[0]
             tables = self.db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
             if tables and version != self.VERSION:
                 raise LedgerError(f"{path}: not a ledger of this version ({version}, not {self.VERSION}): move it away")
             self.db.execute("PRAGMA synchronous = FULL")  # a committed answer survives a power cut
-            self.db.executescript(f"BEGIN IMMEDIATE; {self.SCHEMA} PRAGMA user_version = {self.VERSION}; COMMIT;")
+            if not tables:
+                self._keep_trying("PRAGMA journal_mode = WAL", timeout)  # others may read and write while a run is on
+                self.db.executescript(f"BEGIN IMMEDIATE; {self.SCHEMA} PRAGMA user_version = {self.VERSION}; COMMIT;")
         except sqlite3.Error as error:
             raise LedgerError(f"{path}: cannot be used as a ledger ({error}): close what holds it, or move it away")
 
@@ -182,16 +183,17 @@ class Ledger:
         """
         now = time.time()
         with self.transaction():
-            rows = self.db.execute(
-                "SELECT pair, prompt, first, second FROM questions WHERE pair NOT IN (SELECT pair FROM answers) "
+            pairs = [pair for pair, in self.db.execute(
+                "SELECT pair FROM questions WHERE pair NOT IN (SELECT pair FROM answers) "
                 "AND (leased_to IS NULL OR leased_until < ? OR leased_to = ?) "
-                "ORDER BY leased_to IS NOT ? OR leased_until < ?, step, pair", (now, annotator, annotator, now)).fetchall()
-            wanted = [row for row in rows if row[0] not in not_these] or rows
+                "ORDER BY leased_to IS NOT ? OR leased_until < ?, step, pair", (now, annotator, annotator, now))]
+            wanted = [pair for pair in pairs if pair not in not_these] or pairs
             if not wanted:
                 return None
             self.db.execute("UPDATE questions SET leased_to = ?, leased_until = ? WHERE pair = ?",
-                            (annotator, now + seconds, wanted[0][0]))
-            return wanted[0]
+                            (annotator, now + seconds, wanted[0]))
+            return self.db.execute("SELECT pair, prompt, first, second FROM questions WHERE pair = ?",
+                                   (wanted[0],)).fetchone()
 
     def release(self, annotator, pair=None):
         """Give back an annotator's lease of a pair, or all of them."""
@@ -318,9 +320,10 @@ class HumanAnnotator:
     def answer(self, questions, ledger):
         """Put the questions and wait until all are answered. Raises Waiting where no answer came in for wait_minutes, or on
         Ctrl-C; the questions stay open."""
-        ledger.put_questions(questions, {q.pair: self.texts(q.pair) for q in questions})
         ids, last, since = [q.pair for q in questions], None, time.monotonic()
+        missing = len(ids)
         try:
+            ledger.put_questions(questions, {q.pair: self.texts(q.pair) for q in questions})
             while missing := self.missing(ids, ledger):
                 if missing != last:
                     last, since = missing, time.monotonic()
@@ -418,13 +421,14 @@ class Oracle:
                 questions = sorted(questions, key=lambda q: (q.audit, abs(q.margin), q.pair))[:left]
                 if self.state["budget_spent_at_step"] is None:
                     self.state["budget_spent_at_step"] = step
-        if questions:
+        while questions:  # more than once where somebody took an answer back just before it was used
             self.interrupt.inside = True
             try:
                 self.annotator.answer(questions, self.ledger)
             finally:
                 self.interrupt.inside = False
             known |= self.ledger.take([q.pair for q in questions])
+            questions = [q for q in questions if q.pair not in known]
         return known
 
     def stop_if_asked(self):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import random
@@ -76,7 +77,7 @@ def train(tiny, tmp_path_factory):
     With `processes`, the real command line through the `deepspeed` launcher; without, the same command inside this process,
     which spares the seconds that the imports take. check: the exit code that is expected.
     """
-    base = tmp_path_factory.mktemp("runs")
+    base, numbers = tmp_path_factory.mktemp("runs"), itertools.count()
     default = base / "tiny.yaml"
     default.write_text(f"""
 model_name_or_path: {tiny}/model
@@ -94,7 +95,7 @@ num_threads: 1
 """)
 
     def launch(name, processes=None, check=0, config=default, **keys):
-        output = Path(keys.setdefault("output_dir", base / name))
+        output = Path(keys.setdefault("output_dir", base / f"{name}-{next(numbers)}"))
         argv = ["--config", str(config), *(f"--{key}={value}" for key, value in keys.items())]
         if processes:
             done = subprocess.run([*launcher(processes), *argv], cwd=ROOT, env=launcher_environment(), text=True,

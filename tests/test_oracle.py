@@ -233,6 +233,24 @@ def test_a_run_waits_for_people_and_gets_their_answers(tmp_path):
     assert oracle.queries() == 3 == oracle.queries(2) and oracle.queries(1) == 0
 
 
+def test_an_answer_that_is_taken_back_before_it_is_used_is_waited_for_again(tmp_path):
+    """Undo strikes between the moment that nothing is missing and the moment that the run takes the answers."""
+    class Undone(HumanAnnotator):
+        times = 0
+
+        def answer(self, questions, ledger):
+            ledger.put_questions(questions, {q.pair: TEXTS[q.pair] for q in questions})
+            for question in questions:
+                ledger.answer_question(question.pair, 1, "ann")
+            self.times += 1
+            if self.times == 1:
+                assert ledger.retract("b", "ann")
+
+    oracle = Oracle(Undone(TEXTS.get, 1), tmp_path / "labels.sqlite", asks_together=True)
+    assert oracle.answer(["a", "b"], [0.1, 0.1], [True, True], step=0) == [1, 1]
+    assert oracle.annotator.times == 2 and oracle.queries() == 2
+
+
 def test_without_an_answer_the_run_stops_and_the_questions_stay_open(tmp_path):
     annotator = HumanAnnotator(TEXTS.get, wait_minutes=0.001)
     annotator.poll_seconds = 0.01
