@@ -22,6 +22,8 @@ Legend: B pairs, T tokens of a row, N response tokens of a batch, V vocabulary, 
 Imports torch alone and does no I/O; tests/test_adpo.py checks each function against an independent computation.
 """
 
+from inspect import signature
+
 import torch
 from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
@@ -230,7 +232,6 @@ class PairLogps(torch.nn.Module):
 
     def why_not_shared(self):
         """None where a row can hold `[prompt | y1 | y2]`, else the reason, for the user."""
-        from inspect import signature
         foreign = self.layer_types - self.MASKED_LAYERS
         if foreign or self.lm._is_stateful:
             return f"its layers carry state past the mask ({', '.join(sorted(foreign)) or 'recurrent'})"
@@ -276,7 +277,7 @@ class PairLogps(torch.nn.Module):
     def forward(self, batch, per_token=None):
         """log π(y|x) = Σ_t log π(y_t | x, y_<t) of both responses.
 
-        batch: a PairBatch (data.py).  per_token: "shared" or "plain" returns the N summands instead, for the check at
+        batch: a PairBatch (data.py).  per_token: "ours" or "plain" returns the N summands instead, for the check at
         start-up.  Returns (B, 2) fp32, an fp32 sum.
         """
         if per_token:

@@ -33,7 +33,7 @@ import jinja2
 import torch
 
 # Raise it with any change to what a row becomes: it is part of every cache key.
-VERSION = 2
+VERSION = 3
 # Put into special-token text inside a message, so that the tokeniser does not take it for the token. Private-use
 # characters that nobody types; `Renderer.encode` cuts there and removes it.
 SENTINEL = "\ue0f7\ue0a1\ue0f7"
@@ -418,7 +418,8 @@ class Pairs:
 
     table: a datasets.Dataset with columns id, prompt_ids, first_ids, second_ids, tokens (of the whole pair).
     fingerprint: hash of all ids and tokens, in order.  counts: what was read, dropped and why.
-    texts: the columns prompt, first, second of the same rows, each JSON (a string or messages), for people and judges.
+    texts: the columns prompt, first, second of the same rows, each JSON (a string or messages), for people and judges, and
+    place, the row's file and number.
     """
     table: datasets.Dataset
     fingerprint: str
@@ -431,6 +432,10 @@ class Pairs:
     def __post_init__(self):
         self.ids = self.table["id"][:]
         self.lengths = self.table["tokens"][:]
+
+    def place(self, id):
+        """Where a pair stands: "FILE, row N"."""
+        return self.texts[self.ids.index(id)]["place"]
 
     def text_by_id(self):
         """A function pair id → (prompt, first, second), each JSON."""
@@ -476,7 +481,7 @@ def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decont
     if not len(rows):
         raise DataError(f"{', '.join(mixer)}: no {kind} pair is left ({_plain(counts)})")
     table = rows.map(
-        tokenize_rows, fn_kwargs={"renderer": renderer}, batched=True, batch_size=256, remove_columns=["place"],
+        tokenize_rows, fn_kwargs={"renderer": renderer}, batched=True, batch_size=256,
         num_proc=_processes(workers, len(rows)), desc=f"tokenising {kind} pairs",
         new_fingerprint=_hash(rows._fingerprint, renderer.fingerprint()))
     drops = table["drop"][:]
@@ -497,7 +502,7 @@ def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decont
             truths.setdefault(id, truth)
     pairs = Pairs(table.select_columns(["id", "prompt_ids", "first_ids", "second_ids", "tokens"]),
                   _hash(renderer.fingerprint(), table["id"][:]), counts,
-                  table.select_columns(["prompt", "first", "second"]))
+                  table.select_columns(["prompt", "first", "second", "place"]))
     counts["repeated"] = len(pairs) - len(set(pairs.ids))
     counts["contradicting"] = conflicts
     say(f"{kind}: {_plain(counts)}")

@@ -100,6 +100,8 @@ def engine_config(config, world):
     if config.bf16 and zero.get("stage", 0) == 0:
         say("ZeRO 0 with bf16 would update bf16 weights, where a small step is lost: running as ZeRO 1, with fp32 weights")
         zero["stage"] = 1
+    if config.optim == "rmsprop":
+        ds["zero_allow_untested_optimizer"] = True  # DeepSpeed vouches for Adam under ZeRO alone, but treats them alike
     ds.setdefault("steps_per_print", 10**9)  # the run prints its own lines
     output = {"enabled": True, "output_path": config.output_dir}
     services = {"tensorboard": {**output, "job_name": "tensorboard"}, "csv_monitor": {**output, "job_name": "csv"},
@@ -568,10 +570,10 @@ def load_data(config, tokenizer):
             config.decontaminate_with if kind == "train" else None, limit, config.seed, say))
 
     train, labels, truths = load("train", config.max_train_samples)
-    if config.oracle == "dataset" and len(missing := [id for id in train.ids if id not in labels]):
-        first = " ".join(str(json.loads(text)) for text in train.text_by_id()(missing[0]))
-        raise UsageError(f"oracle dataset: pair {missing[0]} has no label ({len(missing)} of {len(train)} have none): label "
-                         f"them, or say --oracle=human or --oracle=judge; it begins {first!r:.80}")
+    missing = [id for id in train.ids if id not in labels]
+    if config.oracle == "dataset" and missing:
+        raise UsageError(f"{train.place(missing[0])}: no label, and oracle is dataset ({len(missing)} of {len(train)} pairs "
+                         "have none): label them, or say --oracle=human or --oracle=judge")
     annotator = make_annotator(config, train, labels, truths) if rank() == 0 else None
     test, _, truths = load("test", config.max_eval_samples) if config.do_eval else (None, {}, {})
     missing = [id for id in test.ids if id not in truths] if test else []
@@ -580,8 +582,8 @@ def load_data(config, tokenizer):
             say(f"no {'labels in the ' if test else ''}test split: evaluation is skipped")
         return train, None, annotator, None
     if missing:
-        raise UsageError(f"test split: pair {missing[0]} has no label ({len(missing)} of {len(test)} have none): "
-                         "label them, or say --do_eval=false")
+        raise UsageError(f"{test.place(missing[0])}: no label ({len(missing)} of {len(test)} pairs of the test split have "
+                         "none): label them, or say --do_eval=false")
     return train, test, annotator, torch.tensor([float(truths[id]) for id in test.ids])
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import sqlite3
 import subprocess
@@ -20,11 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=3, help="kills of tests/test_kills.py")
+    parser.addoption("--kills", type=int, default=2, help="kills of tests/test_kills.py")
 
 
 def pytest_configure(config):
-    """Before anything imports datasets or transformers: caches of this session's own, one thread, no network."""
+    """Before anything imports datasets or transformers: caches of this session's own, one thread, no network. And Ctrl-C as
+    at a terminal: where a shell starts the tests in the background, they and their children inherit that it is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="adpo-tests-")
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -114,7 +117,7 @@ num_threads: 1
         argv = ["--config", str(default), *(f"--{key}={value}" for key, value in keys.items())]
         starter = launcher(processes) if processes else [sys.executable, "train.py"]
         return subprocess.Popen([*starter, *argv], cwd=ROOT, env=launcher_environment(), text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE)
+                                stderr=subprocess.PIPE, start_new_session=True)
 
     launch.start = start
     return launch

@@ -1,12 +1,13 @@
 """`kill -9` of the run, of the labelling page and of both, at random moments, while a person labels.
 
-    python -m pytest tests/test_kills.py               3 kills (what CI runs)
-    python -m pytest tests/test_kills.py --kills 20    20 kills, four minutes; writes benchmarks/results/kills.md
+    python -m pytest tests/test_kills.py               2 kills each (what CI runs)
+    python -m pytest tests/test_kills.py --kills 20    20 kills each, eight minutes; writes benchmarks/results/kills*.md
 
 No answer is lost, none is given twice, and the run ends with the labels, losses and weights of one that nobody killed.
 """
 
 import json
+import os
 import random
 import signal
 import sqlite3
@@ -36,7 +37,7 @@ class Page:
         while not (self.output / "labels.sqlite").exists():
             time.sleep(0.1)
         self.process = subprocess.Popen([sys.executable, "tools/label.py", str(self.output), "--port", str(self.port)],
-                                        cwd=ROOT, stdout=subprocess.DEVNULL)
+                                        cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
 
     def post(self, action, **message):
         request = urllib.request.Request(
@@ -68,8 +69,9 @@ class Person(threading.Thread):
                 time.sleep(0.1)
 
 
-def test_nothing_is_lost_and_nothing_doubled(request, train, tiny, tmp_path):
-    kills, rng = request.config.getoption("--kills"), random.Random(0)
+@pytest.mark.parametrize("processes", [None, 2])
+def test_nothing_is_lost_and_nothing_doubled(processes, request, train, tiny, tmp_path):
+    kills, rng = request.config.getoption("--kills"), random.Random(processes or 0)
     with open(tmp_path / "train.jsonl", "w") as labelled, open(tmp_path / "unlabelled.jsonl", "w") as unlabelled:
         for n in range(30 * (kills + 1)):
             a, b = toy.write_response(rng), toy.write_response(rng)
@@ -81,12 +83,13 @@ def test_nothing_is_lost_and_nothing_doubled(request, train, tiny, tmp_path):
             labelled.write(json.dumps(row | {"label": "a" if toy.gold_reward(a) > toy.gold_reward(b) else "b"}) + "\n")
     keys = dict(max_steps=-1, gamma=0.5, do_eval=False, save_strategy="steps", save_steps=2, save_total_limit=2,
                 learning_rate=5e-4, logging_steps=5)
-    whole = train("whole", dataset_mixer=f"{{{tmp_path}/train.jsonl: 1.0}}", **keys)
+    keys["per_device_train_batch_size"] = 8 // (processes or 1)
+    whole = train("whole", processes, dataset_mixer=f"{{{tmp_path}/train.jsonl: 1.0}}", **keys)
 
     output = tmp_path / "run"
     keys |= dict(output_dir=output, oracle="human", dataset_mixer=f"{{{tmp_path}/unlabelled.jsonl: 1.0}}")
     page, killed = Page(output), []
-    run = train.start(**keys)
+    run = train.start(processes, **keys)
     page.start()
     person = Person(page, pause=0.1 if kills < 10 else 0.35)  # slow enough that all the kills come before the end
     person.start()
@@ -97,19 +100,20 @@ def test_nothing_is_lost_and_nothing_doubled(request, train, tiny, tmp_path):
                 break
             victim = rng.choice(["run", "page", "both"])
             for process in [run] * (victim != "page") + [page.process] * (victim != "run"):
-                process.send_signal(signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)  # with the launcher, its ranks too
                 process.wait()
             killed.append((victim, count(output)))
             if victim != "run":
                 page.start()
             if victim != "page":
-                run = train.start(**keys)
+                run = train.start(processes, **keys)
         out, err = run.communicate(timeout=120 + 10 * kills)
     finally:
         person.done.set()
         person.join()
-        page.process.kill()
-        run.kill()
+        for process in (page.process, run):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     assert run.returncode == 0, out[-2000:] + err[-2000:]
     assert len(killed) == kills
 
@@ -125,7 +129,7 @@ def test_nothing_is_lost_and_nothing_doubled(request, train, tiny, tmp_path):
     weights = [r.weights() for r in (whole, again)]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
     if kills >= 20:
-        write_report(killed, again)
+        write_report(killed, again, processes or 1)
 
 
 def count(output):
@@ -135,13 +139,15 @@ def count(output):
     return sqlite3.connect(output / "labels.sqlite", timeout=30).execute("SELECT COUNT(*) FROM answers").fetchone()[0]
 
 
-def write_report(killed, run):
+def write_report(killed, run, processes):
     counts = Counter(victim for victim, _ in killed)
-    lines = ["# kill -9 while a person labels", "", "    python -m pytest tests/test_kills.py --kills 20", "",
-             f"{len(killed)} kills at random moments: {', '.join(f'{n} of the {victim}' for victim, n in counts.items())} "
-             "(both: run and page). Each was followed by the same command again.", "",
+    lines = ["# kill -9 while a person labels" + ("" if processes == 1 else f", {processes} processes"), "",
+             "    python -m pytest tests/test_kills.py --kills 20", "",
+             f"{len(killed)} kills at random moments: {counts['run']} of the run, {counts['page']} of the page, "
+             f"{counts['both']} of both. Each was followed by the same command again.", "",
              f"{len(run.ledger())} answers in the ledger at the end. Answers that the page had acknowledged and that were "
              "lost: 0. Questions answered twice: 0. Labels, metrics and final weights are those of a run that nobody "
              "killed, to the last bit.", "", "| kill | of | answers in the ledger then |", "| --: | --- | --: |",
              *(f"| {n} | {victim} | {answers} |" for n, (victim, answers) in enumerate(killed, 1)), ""]
-    (ROOT / "benchmarks" / "results" / "kills.md").write_text("\n".join(lines))
+    name = "kills.md" if processes == 1 else f"kills_{processes}_processes.md"
+    (ROOT / "benchmarks" / "results" / name).write_text("\n".join(lines))

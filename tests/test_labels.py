@@ -136,7 +136,8 @@ def test_ctrl_c_and_sigterm_stop_a_run_that_the_same_command_resumes(number, kin
 
 def test_unlabelled_pairs_are_refused_where_nobody_could_answer(train, unlabelled):
     run = train("refused", check=2, dataset_mixer=f"{{{unlabelled}: 1.0}}")
-    assert "has no label (120 of 120 have none)" in run.stderr and "--oracle=human" in run.stderr
+    assert f"{unlabelled}/train.jsonl, row 1: no label, and oracle is dataset (120 of 120 pairs have none)" in run.stderr
+    assert "--oracle=human" in run.stderr
 
 
 def test_a_test_split_without_labels_is_skipped_and_said_so(train, unlabelled, tmp_path):

@@ -184,6 +184,11 @@ def test_the_schedules_learning_rate_reaches_the_optimiser(train, tiny):
     assert_same_weights(run.weights(), load_file(tiny / "model" / "model.safetensors"), 0)
 
 
+def test_rmsprop_is_the_official_default_optimiser(train, launched):
+    run = train("rmsprop", optim="rmsprop")
+    assert run.losses()[0] == pytest.approx(launched.losses()[0]) and run.losses() != pytest.approx(launched.losses())
+
+
 def test_plain_dpo_and_no_pseudo_labels(train, launched):
     dpo = train("dpo", data_selection=False)
     assert dpo.summary()["queries"] == 32 and dpo.summary()["pseudo_labels"] == 0
@@ -273,7 +278,7 @@ def test_the_default_output_is_the_runs_own(launched):
 # What cannot be done is refused before it costs anything
 
 @pytest.mark.parametrize("rows, keys, message", [
-    ([{"prompt": "a", "response_a": " good .", "response_b": " bad ."}], {}, "has no label"),
+    ([{"prompt": "a", "response_a": " good .", "response_b": " bad ."}], {}, "train.jsonl, row 1: no label"),
     ([{"prompt": "a", "chosen": " b"}], {}, "train.jsonl, row 1, field rejected"),
     ([{"prompt": "a", "chosen": " good .", "rejected": " bad ."}], {"model_name_or_path": "nowhere/at-all"},
      "tokenizer nowhere/at-all: cannot be loaded"),
