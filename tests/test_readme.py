@@ -49,7 +49,7 @@ def test_every_key_that_the_readme_names_exists():
     launchers = {"num_gpus", "master_port", "hostfile"}
     tools = {"host", "export", "import", "format", "csv", "reuse", "kills"}
     named = set(re.findall(r"--(\w+)", README))
-    assert named and named <= ours | launchers | tools | {"index"}  # --index-url is pip's
+    assert named and named <= ours | launchers | tools
 
 
 def test_no_core_file_imports_trl():
