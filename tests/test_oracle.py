@@ -277,11 +277,11 @@ def test_the_budget_goes_to_the_least_sure_and_is_never_passed(tmp_path):
 
 
 def test_audited_pairs_tell_how_right_pseudo_labels_are(asker):
-    asker.answer(["a", "b", "c"], [2.0, 3.0, 0.1], [True] * 3, step=0, audit=[True, True, False])
+    asker.answer(["a", "b", "c", "d"], [2.0, 3.0, 0.1, -2.5], [True] * 4, step=0, audit=[True, True, False, True])
     audit = asker.audit()
-    assert audit["audited"] == 2 and audit["accuracy"] == 0.5  # a is labelled +1 as its margin says, b is not
-    assert audit["interval"] == wilson(1, 2)
-    assert audit["predicted"] == pytest.approx((1 / (1 + math.exp(-2)) + 1 / (1 + math.exp(-3))) / 2)
+    assert audit["audited"] == 3 and audit["accuracy"] == 2 / 3  # a and d are labelled as their margins say, b is not
+    assert audit["interval"] == wilson(2, 3)
+    assert audit["predicted"] == pytest.approx(sum(1 / (1 + math.exp(-m)) for m in (2, 3, 2.5)) / 3)
     assert asker.audit(-1) is None
 
 
