@@ -89,6 +89,19 @@ def test_people_label_what_a_data_set_would_have(processes, train, unlabelled, b
     assert answers.execute("SELECT DISTINCT source, annotator FROM answers").fetchall() == [("human", "ann")]
 
 
+def test_all_questions_of_a_step_are_asked_together(train, unlabelled, by_dataset, tmp_path, monkeypatch):
+    """Four micro-batches a step, but people are asked once a step."""
+    asked, answer = [], oracle.HumanAnnotator.answer
+    monkeypatch.setattr(oracle.HumanAnnotator, "answer", lambda self, questions, ledger: asked.append(
+        [question.step for question in questions]) or answer(self, questions, ledger))
+    with Person(tmp_path / "run"):
+        run = train("together", output_dir=tmp_path / "run", oracle="human", dataset_mixer=f"{{{unlabelled}: 1.0}}",
+                    per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    steps = [step for _, _, step in by_dataset.ledger()]
+    assert asked == [[step] * steps.count(step) for step in sorted(set(steps))]
+    assert run.ledger() == by_dataset.ledger()
+
+
 @pytest.mark.parametrize("processes", [None, 2])
 def test_a_run_that_nobody_answers_stops_and_the_same_command_goes_on(processes, train, unlabelled, by_dataset, tmp_path):
     keys = dict(oracle="human", dataset_mixer=f"{{{unlabelled}: 1.0}}", output_dir=tmp_path / "run",
