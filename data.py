@@ -480,10 +480,11 @@ def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decont
 
     if not len(rows):
         raise DataError(f"{', '.join(mixer)}: no {kind} pair is left ({_plain(counts)})")
+    rendering = renderer.fingerprint()
     table = rows.map(
         tokenize_rows, fn_kwargs={"renderer": renderer}, batched=True, batch_size=256,
         num_proc=_processes(workers, len(rows)), desc=f"tokenising {kind} pairs",
-        new_fingerprint=_hash(rows._fingerprint, renderer.fingerprint()))
+        new_fingerprint=_hash(rows._fingerprint, rendering))
     drops = table["drop"][:]
     for reason in ("empty response", "equal responses"):
         counts[reason] = drops.count(reason)
@@ -501,7 +502,7 @@ def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decont
         if truth:
             truths.setdefault(id, truth)
     pairs = Pairs(table.select_columns(["id", "prompt_ids", "first_ids", "second_ids", "tokens"]),
-                  _hash(renderer.fingerprint(), table["id"][:]), counts,
+                  _hash(rendering, table["id"][:]), counts,
                   table.select_columns(["prompt", "first", "second", "place"]))
     counts["repeated"] = len(pairs) - len(set(pairs.ids))
     counts["contradicting"] = conflicts

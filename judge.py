@@ -25,7 +25,6 @@ import json
 import math
 import random
 import re
-import sqlite3
 import threading
 import time
 import urllib.error
@@ -111,8 +110,8 @@ class Judge:
 
     def unanswered(self, questions, ledger):
         """{pair: Question} of those that have no answer in the ledger."""
-        return {q.pair: q for q in questions
-                if not ledger.db.execute("SELECT 1 FROM answers WHERE pair = ?", (q.pair,)).fetchone()}
+        by_pair = {q.pair: q for q in questions}
+        return {pair: by_pair[pair] for pair in ledger.unanswered(list(by_pair))}
 
     def verdicts(self, pair, ledger):
         """[(verdict, detail)] of this model on a pair, oldest first."""
@@ -126,10 +125,8 @@ class Judge:
         annotator = self.model if verdict else f"{self.model} (coin)"
         seconds, cost = ledger.db.execute("SELECT SUM(seconds), SUM(cost) FROM verdicts WHERE pair = ? "
                                           "AND annotator = ?", (question.pair, self.model)).fetchone()
-        try:
-            ledger.add(self.name, [(question, label, annotator, seconds, cost)])
-        except sqlite3.IntegrityError:  # a person has answered meanwhile (tools/label.py): the first answer stands
-            pass
+        # Where a person has answered meanwhile (tools/label.py), that answer stands.
+        ledger.add(self.name, [(question, label, annotator, seconds, cost)])
 
 
 class Refused(Exception):

@@ -113,31 +113,49 @@ class Ledger:
                     raise
                 time.sleep(0.02)
 
+    @contextlib.contextmanager
     def transaction(self):
-        """All or none of what is done inside; joins one that is open."""
-        return contextlib.nullcontext() if self.db.in_transaction else _Transaction(self.db)
+        """All or none of what is done inside; joins one that is open. Takes the write lock at once, so that what is read
+        inside still holds when it is written."""
+        if self.db.in_transaction:
+            yield
+            return
+        self.db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self.db.execute("ROLLBACK")
+            raise
+        self.db.execute("COMMIT")
 
     # For the run.
 
     def take(self, ids):
         """{pair id: label} of those of the ids that have an answer; from now on these answers cannot be taken back."""
         found = {}
-        for start in range(0, len(ids), 10_000):  # SQLite takes at most 32,766 parameters
-            some = ids[start:start + 10_000]
-            marks = ",".join("?" * len(some))
+        for some, marks in portions(ids):
             with self.transaction():
                 found.update(self.db.execute(f"SELECT pair, label FROM answers WHERE pair IN ({marks})", some))
                 self.db.execute(f"UPDATE answers SET used = 1 WHERE used = 0 AND pair IN ({marks})", some)
         return found
 
+    def unanswered(self, ids):
+        """Those of the ids that have no answer, in order. Unlike `take` it leaves the answers free to be taken back."""
+        answered = set()
+        for some, marks in portions(ids):
+            answered.update(pair for pair, in self.db.execute(f"SELECT pair FROM answers WHERE pair IN ({marks})", some))
+        return [id for id in ids if id not in answered]
+
     def add(self, source, labelled):
-        """Commit answers: (Question, label, annotator, seconds, cost) each. Where a pair has one already, that stands."""
+        """Commit answers: (Question, label, annotator, seconds, cost) each. Where a pair has one already, that stands.
+        Returns how many were new."""
         now = time.time()
         rows = [(q.pair, label, source, annotator, q.margin, q.step, q.audit, now, seconds, cost)
                 for q, label, annotator, seconds, cost in labelled]
         with self.transaction():
-            self.db.executemany("INSERT INTO answers (pair, label, source, annotator, margin, step, audit, answered_at, "
-                                "seconds, cost) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (pair) DO NOTHING", rows)
+            return self.db.executemany(
+                "INSERT INTO answers (pair, label, source, annotator, margin, step, audit, answered_at, seconds, cost) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (pair) DO NOTHING", rows).rowcount
 
     def count(self, step=None):
         """Answers bought up to and including an optimiser step (or all). Counted by step, not by row, so that a run that
@@ -203,17 +221,12 @@ class Ledger:
     def answer_question(self, pair, label, annotator, seconds=None, cost=None, source="human"):
         """Answer an open question. True where the answer now stands; False where the pair has one already: then this one is
         kept as a verdict, a second opinion. Raises KeyError where the pair was never asked."""
-        now = time.time()
         with self.transaction():
             asked = self.db.execute("SELECT margin, step, audit FROM questions WHERE pair = ?", (pair,)).fetchone()
             if asked is None:
                 raise KeyError(pair)
-            self.db.execute("INSERT INTO verdicts (pair, annotator, verdict, seconds, cost, at) VALUES (?, ?, ?, ?, ?, ?)",
-                            (pair, annotator, label, seconds, cost, now))
-            done = self.db.execute(
-                "INSERT OR IGNORE INTO answers (pair, label, source, annotator, margin, step, audit, answered_at, seconds, "
-                "cost) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (pair, label, source, annotator, *asked, now, seconds, cost))
-            return done.rowcount == 1
+            self.add_verdict(pair, annotator, label, seconds, cost)
+            return self.add(source, [(Question(pair, *asked), label, annotator, seconds, cost)]) == 1
 
     def retract(self, pair, annotator):
         """Take back an annotator's own answer, which opens its question again. False where the run has used it, or there is
@@ -235,17 +248,11 @@ class Ledger:
         self.db.close()
 
 
-class _Transaction:
-    """BEGIN IMMEDIATE … COMMIT: takes the write lock at once, so that what is read inside still holds when it is written."""
-
-    def __init__(self, db):
-        self.db = db
-
-    def __enter__(self):
-        self.db.execute("BEGIN IMMEDIATE")
-
-    def __exit__(self, kind, error, trace):
-        self.db.execute("COMMIT" if kind is None else "ROLLBACK")
+def portions(ids, size=10_000):
+    """The ids in portions, each with its question marks: SQLite takes at most 32,766 parameters."""
+    for start in range(0, len(ids), size):
+        some = ids[start:start + size]
+        yield some, ",".join("?" * len(some))
 
 
 class Interrupt:
@@ -324,7 +331,7 @@ class HumanAnnotator:
         missing = len(ids)
         try:
             ledger.put_questions(questions, {q.pair: self.texts(q.pair) for q in questions})
-            while missing := self.missing(ids, ledger):
+            while missing := len(ledger.unanswered(ids)):
                 if missing != last:
                     last, since = missing, time.monotonic()
                     self.show(missing)
@@ -334,11 +341,6 @@ class HumanAnnotator:
         except KeyboardInterrupt:
             raise Waiting(f"interrupted, {missing} of {len(ids)} answers are missing")
         self.show(0)
-
-    @staticmethod
-    def missing(ids, ledger):
-        marks = ",".join("?" * len(ids))
-        return len(ids) - ledger.db.execute(f"SELECT COUNT(*) FROM answers WHERE pair IN ({marks})", ids).fetchone()[0]
 
     def grade(self, labelled):
         return 0, 0  # nobody knows
@@ -392,10 +394,7 @@ class Oracle:
         Raises Waiting, on all ranks, where the annotator has not answered.
         """
         mine = list(zip(ids, margins, ask, audit or [False] * len(ids)))
-        gathered = [mine]
-        if self.world > 1:
-            gathered = [None] * self.world if self.rank == 0 else None
-            dist.gather_object(mine, gathered, dst=0, group=self.group)
+        gathered = self._gather(mine)
         answers = None
         if self.rank == 0:
             try:
@@ -410,6 +409,14 @@ class Oracle:
         if isinstance(received[0], Waiting):
             raise received[0]
         return received[0]
+
+    def _gather(self, value):
+        """Every rank's value, on rank 0; elsewhere None."""
+        if self.world == 1:
+            return [value]
+        gathered = [None] * self.world if self.rank == 0 else None
+        dist.gather_object(value, gathered, dst=0, group=self.group)
+        return gathered
 
     def _answers(self, items, step):
         known = self.ledger.take([item[0] for item in items])
@@ -445,11 +452,7 @@ class Oracle:
         unasked: [(pair id, ±1)]. All ranks call it together, once an optimiser step. Nothing comes back: the loop learns
         no label by it.
         """
-        parts = [unasked]
-        if self.world > 1:
-            parts = [None] * self.world if self.rank == 0 else None
-            dist.gather_object(unasked, parts, dst=0, group=self.group)
-        for part in parts or ():
+        for part in self._gather(unasked) or ():
             right, known = self.annotator.grade(part)
             self.state["pseudo_labels"] += len(part)
             self.state["pseudo_right"] += right

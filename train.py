@@ -755,7 +755,7 @@ def main(config):
                    "grad_norm": float(engine.get_global_grad_norm() if grad_norm is None else grad_norm),
                    **labels_so_far(), "tokens_per_second": tokens / (time.time() - window_start)}
             log.write(row)
-            warn_of_wrong_pseudo_labels(asker, step - 1)
+            warn_of_wrong_pseudo_labels(asker, step - 1, config)
             progress.set_postfix_str(bar_text(row, min(step * schedule.step_pairs, len(train)), evaluation,
                                               cost(asker, config)), refresh=False)
             sums.zero_()
@@ -831,10 +831,12 @@ def audit_metrics(asker, step, config):
             "audit_high": audit["interval"][1]}
 
 
-def warn_of_wrong_pseudo_labels(asker, step):
+def warn_of_wrong_pseudo_labels(asker, step, config):
     """Once, loudly: the audited error is above what the policy's own confidence predicts, beyond the 95 % interval."""
+    if not config.audit_fraction or asker.state["warned"]:
+        return
     audit = asker.audit(step)
-    if audit and audit["interval"][1] < audit["predicted"] and not asker.state["warned"]:
+    if audit and audit["interval"][1] < audit["predicted"]:
         asker.state["warned"] = True
         say(f"WARNING: of {audit['audited']} audited pseudo-labels {audit['accuracy']:.1%} agree with the annotator, where "
             f"the policy's own confidence predicts {audit['predicted']:.1%}: it is surer than it has a right to be. Raise "
