@@ -176,16 +176,19 @@ def token_logps(states, targets, head, chunk_size, scale=1.0, softcap=None):
     """Log-prob of each target token.
 
     states: (N, H), the states that predict the targets.  targets: (N,).  head: the LM head, a module (it is called, not
-    taken apart, so that ZeRO-3 can gather its weight).  Works in chunks of `chunk_size` tokens, recomputed in backward:
-    at no time is more than one (chunk_size, V) block of logits alive.  Returns (N,) fp32.
+    taken apart, so that ZeRO-3 can gather its weight).  Works in chunks of `chunk_size` tokens, so that no more than one
+    (chunk_size, V) block of logits is alive: backward recomputes them, but for the last, which it starts with.
+    Returns (N,) fp32.
     """
     def one_chunk(h, t):
         return TokenLogps.apply(head(h), t, scale, softcap)  # (n, H) -> (n, V) -> (n,)
 
-    chunks = zip(states.split(chunk_size), targets.split(chunk_size))
-    if not torch.is_grad_enabled():
-        return torch.cat([one_chunk(h, t) for h, t in chunks])
-    return torch.cat([checkpoint(one_chunk, h, t, use_reentrant=False) for h, t in chunks])
+    *chunks, last = zip(states.split(chunk_size), targets.split(chunk_size))
+    if torch.is_grad_enabled():
+        logps = [checkpoint(one_chunk, h, t, use_reentrant=False) for h, t in chunks]
+    else:
+        logps = [one_chunk(h, t) for h, t in chunks]
+    return torch.cat([*logps, one_chunk(*last)])
 
 
 def attention_mask(segments, positions, dtype, window=None):

@@ -4,7 +4,8 @@
     row                          → parse_row      prompt, two responses, label or none: one form for every format
     pair                         → Renderer       token ids: the chat template on the whole conversation, one BOS, one EOS
     all                          → load_pairs     Pairs (no label inside) and the labels, which go to the oracle alone
-    step                         → split_step     which pairs each rank takes in each micro-step
+    epoch                        → epoch_order    which pairs each step takes
+    step                         → split_batch    which pairs each rank takes in each micro-step
     pairs                        → collate        PairBatch, one row a pair: [prompt | y1 | y2]
 
 Departures from the official code: the label is taken off here, before anything else sees the pair; the prompt is what
@@ -37,6 +38,8 @@ VERSION = 3
 # Put into special-token text inside a message, so that the tokeniser does not take it for the token. Private-use
 # characters that nobody types; `Renderer.encode` cuts there and removes it.
 SENTINEL = "\ue0f7\ue0a1\ue0f7"
+# Pairs among which those of like length meet in a step.
+LENGTH_WINDOW = 2048
 # Strings shorter than this say nothing about where a text came from ("return x + y").
 DECONTAMINATION_MIN_CHARS = 30
 
@@ -626,23 +629,45 @@ def _plain(counts):
 # ----------------------------------------------------------------------------------------------------------------------
 # Order and batches
 
-def epoch_order(pairs, epoch, seed):
-    """Order of the pairs in an epoch: a permutation drawn from (seed, epoch), so that a resume knows it."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(pairs, generator=generator).tolist()
+def epoch_order(lengths, epoch, seed, step_pairs=1, group_by_length=False):
+    """Order of the pairs in an epoch: a permutation drawn from (seed, epoch), so that a resume knows it.
 
-
-def split_step(rows, lengths, ranks, micro_steps):
-    """Deal the pairs of one optimiser step out: [micro_step][rank] -> pairs.
-
-    rows: indices of the step's pairs.  lengths: tokens of every pair.  Pairs of like length meet in a micro-step, so that
-    little is padding and no rank waits long for another; the step's gradient does not depend on it. A last step with
-    fewer pairs has smaller micro-batches, some of them empty.
+    lengths: tokens of every pair.  group_by_length: within windows of LENGTH_WINDOW pairs of that permutation, pairs are
+    ordered by length, cut into steps, and the steps put in random order; so a step's pairs are of like length and little is
+    padding. What is left for the epoch's smaller last step stays a random draw. The order does not depend on how a step is
+    cut into micro-batches or ranks.
     """
-    rows = sorted(rows, key=lambda i: (lengths[i], i))
-    cells = ranks * micro_steps
-    bounds = [len(rows) * c // cells for c in range(cells + 1)]
-    return [[rows[bounds[m * ranks + r]:bounds[m * ranks + r + 1]] for r in range(ranks)] for m in range(micro_steps)]
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(lengths), generator=generator).tolist()
+    if not group_by_length:
+        return order
+    whole = len(order) - len(order) % step_pairs
+    order, rest = order[:whole], order[whole:]
+    window_pairs = max(1, LENGTH_WINDOW // step_pairs) * step_pairs
+    grouped = []
+    for start in range(0, whole, window_pairs):
+        window = sorted(order[start:start + window_pairs], key=lambda i: (lengths[i], i))
+        for step in torch.randperm(len(window) // step_pairs, generator=generator).tolist():
+            grouped += window[step * step_pairs:(step + 1) * step_pairs]
+    return grouped + rest
+
+
+def split_batch(rows, lengths, ranks, most_pairs, most_tokens):
+    """Deal pairs out: [micro_step][rank] -> pairs, at most `most_pairs` a rank and, padding included, `most_tokens`.
+
+    rows: indices of the pairs.  lengths: tokens of every pair; one that is longer than most_tokens is alone.  Pairs of like
+    length meet in a micro-step, so that little is padding and no rank waits long for another; the longest come first, so
+    that what does not fit into memory is known at once. The gradient of a step does not depend on how it is cut. Where the
+    pairs do not go round, the last micro-step has smaller micro-batches, some of them empty.
+    """
+    rows = sorted(rows, key=lambda i: (-lengths[i], i))
+    micro_steps = []
+    while rows:
+        pairs = ranks * max(1, min(most_pairs, most_tokens // lengths[rows[0]]))
+        taken, rows = rows[:pairs], rows[pairs:]
+        bounds = [len(taken) * r // ranks for r in range(ranks + 1)]
+        micro_steps.append([taken[a:b] for a, b in zip(bounds, bounds[1:])])
+    return micro_steps
 
 
 @dataclass

@@ -37,6 +37,7 @@ import deepspeed
 import torch.distributed as dist
 import transformers
 import yaml
+from deepspeed.accelerator import get_accelerator
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -173,7 +174,7 @@ def make_optimizer(config, module, ds):
     if ds["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
         return DeepSpeedCPUAdam(groups, lr=config.learning_rate)
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 
 def learning_rate(step, total, config):
@@ -190,9 +191,8 @@ class Schedule:
     """Which pairs each optimiser step takes, and how they are dealt out to ranks and micro-steps."""
 
     def __init__(self, config, pairs, world):
-        self.pairs, self.world, self.seed = pairs, world, config.seed
-        self.micro_steps = config.gradient_accumulation_steps
-        self.step_pairs = config.per_device_train_batch_size * self.micro_steps * world
+        self.pairs, self.world, self.config = pairs, world, config
+        self.step_pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps * world
         self.epoch_steps = math.ceil(len(pairs) / self.step_pairs)
         self.total_steps = (config.max_steps if config.max_steps > 0
                             else math.ceil(config.num_train_epochs * self.epoch_steps))
@@ -202,24 +202,29 @@ class Schedule:
         """Indices of the pairs of a step. The last step of an epoch takes what is left: each pair once an epoch."""
         epoch, within = divmod(step, self.epoch_steps)
         if self._order[0] != epoch:
-            self._order = (epoch, data.epoch_order(len(self.pairs), epoch, self.seed))
+            self._order = (epoch, data.epoch_order(self.pairs.lengths, epoch, self.config.seed, self.step_pairs,
+                                                   self.config.group_by_length))
         return self._order[1][within * self.step_pairs:(within + 1) * self.step_pairs]
 
     def micro_batches(self, step):
-        """This rank's micro-batches of a step: a list of lists of indices, some of them empty."""
-        dealt = data.split_step(self.rows(step), self.pairs.lengths, self.world, self.micro_steps)
-        return [micro[rank()] for micro in dealt]
+        """This rank's micro-batches of a step: a list of lists of indices, some of them empty; as many on each rank."""
+        return my_batches(self.rows(step), self.pairs, self.config.per_device_train_batch_size, self.world, self.config)
+
+    def engine_batches(self):
+        """The batch sizes as the engine is to know them: a long step has more micro-steps than the config says."""
+        most = max(len(self.micro_batches(step)) for step in range(min(self.total_steps, self.epoch_steps)))
+        micro = self.config.per_device_train_batch_size
+        return {"gradient_accumulation_steps": most, "train_batch_size": micro * most * self.world}
 
     def training_batches(self):
         """This rank's micro-batches of one pass over all the pairs that the run will see."""
         return [rows for step in range(min(self.total_steps, self.epoch_steps)) for rows in self.micro_batches(step)]
 
 
-def evaluation_batches(pairs, batch_size, world):
-    rows = list(range(len(pairs)))
-    step = batch_size * world
-    dealt = (data.split_step(rows[i:i + step], pairs.lengths, world, 1) for i in range(0, len(rows), step))
-    return [micro[0][rank()] for micro in dealt]
+def my_batches(rows, pairs, batch_size, world, config):
+    """This rank's share of these pairs, in batches of at most batch_size pairs and as many tokens as the config allows."""
+    most_tokens = config.micro_batch_tokens or (2048 if get_accelerator().device_name() == "cpu" else 16384)
+    return [ranks[rank()] for ranks in data.split_batch(rows, pairs.lengths, world, batch_size, most_tokens)]
 
 
 @torch.no_grad()
@@ -655,8 +660,9 @@ def main(config):
     train, test, annotator, test_labels = load_data(config, tokenizer)
     schedule = Schedule(config, train, world)
     parts = {"train": (train, schedule.training_batches())}
+    ds |= schedule.engine_batches()
     if test:
-        test_batches = evaluation_batches(test, config.per_device_eval_batch_size, world)
+        test_batches = my_batches(range(len(test)), test, config.per_device_eval_batch_size, world, config)
         parts["test"] = (test, test_batches)
     engine, reference, shared = policy_and_reference(config, ds, parts)
     device = engine.device
@@ -725,7 +731,9 @@ def main(config):
         step_pairs = len(schedule.rows(step))
         unasked = []  # (pair id, pseudo-label)
 
-        for rows in schedule.micro_batches(step):
+        micro_batches = schedule.micro_batches(step)
+        for n, rows in enumerate(micro_batches, 1):
+            engine.set_gradient_accumulation_boundary(n == len(micro_batches))
             batch = data.collate(train, rows, shared).to(device)
             logps = engine(batch)  # (B, 2)  log π_θ(y|x)
             rewards = adpo.implicit_rewards(logps, reference["train"][batch.rows], config.beta)  # (B, 2)
@@ -740,7 +748,7 @@ def main(config):
             o = o.to(device)
             losses = adpo.preference_loss(margin, o, config.loss_type, config.beta, config.label_smoothing)  # (B,)
             # The step's loss is the mean over its pairs, however they are cut; DeepSpeed divides by micro-steps and ranks.
-            engine.backward((losses * batch.weights).sum() * (schedule.micro_steps * world / step_pairs))
+            engine.backward((losses * batch.weights).sum() * (engine.gradient_accumulation_steps() * world / step_pairs))
             if engine.is_gradient_accumulation_boundary():
                 grad_norm = gradient_norm(engine)
             engine.step()

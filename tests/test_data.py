@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 import data
-from data import DataError, Pairs, Renderer, collate, epoch_order, load_pairs, parse_row, split_step
+from data import DataError, Pairs, Renderer, collate, epoch_order, load_pairs, parse_row, split_batch
 
 HH = Path(__file__).resolve().parents[1] / ".." / "shared" / "data" / "hh-harmless-test.jsonl.gz"
 PLACE = "f.jsonl, row 7"
@@ -918,27 +918,66 @@ def test_cache_of_a_changed_source(tmp_path, form):
 # Order and batches
 
 def test_epoch_order():
-    orders = {(epoch, seed): epoch_order(97, epoch, seed) for epoch in range(3) for seed in (1, 2)}
+    lengths = [random.Random(i).randint(1, 500) for i in range(97)]
+    orders = {(epoch, seed): epoch_order(lengths, epoch, seed) for epoch in range(3) for seed in (1, 2)}
     assert all(sorted(order) == list(range(97)) for order in orders.values())
-    assert len({tuple(order) for order in orders.values()}) == 6 and orders[2, 1] == epoch_order(97, 2, 1)
-    assert epoch_order(1, 0, 0) == [0]
+    assert len({tuple(order) for order in orders.values()}) == 6 and orders[2, 1] == epoch_order(lengths, 2, 1)
+    assert epoch_order([5], 0, 0) == [0]
+
+
+def test_epoch_order_by_length(monkeypatch):
+    """Each pair once; within a window the steps hold pairs of like length, in random order; the small last step is random."""
+    monkeypatch.setattr(data, "LENGTH_WINDOW", 40)
+    lengths = [random.Random(i).randint(1, 500) for i in range(97)]
+    order = epoch_order(lengths, 1, 3, 8, group_by_length=True)
+    assert sorted(order) == list(range(97)) and order == epoch_order(lengths, 1, 3, 8, group_by_length=True)
+    assert order != epoch_order(lengths, 2, 3, 8, group_by_length=True)
+    plain = epoch_order(lengths, 1, 3)
+    assert order[96:] == plain[96:]
+    shuffled = False
+    for start in (0, 40, 80):
+        window = order[start:min(start + 40, 96)]
+        assert sorted(window) == sorted(plain[start:min(start + 40, 96)])  # windows of the same permutation
+        steps = [[lengths[i] for i in window[s:s + 8]] for s in range(0, len(window), 8)]
+        ordered = sorted(steps)
+        assert all(max(a) <= min(b) for a, b in zip(ordered, ordered[1:]))
+        shuffled |= steps != ordered
+    assert shuffled
+    assert sorted(epoch_order(lengths, 0, 0, 64, group_by_length=True)) == list(range(97))  # a step over the window
+    assert sorted(epoch_order(lengths[:5], 0, 0, 8, group_by_length=True)) == list(range(5))  # a step over the data
 
 
 @pytest.mark.parametrize("count", (0, 1, 3, 7, 8, 64))
-def test_split_step(count):
-    """Every pair once, in cells of like size, whatever the grid."""
+def test_split_batch(count):
+    """Every pair once, never too many pairs or tokens a rank, as many micro-steps on each rank, whatever the grid."""
     draw = random.Random(count)
     lengths = [draw.randint(1, 50) for _ in range(200)]
     rows = draw.sample(range(200), count)
-    for ranks, micro_steps in ((1, 1), (1, 8), (8, 1), (2, 4), (3, 5)):
-        grid = split_step(rows, lengths, ranks, micro_steps)
-        assert len(grid) == micro_steps and all(len(step) == ranks for step in grid)
+    for ranks, most_pairs, most_tokens in ((1, 64, 10**6), (1, 8, 100), (8, 1, 100), (2, 4, 10**6), (3, 5, 60), (2, 8, 10)):
+        grid = split_batch(rows, lengths, ranks, most_pairs, most_tokens)
+        assert all(len(step) == ranks for step in grid)
         cells = [cell for step in grid for cell in step]
         assert sorted(i for cell in cells for i in cell) == sorted(rows)
-        assert max(map(len, cells)) - min(map(len, cells)) <= 1
-        assert grid == split_step(rows[::-1], lengths, ranks, micro_steps)  # neither chance nor the order of the rows
+        for cell in filter(None, cells):
+            assert len(cell) <= most_pairs and (len(cell) * max(lengths[i] for i in cell) <= most_tokens or len(cell) == 1)
+        for step in grid[:-1]:
+            assert len({len(cell) for cell in step}) == 1  # no rank waits for another
+        assert grid == split_batch(rows[::-1], lengths, ranks, most_pairs, most_tokens)  # not the order of the rows
         flat = [lengths[i] for cell in cells for i in cell]
-        assert flat == sorted(flat)  # pairs of like length meet
+        assert flat == sorted(flat, reverse=True)  # pairs of like length meet
+    assert len(split_batch(rows, lengths, 1, 8, 10**6)) == -(-count // 8)  # no more micro-steps than needed
+
+
+def test_little_of_a_batch_is_padding():
+    """Under 5 % of the computed positions, on lengths that vary as those of dialogues do, at the sizes that recipes use."""
+    draw = random.Random(0)
+    lengths = [min(1500, 20 + round(draw.lognormvariate(5, 0.8))) for _ in range(2308)]
+    for step_pairs, micro_pairs in ((8, 8), (32, 8), (64, 4), (64, 8)):
+        order = epoch_order(lengths, 0, 42, step_pairs, group_by_length=True)
+        cells = [cell for start in range(0, len(order), step_pairs)
+                 for step in split_batch(order[start:start + step_pairs], lengths, 1, micro_pairs, 16384) for cell in step]
+        computed = sum(len(cell) * max(lengths[i] for i in cell) for cell in cells)
+        assert 1 - sum(lengths) / computed < 0.05
 
 
 def two_pairs():

@@ -117,18 +117,19 @@ def test_evaluation_uses_true_labels_and_never_the_gate(launched, tiny):
     assert launched.summary()["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
-@pytest.mark.parametrize("name, processes, stage, micro, accumulation", [
-    ("no launcher, ZeRO 0", None, 0, 8, 1),
-    ("ZeRO 0, 2x4", None, 0, 2, 4),
-    ("ZeRO 1, 8x1", None, 1, 1, 8),
-    ("2 processes, ZeRO 2", 2, 2, 4, 1),
-    ("2 processes, ZeRO 3, accumulation", 2, 3, 2, 2),
+@pytest.mark.parametrize("name, processes, stage, micro, accumulation, tokens", [
+    ("no launcher, ZeRO 0", None, 0, 8, 1, 10**6),
+    ("ZeRO 0, 2x4", None, 0, 2, 4, 10**6),
+    ("ZeRO 1, 8x1", None, 1, 1, 8, 10**6),
+    ("cut by tokens, ZeRO 0", None, 0, 8, 1, 100),
+    ("2 processes, ZeRO 2, cut by tokens", 2, 2, 4, 1, 100),
+    ("2 processes, ZeRO 3, accumulation", 2, 3, 2, 2, 10**6),
 ])
-def test_a_step_does_not_depend_on_how_it_is_cut(name, processes, stage, micro, accumulation, train, engine_configs,
+def test_a_step_does_not_depend_on_how_it_is_cut(name, processes, stage, micro, accumulation, tokens, train, engine_configs,
                                                  launched):
     """Same losses, queries and final weights for any micro-batch, number of ranks and ZeRO stage."""
     run = train(name.replace(" ", "-"), processes, deepspeed=engine_configs[stage], per_device_train_batch_size=micro,
-                gradient_accumulation_steps=accumulation)
+                gradient_accumulation_steps=accumulation, micro_batch_tokens=tokens)
     assert run.losses() == pytest.approx(launched.losses(), rel=1e-5)
     assert [r["grad_norm"] for r in run.rows()] == pytest.approx([r["grad_norm"] for r in launched.rows()], rel=1e-4)
     assert run.ledger() == launched.ledger()
