@@ -25,6 +25,7 @@ Imports torch alone and does no I/O; tests/test_adpo.py checks each function aga
 from inspect import signature
 
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.functional import logsigmoid
 from torch.utils.checkpoint import checkpoint
 
@@ -191,18 +192,36 @@ def token_logps(states, targets, head, chunk_size, scale=1.0, softcap=None):
     return torch.cat([*logps, one_chunk(*last)])
 
 
-def attention_mask(segments, positions, dtype, window=None):
-    """Additive attention mask of rows `[prompt | y1 | y2]`: each token sees the prompt and its own response, causally.
+def sees(segments, positions, window=None):
+    """Who attends to whom in rows `[prompt | y1 | y2]`: each token sees the prompt and its own response, causally.
 
     segments: (B, T) int; 0 prompt, 1 y1, 2 y2, −1 padding.  positions: (B, T) int; those of y2 restart after the prompt.
     window: sliding window in positions (not in indices: y2 stands behind y1 in the row, but not in the text).
-    Returns (B, 1, T, T) in `dtype`: 0 where seen, the dtype's lowest number elsewhere.  Neither a boolean mask nor −inf
-    would do: eager attention adds the mask, and −inf gives NaN on a row that sees nothing.
+    Returns a function of indices (row, head, query, key) → bool, tensors that broadcast: FlexAttention's mask_mod.
     """
-    query, key = segments[:, :, None], segments[:, None, :]  # (B, T, 1), (B, 1, T)
-    seen = ((key == 0) | (key == query)).tril()  # (B, T, T); padding sees padding, so that no row is empty
-    if window is not None:
-        seen &= positions[:, :, None] - positions[:, None, :] < window
+    def mask_mod(row, head, query, key):
+        here, there = segments[row, query], segments[row, key]
+        seen = (query >= key) & ((there == 0) | (there == here))  # padding sees padding, so that no row is empty
+        if window is not None:
+            seen = seen & (positions[row, query] - positions[row, key] < window)
+        return seen
+    return mask_mod
+
+
+def attention_mask(segments, positions, dtype, window=None, flex=False):
+    """The mask of `sees` as attention takes it.
+
+    flex: a BlockMask, for FlexAttention, which leaves out the blocks that nobody sees.
+    Otherwise (B, 1, T, T) in `dtype`, to be added: 0 where seen, the dtype's lowest number elsewhere. Neither a boolean
+    mask nor −inf would do: eager attention adds the mask, and −inf gives NaN on a row that sees nothing.
+    """
+    B, T = segments.shape
+    seen = sees(segments, positions, window)
+    if flex:
+        return create_block_mask(seen, B, None, T, T, device=segments.device)
+    index = torch.arange(T, device=segments.device)
+    rows = torch.arange(B, device=segments.device)[:, None, None]  # (B, 1, 1)
+    seen = seen(rows, None, index[:, None], index)  # (B, T, T)
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
@@ -218,7 +237,7 @@ class PairLogps(torch.nn.Module):
     # state, chunked attention) lets y1 leak into y2 of a shared row.
     MASKED_LAYERS = {"full_attention", "sliding_attention"}
     # Attention implementations that take any mask; FlashAttention takes none.
-    MASKED_ATTENTION = {"eager", "sdpa"}
+    MASKED_ATTENTION = {"eager", "sdpa", "flex_attention"}
 
     def __init__(self, lm, chunk_size=2048):
         super().__init__()
@@ -249,8 +268,9 @@ class PairLogps(torch.nn.Module):
         if not batch.shared:
             return (batch.segments >= 0).long()  # (2B, T): plain padding; the model makes its own causal mask
         dtype = next(self.lm.parameters()).dtype
-        masks = {"full_attention": lambda: attention_mask(batch.segments, batch.positions, dtype),
-                 "sliding_attention": lambda: attention_mask(batch.segments, batch.positions, dtype, self.window)}
+        flex = self.lm.config._attn_implementation == "flex_attention"
+        masks = {"full_attention": lambda: attention_mask(batch.segments, batch.positions, dtype, None, flex),
+                 "sliding_attention": lambda: attention_mask(batch.segments, batch.positions, dtype, self.window, flex)}
         if "sliding_attention" in self.layer_types:
             return {kind: masks[kind]() for kind in self.layer_types}
         return masks["sliding_attention" if self.window and not self.layer_types else "full_attention"]()

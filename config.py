@@ -88,7 +88,7 @@ class Config:
     per_device_eval_batch_size: int = key(8, "pairs a batch of evaluation", low=1)
     gradient_accumulation_steps: int = key(1, "micro-batches an optimiser step", low=1)
     micro_batch_tokens: int | None = key(None, "a micro-batch of more tokens, padding included, is cut further; the step "
-                                               "stays what it is; null: 2,048 on a CPU, 16,384 on a GPU", low=1)
+                                               "stays what it is; null: 1,024 on a CPU, 16,384 on a GPU", low=1)
     group_by_length: bool = key(True, "pairs of like length meet in a step (in windows of 2,048 pairs), so that little is "
                                       "padding; false: steps are a random draw")
     learning_rate: float = key(5e-7, "peak learning rate", low=0)

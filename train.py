@@ -98,6 +98,9 @@ def engine_config(config, world):
     if ds.get("fp16", {}).get("enabled"):
         raise UsageError(f"{config.deepspeed}: fp16 cannot be honoured: {REFUSED['fp16']}")
     zero = ds.setdefault("zero_optimization", {})
+    offloads = any(zero.get(f"offload_{what}", {}).get("device", "none") != "none" for what in ("optimizer", "param"))
+    if world == 1 and not config.bf16 and zero.get("stage", 0) in (1, 2) and not offloads:
+        zero["stage"] = 0  # one process has nobody to share its optimiser with, only a second copy of all weights to keep
     if config.bf16 and zero.get("stage", 0) == 0:
         say("ZeRO 0 with bf16 would update bf16 weights, where a small step is lost: running as ZeRO 1, with fp32 weights")
         zero["stage"] = 1
@@ -223,7 +226,7 @@ class Schedule:
 
 def my_batches(rows, pairs, batch_size, world, config):
     """This rank's share of these pairs, in batches of at most batch_size pairs and as many tokens as the config allows."""
-    most_tokens = config.micro_batch_tokens or (2048 if get_accelerator().device_name() == "cpu" else 16384)
+    most_tokens = config.micro_batch_tokens or (1024 if get_accelerator().device_name() == "cpu" else 16384)
     return [ranks[rank()] for ranks in data.split_batch(rows, pairs.lengths, world, batch_size, most_tokens)]
 
 
@@ -537,6 +540,11 @@ def setup(config):
     except dist.DistNetworkError as error:
         raise UsageError(f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
                          f"({one_line(error)}): is another run on? Say `deepspeed --master_port PORT train.py …`")
+    # DeepSpeed's collectives on a CPU leave a file of 69 MB a rank in shared memory, for ever: once all ranks have it open,
+    # its name can go.
+    dist.barrier()
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{rank()}"
+    (Path("/dev/shm") / name).unlink(missing_ok=True)
     if rank() != 0:
         transformers.utils.logging.disable_progress_bar()
         data.datasets.disable_progress_bars()

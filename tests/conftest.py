@@ -101,8 +101,11 @@ num_threads: 1
         output = Path(keys.setdefault("output_dir", base / f"{name}-{next(numbers)}"))
         argv = ["--config", str(config), *(f"--{key}={value}" for key, value in keys.items())]
         if processes:
-            done = subprocess.run([*launcher(processes), *argv], cwd=ROOT, env=launcher_environment(), text=True,
+            started = launcher(processes)
+            done = subprocess.run([*started, *argv], cwd=ROOT, env=launcher_environment(), text=True,
                                   capture_output=True, timeout=240)
+            port = started[started.index("--master_port") + 1]  # no shared memory is left behind
+            assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
             run = Run(output, done.stdout, done.stderr, done.returncode)
         else:
             from train import command

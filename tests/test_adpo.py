@@ -18,7 +18,7 @@ import data
 
 V = 97
 SMALL = dict(vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2)
+             num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2)
 GPT = dict(vocab_size=V, bos_token_id=1, eos_token_id=2)
 
 # name: (configuration, whether a prompt can be shared)
@@ -96,6 +96,19 @@ def test_logps_and_gradients_agree_with_a_naive_double_precision_forward(name, c
     ours = torch.cat([p.grad.flatten() for p in lm.parameters()]).double()
     theirs = torch.cat([p.grad.flatten() for p in double.parameters()])
     assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral, sliding window", "qwen2, two kinds of layers", "gemma2"])
+@torch.no_grad()  # it has no backward on a CPU
+def test_flex_attention_sees_the_same(name):
+    """The block mask against the dense one; FlexAttention's plain form, without the compiler."""
+    module = adpo.PairLogps(make_lm(name))
+    batch = data.collate(make_pairs([*LENGTHS, (70, 90, 40)]), range(5))
+    expected = module(batch)
+    module.lm.set_attn_implementation("flex_attention")
+    assert module.why_not_shared() is None
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(module(batch), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
