@@ -151,7 +151,8 @@ class TokenLogps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, raw, targets, scale, softcap):
         logits = TokenLogps.final_logits(raw, scale, softcap)
-        lse = logits.logsumexp(-1)  # (n,)
+        # (n,); in blocks of columns, because logsumexp makes a copy of what it is given
+        lse = torch.stack([block.logsumexp(-1) for block in logits.split(8192, dim=-1)]).logsumexp(0)
         ctx.save_for_backward(raw, targets, lse)
         ctx.scale, ctx.softcap = scale, softcap
         return logits.gather(-1, targets[:, None]).squeeze(-1) - lse

@@ -926,7 +926,7 @@ def test_epoch_order():
 
 
 def test_epoch_order_by_length(monkeypatch):
-    """Each pair once; within a window the steps hold pairs of like length, in random order; the small last step is random."""
+    """Each pair once; a window's steps hold pairs of like length, in random order; the small last step is a random draw."""
     monkeypatch.setattr(data, "LENGTH_WINDOW", 40)
     lengths = [random.Random(i).randint(1, 500) for i in range(97)]
     order = epoch_order(lengths, 1, 3, 8, group_by_length=True)

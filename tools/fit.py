@@ -1,0 +1,114 @@
+"""What fits where: the memory of one rank, for a model, a number of GPUs and a ZeRO stage.
+
+    python tools/fit.py                                    the README's table
+    python tools/fit.py MODEL_DIR --gpus 8 --zero 3        one model, part by part
+    python tools/fit.py MODEL_DIR --fp32 --no-checkpointing --tokens 1024
+
+An estimate from the shapes alone, of what train.py holds at the height of a step; benchmarks/results/speed.md compares it
+with measured peaks. It leaves out what the CUDA context, NCCL and fragmentation take: leave 10 to 20 % free.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+GB = 1e9
+# Shapes of the README's table: (name, keys of a Llama config).
+SHAPES = {
+    "SmolLM2-135M": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                         num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True),
+    "Llama-3.2-1B": dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+                         num_attention_heads=32, num_key_value_heads=8, head_dim=64, tie_word_embeddings=True),
+    "Zephyr-7B": dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                      num_attention_heads=32, num_key_value_heads=8),
+    "Llama-3.1-70B": dict(vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
+                          num_attention_heads=64, num_key_value_heads=8),
+}
+# Columns: (GPUs, ZeRO stage, optimiser in host memory).
+PLACES = [(1, 2, False), (1, 2, True), (8, 2, False), (8, 3, False), (64, 3, False)]
+
+
+def parameters(config):
+    """Number of weights of a model of this transformers config; nothing is allocated."""
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    return sum(p.numel() for p in model.parameters())
+
+
+def rank_memory(config, gpus=1, stage=2, bf16=True, checkpointing=True, tokens=8192, chunk=2048, offload=False,
+                bucket=50_000_000):
+    """Bytes that one rank holds at the height of a step, by part: {"weights", "gradients", "optimiser", "buffers",
+    "activations", "logits"}.
+
+    tokens: of a micro-batch, padding included.  chunk: response tokens whose logits are alive at a time.  offload: master
+    weights, gradients and moments of the optimiser are in host memory.  bucket: elements DeepSpeed reduces or gathers at a
+    time.  The parts follow ZeRO (arXiv 1910.02054, section 5): what a stage partitions is divided by the number of GPUs.
+    """
+    n, width = parameters(config), 2 if bf16 else 4
+    stage = 0 if gpus == 1 and not bf16 and not offload else stage  # as train.py has it
+    shares = [gpus if stage >= needed else 1 for needed in (3, 2, 1)]  # of weights, gradients, optimiser
+    master = 4 * n if stage > 0 else 0  # fp32 weights beside those of the engine
+    memory = {"weights": width * n / shares[0], "gradients": 4 * n / shares[1], "optimiser": (8 * n + master) / shares[2],
+              "buffers": 2 * bucket * width if stage > 0 else 0}
+    if stage == 3:  # gathered weights: DeepSpeed keeps up to 1e9 alive
+        memory["buffers"] += width * min(n, 1e9)
+    memory["buffers"] = min(memory["buffers"], 4 * width * n)
+    if offload:
+        memory["gradients"] = memory["optimiser"] = 0
+    memory["activations"] = tokens * activation_bytes(config, width, checkpointing)
+    # Logits in the model's dtype, the fp32 copy that becomes their gradient, and the head's gradient before it is added.
+    head = config.vocab_size * config.hidden_size * width
+    memory["logits"] = min(chunk, tokens) * config.vocab_size * (4 if width == 4 else 6) + head
+    return memory
+
+
+def activation_bytes(config, width, checkpointing):
+    """Bytes that one token leaves for the backward: of all layers, or of their inputs and one layer at a time."""
+    h, f = config.hidden_size, config.intermediate_size
+    q = config.num_attention_heads * (getattr(config, "head_dim", None) or h // config.num_attention_heads)
+    norms = 2 * h * (4 + 2 * width)  # each: its input in fp32, that normalised, and what it puts out
+    attention = width * (3 * q + 2 * q)  # q, k, v (repeated to all heads), what comes out, its copy for the projection
+    mlp = width * 4 * f  # gate, its activation, up, their product
+    layer = norms + attention + mlp
+    layers = config.num_hidden_layers
+    return layers * h * width + layer if checkpointing else layers * layer
+
+
+def table():
+    """The README's table."""
+    head = [f"{gpus} GPU{'s' if gpus > 1 else ''}, ZeRO-{stage}{', optimiser on the CPU' if offload else ''}"
+            for gpus, stage, offload in PLACES]
+    lines = ["| GB a GPU | " + " | ".join(head) + " |", "| --- |" + " --: |" * len(head)]
+    for name, shape in SHAPES.items():
+        config = transformers.LlamaConfig(**shape)
+        cells = [sum(rank_memory(config, gpus, stage, offload=offload).values()) / GB for gpus, stage, offload in PLACES]
+        lines.append(f"| {name} | " + " | ".join(f"{cell:,.0f}" if cell >= 10 else f"{cell:.1f}" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def main(options):
+    if not options.model:
+        return print(table())
+    if not (Path(options.model) / "config.json").is_file():
+        sys.exit(f"error: {options.model}: no config.json there; name a model folder")
+    config = transformers.AutoConfig.from_pretrained(options.model)
+    memory = rank_memory(config, options.gpus, options.zero, not options.fp32, not options.no_checkpointing, options.tokens,
+                         offload=options.offload)
+    for part, size in memory.items():
+        print(f"{part:>12} {size / GB:8.2f} GB")
+    print(f"{'in all':>12} {sum(memory.values()) / GB:8.2f} GB a GPU")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", nargs="?", metavar="MODEL_DIR", help="a model folder; without one, the table")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--zero", type=int, default=2, choices=range(4))
+    parser.add_argument("--fp32", action="store_true", help="in place of bf16")
+    parser.add_argument("--no-checkpointing", action="store_true")
+    parser.add_argument("--tokens", type=int, default=8192, help="of a micro-batch")
+    parser.add_argument("--offload", action="store_true", help="the optimiser in host memory")
+    main(parser.parse_args())
