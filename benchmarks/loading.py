@@ -65,11 +65,10 @@ def write_pairs(path, texts, tokenizer, count):
     draw = random.Random(0)
 
     def text(tokens):
-        out, wanted = [], draw.randint(*tokens)
-        while wanted > 0:
-            n = draw.randrange(len(sentences))
+        out, wanted, n = [], draw.randint(*tokens), draw.randrange(len(sentences))
+        while not out or wanted > lengths[n] / 2:  # ends where it is nearest to what is wanted
             out.append(sentences[n])
-            wanted -= lengths[n]
+            wanted, n = wanted - lengths[n], draw.randrange(len(sentences))
         return " ".join(out)
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,11 +92,11 @@ def measure_load(model_dir, source):
     data.datasets.disable_progress_bars()
     start, before = time.time(), sum(os.times()[:4])
     pairs, _, _ = data.load_pairs({source: 1.0}, ["train"], renderer, "train", workers=CORES, say=lambda _: None)
-    seconds = time.time() - start
+    seconds, cpu = time.time() - start, sum(os.times()[:4]) - before
+    memory = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     rows = pairs.table.select(range(0, len(pairs), max(1, len(pairs) // 1000)))
     mean = {name: sum(map(len, rows[name][:])) / len(rows) for name in ("prompt_ids", "first_ids", "second_ids")}
-    memory = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    print(json.dumps({"seconds": seconds, "cpu": sum(os.times()[:4]) - before, "memory": max(memory), "pairs": len(pairs),
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "memory": max(memory), "pairs": len(pairs),
                       "tokens": sum(pairs.lengths), "mean": mean, "fingerprint": pairs.fingerprint}))
 
 
