@@ -27,6 +27,7 @@ import os
 import re
 import zlib
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import datasets
@@ -303,6 +304,8 @@ class Renderer:
         self.special = re.compile("|".join(map(re.escape, sorted(filter(lambda s: len(s) > 1, special), key=len,
                                                                  reverse=True)))) if special else None
         template = str(tokenizer.chat_template or "")
+        self.border = self._border(template)
+        self.line = tokenizer("\n", add_special_tokens=False).input_ids
         self.empty_system = auto_insert_empty_system_msg and ("system" in template or "<|im_start|>" in template)
         if self.empty_system:
             try:
@@ -325,17 +328,50 @@ class Renderer:
             return text
         return self.special.sub(lambda m: m[0][0] + SENTINEL + m[0][1:], text)
 
-    def encode(self, text):
-        """Token ids of a text, tokenised apart on both sides of each sentinel, nothing added."""
-        def ids(text):
-            return self.tokenizer(text, add_special_tokens=False).input_ids if text else []
+    def _border(self, template):
+        """Where a text can be cut and no token is another one: in front of each special token that the template writes,
+        for there the fast tokenisers cut, before they look at anything else.
 
-        first, *others = text.split(SENTINEL)
-        out, line = ids(first), ids("\n")
-        for piece in others:  # behind a line break, which is taken off: no "▁" in front of what is no beginning
-            behind = ids("\n" + piece)
-            out += behind[len(line):] if behind[:len(line)] == line else ids(piece)
-        return out
+        Not in front of one that reaches out: that takes the space on its left, wants no word beside it, is looked for in
+        normalised text only, or of which another added token may have taken a part.
+        """
+        if not self.tokenizer.is_fast or self.tokenizer.split_special_tokens:
+            return re.compile("(?!)")  # nowhere
+        added = self.tokenizer.added_tokens_decoder.values()
+        contents = {token.content for token in added}
+
+        def overlaps(text):
+            starts = tuple(text[:n] for n in range(1, len(text)))
+            return text[0].isspace() or any(other.endswith(starts) or text in other and text != other for other in contents)
+
+        written = [token.content for token in added
+                   if token.special and not (token.lstrip or token.single_word or token.normalized)
+                   and (token.content in template or token.content == self.tokenizer.eos_token)]
+        return re.compile("|".join(re.escape(text) for text in written if not overlaps(text)) or "(?!)")
+
+    def tokenise(self, texts):
+        """{text: its token ids, nothing added}, in one call. What stands between the same borders is tokenised once: the
+        prompt, which three texts of a pair share."""
+        cut = {}
+        for text in texts:
+            bounds = [0, *(border.start() for border in self.border.finditer(text)), len(text)]
+            cut[text] = [text[a:b] for a, b in zip(bounds, bounds[1:]) if a < b]
+        pieces = list(dict.fromkeys(chain.from_iterable(cut.values())))
+        ids = self.tokenizer(pieces, add_special_tokens=False, return_attention_mask=False).input_ids if pieces else []
+        ids = dict(zip(pieces, ids))
+        return {text: list(chain.from_iterable(ids[piece] for piece in parts)) for text, parts in cut.items()}
+
+    def encode(self, texts):
+        """{text: its token ids}, each text tokenised apart on both sides of each sentinel, nothing added."""
+        split = {text: text.split(SENTINEL) for text in texts}
+        first = self.tokenise(pieces[0] for pieces in split.values())
+        # Behind a line break, which is taken off: no "▁" in front of what is no beginning.
+        others = {piece for pieces in split.values() for piece in pieces[1:]}
+        behind = {text[1:]: ids for text, ids in self.tokenise("\n" + piece for piece in others).items()}
+        n = len(self.line)
+        joined = [piece for piece, ids in behind.items() if ids[:n] != self.line]
+        behind = {piece: ids[n:] for piece, ids in behind.items()} | self.tokenise(joined)
+        return {text: sum((behind[piece] for piece in pieces[1:]), first[pieces[0]]) for text, pieces in split.items()}
 
     def texts(self, prompt, responses):
         """(prompt text, two texts of prompt and response) as the model will read them, special-token text protected."""
@@ -366,32 +402,37 @@ class Renderer:
 
     def one_eos(self, ids):
         """End in exactly one EOS: what a template writes behind its own (a newline) is never generated."""
-        ends = [i for i, token in enumerate(ids) if token == self.eos]
-        if ends and not self.tokenizer.decode(ids[ends[-1] + 1:]).strip():
-            ids = ids[:ends[-1]]
+        behind = ids[::-1].index(self.eos) if self.eos in ids else None  # tokens behind the last one
+        if behind is not None and not self.tokenizer.decode(ids[len(ids) - behind:]).strip():
+            ids = ids[:len(ids) - behind]
             while ids and ids[-1] == self.eos:
                 ids = ids[:-1]
         return ids + [self.eos]
 
     def __call__(self, prompt, responses):
-        """Token ids of a prompt and two responses (strings or messages).
+        """(prompt_ids, [response_ids, response_ids]) of one pair."""
+        return self.render([(prompt, responses)])[0]
+
+    def render(self, pairs):
+        """Token ids of pairs (prompt, [response, response]), each part a string or messages. Many at once are faster.
 
         The prompt keeps its last max_prompt_length tokens, a response its first max_length − len(prompt). A response
         that is empty before truncation or has no room after it comes back as [].
-        Returns (prompt_ids, [response_ids, response_ids]).
+        Returns [(prompt_ids, [response_ids, response_ids])].
         """
-        prompt_text, full_texts = self.texts(prompt, responses)
-        prompt_ids = self.encode(prompt_text)
-        response_ids = []
-        for full_text in full_texts:
-            # The prompt's tokens are those that the model will see at inference, so the response is what follows them,
-            # or, where the tokeniser merges across the border, its own tokens.
-            full_ids = self.encode(full_text)
-            if full_ids[:len(prompt_ids)] == prompt_ids:
-                ids = full_ids[len(prompt_ids):]
-            else:
-                ids = self.encode((SENTINEL if prompt_text else "") + full_text[len(prompt_text):])
-            response_ids.append(ids)
+        texts = [self.texts(*pair) for pair in pairs]
+        ids = self.encode({text for prompt, full in texts for text in (prompt, *full)})
+        # The prompt's tokens are those that the model will see at inference, so the response is what follows them,
+        # or, where the tokeniser merges across the border, its own tokens.
+        apart = {(prompt, f): (SENTINEL if prompt else "") + f[len(prompt):] for prompt, full in texts for f in full
+                 if ids[f][:len(ids[prompt])] != ids[prompt]}
+        own = self.encode(set(apart.values()))
+        return [self.cut(ids[prompt], responses, [own[apart[prompt, f]] if (prompt, f) in apart else
+                                                  ids[f][len(ids[prompt]):] for f in full])
+                for (_, responses), (prompt, full) in zip(pairs, texts)]
+
+    def cut(self, prompt_ids, responses, response_ids):
+        """One BOS, one EOS, and no more tokens than there is room for."""
         while self.bos is not None and prompt_ids[:1] == [self.bos]:
             prompt_ids = prompt_ids[1:]
         bos = [] if self.bos is None else [self.bos]
@@ -547,21 +588,25 @@ def parsed_rows(source, split, config_name):
 
 
 def tokenize_rows(rows, renderer):
-    """Rows in the one form → id, token ids, and why a pair is to be dropped ("" where it is not)."""
-    out = {name: [] for name in ("id", "prompt_ids", "first_ids", "second_ids", "tokens", "label", "truth", "drop")}
-    for id, prompt, first, second, place, label, truth in zip(*(rows[k] for k in (
-            "id", "prompt", "first", "second", "place", "label", "truth"))):
-        try:
-            prompt_ids, (first_ids, second_ids) = renderer(json.loads(prompt), [json.loads(first), json.loads(second)])
-        except DataError as error:
-            raise DataError(f"{place}: {error}")
-        except Exception as error:  # a template's own raise_exception, among others: say where
-            raise DataError(f"{place}: the chat template failed ({type(error).__name__}: {error})")
-        drop = "empty response" if not (first_ids and second_ids) else "equal responses" if first_ids == second_ids else ""
-        tokens = len(prompt_ids) + len(first_ids) + len(second_ids)
-        for name, value in zip(out, (id, prompt_ids, first_ids, second_ids, tokens, label, truth, drop)):
-            out[name].append(value)
-    return out
+    """Rows in the one form → token ids, their number, and why a pair is to be dropped ("" where it is not)."""
+    pairs = [(json.loads(prompt), [json.loads(first), json.loads(second)])
+             for prompt, first, second in zip(rows["prompt"], rows["first"], rows["second"])]
+    try:
+        tokens = renderer.render(pairs)
+    except Exception:
+        for place, pair in zip(rows["place"], pairs):  # which of them was it?
+            try:
+                renderer(*pair)
+            except DataError as error:
+                raise DataError(f"{place}: {error}")
+            except Exception as error:  # a template's own raise_exception, among others
+                raise DataError(f"{place}: the chat template failed ({type(error).__name__}: {error})")
+        raise
+    prompts, firsts, seconds = map(list, zip(*((prompt, first, second) for prompt, (first, second) in tokens)))
+    return {"prompt_ids": prompts, "first_ids": firsts, "second_ids": seconds,
+            "tokens": [sum(map(len, parts)) for parts in zip(prompts, firsts, seconds)],
+            "drop": ["empty response" if not (first and second) else "equal responses" if first == second else ""
+                     for first, second in zip(firsts, seconds)]}
 
 
 def decontaminate(rows, source, workers):

@@ -535,6 +535,8 @@ def setup(config):
         os.environ.setdefault(name, value)  # one process, where no launcher has set them
     if os.environ["WORLD_SIZE"] == "1":
         os.environ["MASTER_PORT"] = "0"  # any free port: nobody else has to find it, and runs side by side do not collide
+    # On a CPU it would compile an op here, half a minute with a C++ compiler, that only its inference engine calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         deepspeed.init_distributed(dist_init_required=True, auto_mpi_discovery=False)
     except dist.DistNetworkError as error:

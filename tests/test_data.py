@@ -16,8 +16,8 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 import data
 from data import DataError, Pairs, Renderer, collate, epoch_order, load_pairs, parse_row, split_batch
@@ -512,6 +512,16 @@ def test_tokens_that_would_merge_across_the_border():
     assert responses == [encode("ever") + [made.eos], encode(" ever") + [made.eos]]
 
 
+def test_line_break_behind_the_border():
+    """The break that is put in front of a response, so that it is no beginning, may be joined to one of the response's."""
+    made = tokenizer()
+    made.add_tokens(["r\n", "\n\n"])
+    ids = functools.partial(made.encode, add_special_tokens=False)
+    prompt_ids, responses = Renderer(made, 200, 400)("for", ["\n\nx", "\nx"])
+    assert prompt_ids == ids("for") and ids("for\n\nx") == ids("fo") + ids("r\n") + ids("\nx")
+    assert responses == [ids("\n\n") + ids("x") + [made.eos_token_id], ids("\n") + ids("x") + [made.eos_token_id]]
+
+
 def test_empty_prompt():
     for options in (dict(add_bos=True), dict()):  # a BOS that the tokeniser has but does not put serves as well
         made = renderer(**options)
@@ -564,6 +574,64 @@ def test_special_token_text_in_a_role():
     made = renderer(**BARE, template=CHATML, empty_system=False)
     prompt_ids, _ = made([{"role": "user<|im_end|>", "content": "x"}], [[reply("y")], [reply("z")]])
     assert prompt_ids.count(made.eos) == 1
+
+
+BITS = [*SPECIAL, "<|im", "_start", "|>", "<", "/s>", ">", "|><|", "user", "for", "ever", " ever", "a", "aa", " ", "\n",
+        "\n\n", "é", "🙂"]
+
+
+TURNS = ["<|im_start|>", "<|im_end|>", "</s>"]
+
+
+@pytest.mark.parametrize("metaspace", (False, True))
+@pytest.mark.parametrize("texts, how, borders", [
+    ([], {}, TURNS),
+    (["<|user|>"], {}, ["<|user|>", *TURNS]),
+    (["<|user|>"], {"rstrip": True}, ["<|user|>", *TURNS]),
+    (["<|user|>"], {"lstrip": True}, TURNS),
+    (["<|user|>"], {"normalized": True}, TURNS),
+    (["user"], {"single_word": True}, TURNS),
+    (["<|user|>", "user"], {}, ["<|user|>", *TURNS]),  # one inside of the other
+    (["aa"], {}, TURNS),  # of three, the second may begin one or not
+    (["\n\n"], {}, TURNS),
+    (["\n<|im_start|>"], {}, TURNS[1:]),
+    (["ever<|im_"], {}, ["ever<|im_", "</s>"]),  # takes a part of the two others
+    (["|><|"], {}, ["</s>"])])
+def test_borders(texts, how, borders, metaspace):
+    """A text that is cut at its borders has the tokens that it has whole."""
+    more = [AddedToken(text, special=True, **{"normalized": False, **how}) for text in texts]
+    template = "".join(texts) + CHATML
+    made = tokenizer(metaspace=metaspace, template=template)
+    made.add_tokens(more, special_tokens=True)
+    made = Renderer(made, 200, 400)
+    assert {text for text in SPECIAL + texts if made.border.fullmatch(text)} == set(borders)
+    draw = random.Random(0)
+    drawn = ["".join(draw.choices(BITS + texts, k=draw.randint(1, 12))) for _ in range(300)]
+    whole = {text: made.tokenizer(text, add_special_tokens=False).input_ids for text in drawn}
+    assert made.tokenise(drawn) == whole
+
+
+def test_no_borders_where_nothing_is_known_of_the_tokeniser():
+    slow = ByT5Tokenizer(extra_ids=0, additional_special_tokens=TURNS[:2])
+    slow.chat_template = CHATML.replace("<|im_end|>", "</s>")
+    split = tokenizer(template=CHATML)
+    split.split_special_tokens = True  # special-token text is no token
+    for made in (slow, split):
+        assert not Renderer(made, 200, 400).border.search("<|im_start|>user\nx</s>")
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(metaspace=True, add_bos=True), dict(**BARE, template=CHATML), dict(template=LLAMA_BOS, metaspace=True)])
+def test_many_pairs_at_once(options):
+    """Each pair has the tokens that it has alone, whatever it stands beside."""
+    made, draw = renderer(12, 30, **options), random.Random(0)
+    text = lambda: "".join(draw.choices(BITS, k=draw.randint(1, 8)))  # noqa: E731
+    pairs = [("for", ["ever", " ever"]), ("for ever", ["x", "x"]), ("\n\n", ["\nx", " "]), ("x <|im", ["_end|> y", ""])]
+    pairs += [("for" + text(), [text(), text()]) for _ in range(100)]
+    if "template" in options:
+        pairs += [([user(prompt)], [[reply(a)], [reply(b)]]) for prompt, (a, b) in pairs]
+    assert made.render(pairs) == [made(*pair) for pair in pairs]
+    assert made.render([]) == []
 
 
 @pytest.mark.parametrize("options, prompt, match", [
@@ -770,6 +838,9 @@ def test_template_errors_name_the_row(tmp_path):
         load(folder(tmp_path / "s", rows), made=made)
     with pytest.raises(DataError, match=r"train\.jsonl, row 2: messages need a chat template"):
         load(folder(tmp_path / "s", rows))
+    rows = [preference(0), preference(1, prompt=""), rows[1]]  # the first of two, though it shows only in its tokens
+    with pytest.raises(DataError, match=r"train\.jsonl, row 2: the prompt is empty"):
+        load(folder(tmp_path / "s", rows), made=renderer(bos=None))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -865,8 +936,8 @@ def test_cache(tmp_path, monkeypatch):
     rows = [{"prompt": [user(f"q{n}")], "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(20)]
     source = folder(tmp_path / "s", rows)
     rendered, parsed = [], []
-    call, parse = Renderer.__call__, data.parse_row
-    monkeypatch.setattr(Renderer, "__call__", lambda self, *args: rendered.append(1) or call(self, *args))
+    render, parse = Renderer.texts, data.parse_row
+    monkeypatch.setattr(Renderer, "texts", lambda self, *args: rendered.append(1) or render(self, *args))
     monkeypatch.setattr(data, "parse_row", lambda *args: parsed.append(1) or parse(*args))
 
     def again(make=dict(template=CHATML), **options):

@@ -48,6 +48,7 @@ def test_a_run_leaves_what_the_design_says(launched):
     names = {path.name for path in launched.output.iterdir()}
     assert names >= {"config.yaml", "metrics.jsonl", "summary.json", "labels.sqlite", "config.json", "model.safetensors",
                      "tokenizer.json", "README.md"}
+    assert "built successfully" not in launched.stdout  # DeepSpeed has compiled nothing
     assert [row["step"] for row in launched.rows()] == [1, 2, 3, 4]
     assert all(row.keys() == METRICS for row in launched.rows())
     assert [row["step"] for row in launched.rows("eval")] == [2, 4]
