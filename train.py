@@ -25,6 +25,7 @@ import shlex
 import shutil
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -378,6 +379,55 @@ def checkpoints(output):
     return dict(sorted(found.items()))
 
 
+def checksums(folder):
+    """{file: [bytes, CRC-32]} of a checkpoint but for trainer_state.json. All ranks call it together and share the work."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    mine = {}
+    for name in [name for name in names if name != "trainer_state.json"][rank()::dist.get_world_size()]:
+        size = crc = 0
+        with open(folder / name, "rb") as file:
+            while block := file.read(1 << 24):
+                size, crc = size + len(block), zlib.crc32(block, crc)
+            os.fsync(file.fileno())  # on the disk before an older checkpoint goes
+        mine[name] = [size, crc]
+    return {name: found for part in all_gather(mine) for name, found in part.items()}
+
+
+def state_text(state):
+    """trainer_state.json, with a checksum of its own."""
+    return json.dumps({**state, "checksum": zlib.crc32(json.dumps(state).encode())}, indent=2)
+
+
+def read_state(folder):
+    """What trainer_state.json holds. Raises OSError or ValueError where it cannot be read or is not what was written."""
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    if not isinstance(state, dict):
+        raise ValueError("it holds no keys")
+    checksum = state.pop("checksum", None)
+    if "files" in state and checksum != zlib.crc32(json.dumps(state).encode()):
+        raise ValueError("its checksum differs")
+    return state
+
+
+def damage(folder):
+    """What is wrong with a checkpoint, naming the file, or None. All ranks call it together."""
+    try:
+        expected = read_state(folder).get("files")
+    except (OSError, ValueError) as error:
+        return f"{folder}/trainer_state.json is damaged ({one_line(error)})"
+    if expected is None:
+        say(f"{folder} was written before checkpoints had checksums: taken as it is")
+        return None
+    found = checksums(folder)
+    for name, (size, crc) in expected.items():
+        if name not in found:
+            return f"{folder}/{name} is missing"
+        if found[name] != [size, crc]:
+            what = f"{found[name][0]:,} of {size:,} bytes" if found[name][0] != size else "its checksum differs"
+            return f"{folder}/{name} is damaged ({what})"
+    return None
+
+
 def save_checkpoint(engine, output, state, limit):
     """Write a checkpoint aside, give it its name when it is complete, then drop what save_total_limit does not keep."""
     aside, name = output / ".checkpoint", f"checkpoint-{state['step']}"
@@ -386,8 +436,9 @@ def save_checkpoint(engine, output, state, limit):
     dist.barrier()
     engine.save_checkpoint(str(aside), tag=name, save_latest=False)
     dist.barrier()
+    state = state | {"files": checksums(aside / name)}
     if rank() == 0:
-        replace_text(aside / name / "trainer_state.json", json.dumps(state, indent=2))
+        replace_text(aside / name / "trainer_state.json", state_text(state))
         shutil.rmtree(output / name, ignore_errors=True)
         os.replace(aside / name, output / name)
         shutil.rmtree(aside)
@@ -396,8 +447,38 @@ def save_checkpoint(engine, output, state, limit):
     dist.barrier()
 
 
+def newest_whole_checkpoint(output):
+    """The folder of the newest checkpoint that is what was written, or None where there is none at all.
+
+    Damaged ones that are newer are renamed, so that nothing takes them for checkpoints again: the run comes to their steps
+    once more, with the same answers, which are in the ledger. All ranks call it together.
+    """
+    for path in [output / ".checkpoint", *sorted(output.glob("checkpoint-*"))]:
+        if path.is_dir() and path.suffix != ".damaged" and not (path / "trainer_state.json").is_file():
+            say(f"{path} is half-written: skipped")
+    damaged = {}
+    for folder in reversed(checkpoints(output).values()):
+        problem = damage(folder)
+        if problem is None:
+            break
+        damaged[folder] = problem
+    else:
+        if damaged:
+            raise UsageError(f"{'; '.join(damaged.values())}; no other checkpoint is there: restore it, or move it away to "
+                             f"start from step 0, with the labels of {output}/labels.sqlite")
+        return None
+    for bad, problem in damaged.items():
+        aside = bad.with_name(f"{bad.name}.damaged")
+        say(f"{problem}: set aside as {aside.name}, going back to {folder.name}")
+        if rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(bad, aside)
+    dist.barrier()
+    return folder
+
+
 def find_checkpoint(config, output):
-    """The checkpoint folder to resume from, or None."""
+    """The checkpoint folder to resume from, or None. Raises UsageError where the one that is asked for is damaged."""
     wanted = config.resume_from_checkpoint
     if wanted is not None and wanted.lower() in ("false", "no", "0"):
         if checkpoints(output):
@@ -405,13 +486,15 @@ def find_checkpoint(config, output):
                              "output_dir, or move that one away")
         return None
     if wanted is None or wanted.lower() in ("true", "yes", "1"):
-        complete = checkpoints(output)
-        if not complete and wanted is not None:
+        newest = newest_whole_checkpoint(output)
+        if not newest and wanted is not None:
             raise UsageError(f"resume_from_checkpoint: {output} holds no complete checkpoint")
-        return list(complete.values())[-1] if complete else None
+        return newest
     folder = Path(wanted)
     if not (folder / "trainer_state.json").is_file():
         raise UsageError(f"resume_from_checkpoint {folder}: no complete checkpoint there (no trainer_state.json)")
+    if problem := damage(folder):
+        raise UsageError(f"resume_from_checkpoint: {problem}: name another one, or none to take the newest that is whole")
     return folder
 
 
@@ -672,7 +755,7 @@ def main(config):
     sums = torch.zeros(10, dtype=torch.float64, device=device)  # metrics since the last log
     if resume:
         engine.load_checkpoint(str(resume.parent), tag=resume.name)
-        state = json.loads((resume / "trainer_state.json").read_text())
+        state = read_state(resume)
         step, seconds_before, asker.state, evaluation = (state[k] for k in ("step", "wall_seconds", "oracle", "evaluation"))
         sums += torch.tensor(state["sums"], dtype=torch.float64, device=device) * (rank() == 0)
         say(f"resumed from {resume} at step {step:,} of {schedule.total_steps:,}")

@@ -1,0 +1,97 @@
+"""What can go wrong around a run: damaged files, full disks, dying ranks, numbers that are none, through the real command.
+
+    python -m pytest tests/test_survive.py
+"""
+
+import json
+import shutil
+
+import pytest
+
+
+def errors(run):
+    """The run's `error:` lines; and there is no traceback."""
+    assert "Traceback" not in run.stdout + run.stderr, run.stderr[-3000:]
+    return [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+
+
+def timeless(run):
+    """All rows of metrics.jsonl, but for how fast they were made."""
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in run.rows() + run.rows("eval")]
+
+
+def assert_same_run(one, other):
+    """Metrics, answers and weights, to the last bit."""
+    assert timeless(one) == timeless(other) and one.ledger() == other.ledger()
+    weights = one.weights(), other.weights()
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+
+
+def flip_byte(path, at=None):
+    """Another byte in place of one, in the middle of a file or at a text."""
+    content = bytearray(path.read_bytes())
+    place = len(content) // 2 if at is None else content.index(at)
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+SAVING = dict(max_steps=6, save_strategy="steps", save_steps=2)
+
+
+@pytest.fixture(scope="module")
+def whole(train):
+    """An undisturbed run with the checkpoints 2, 4 and 6."""
+    return train("whole", **SAVING)
+
+
+@pytest.fixture
+def stopped(whole, tmp_path):
+    """A copy of it as it was when checkpoint 4 had been written."""
+    folder = tmp_path / "stopped"
+    shutil.copytree(whole.output, folder, ignore=shutil.ignore_patterns("checkpoint-6", "summary.json", "model.safetensors"))
+    return folder
+
+
+MODEL, STATE = "mp_rank_00_model_states.pt", "trainer_state.json"
+
+
+@pytest.mark.parametrize("harm, problem", [
+    (lambda folder: flip_byte(folder / MODEL), f"checkpoint-4/{MODEL} is damaged (its checksum differs)"),
+    (lambda folder: (folder / MODEL).write_bytes((folder / MODEL).read_bytes()[:-1]), f"checkpoint-4/{MODEL} is damaged ("),
+    (lambda folder: (folder / MODEL).unlink(), f"checkpoint-4/{MODEL} is missing"),
+    (lambda folder: flip_byte(folder / STATE, b'4,\n  "wall'), f"checkpoint-4/{STATE} is damaged (its checksum"),
+    (lambda folder: (folder / STATE).write_text('{"step": 4'), f"checkpoint-4/{STATE} is damaged ("),
+])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(harm, problem, train, whole, stopped):
+    harm(stopped / "checkpoint-4")
+    asked = train("asked", output_dir=stopped, resume_from_checkpoint=stopped / "checkpoint-4", check=2, **SAVING)
+    assert len(errors(asked)) == 1 and problem in errors(asked)[0]
+    again = train("again", output_dir=stopped, save_total_limit=1, **SAVING)
+    assert f"{problem}" in again.stdout and "set aside as checkpoint-4.damaged, going back to checkpoint-2" in again.stdout
+    assert f"resumed from {stopped}/checkpoint-2 at step 2 of 6" in again.stdout
+    assert_same_run(again, whole)
+    assert sorted(path.name for path in stopped.glob("checkpoint-*")) == ["checkpoint-4.damaged", "checkpoint-6"]
+
+
+def test_without_any_whole_checkpoint_nothing_is_begun_anew_unasked(train, stopped):
+    shutil.rmtree(stopped / "checkpoint-2")
+    flip_byte(stopped / "checkpoint-4" / MODEL)
+    run = train("none-whole", output_dir=stopped, check=2, **SAVING)
+    assert len(errors(run)) == 1 and f"checkpoint-4/{MODEL} is damaged" in errors(run)[0]
+    assert "move it away to start from step 0" in errors(run)[0] and (stopped / "checkpoint-4").is_dir()
+
+
+def test_half_written_checkpoints_are_skipped_and_old_ones_taken_unverified(train, whole, stopped):
+    (stopped / "checkpoint-4" / STATE).unlink()
+    shutil.copytree(stopped / "checkpoint-2", stopped / ".checkpoint" / "checkpoint-6")
+    state = json.loads((stopped / "checkpoint-2" / STATE).read_text())
+    del state["files"], state["checksum"]
+    (stopped / "checkpoint-2" / STATE).write_text(json.dumps(state))
+    run = train("old", output_dir=stopped, **SAVING)
+    assert f"{stopped}/checkpoint-4 is half-written: skipped" in run.stdout
+    assert f"{stopped}/.checkpoint is half-written: skipped" in run.stdout
+    assert f"{stopped}/checkpoint-2 was written before checkpoints had checksums: taken as it is" in run.stdout
+    assert_same_run(run, whole)
