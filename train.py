@@ -353,7 +353,9 @@ class Log:
             replace_text(self.path, "".join(line + "\n" for line in kept))
 
     def write(self, row):
+        """row: {metric: value}. A number that is not finite becomes null: JSON has no word for it."""
         if rank() == 0:
+            row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
             if self.engine.monitor.enabled:
@@ -751,12 +753,13 @@ def main(config):
             {"config": dataclasses.asdict(config), "versions": versions()}, sort_keys=False, allow_unicode=True))
     dist.barrier()
     asker = oracle.Oracle(annotator, output / "labels.sqlite", config.max_queries, config.oracle != "dataset")
-    step, seconds_before, evaluation = 0, 0.0, None
+    step, skipped, seconds_before, evaluation = 0, 0, 0.0, None
     sums = torch.zeros(10, dtype=torch.float64, device=device)  # metrics since the last log
     if resume:
         engine.load_checkpoint(str(resume.parent), tag=resume.name)
         state = read_state(resume)
         step, seconds_before, asker.state, evaluation = (state[k] for k in ("step", "wall_seconds", "oracle", "evaluation"))
+        skipped = state.get("skipped", 0)  # in a row
         sums += torch.tensor(state["sums"], dtype=torch.float64, device=device) * (rank() == 0)
         say(f"resumed from {resume} at step {step:,} of {schedule.total_steps:,}")
     log = Log(output, engine, step)
@@ -776,8 +779,8 @@ def main(config):
         return metrics
 
     def checkpoint():
-        state = {"step": step, "wall_seconds": seconds_before + time.time() - start_time, "oracle": asker.state,
-                 "evaluation": evaluation, "sums": reduced(sums)}
+        state = {"step": step, "skipped": skipped, "wall_seconds": seconds_before + time.time() - start_time,
+                 "oracle": asker.state, "evaluation": evaluation, "sums": reduced(sums)}
         save_checkpoint(engine, output, state, config.save_total_limit)
 
     # The loop.
@@ -822,6 +825,7 @@ def main(config):
 
             o = o.to(device)
             losses = adpo.preference_loss(margin, o, config.loss_type, config.beta, config.label_smoothing)  # (B,)
+            losses = losses * (1 + 0 * losses.detach())  # times 1; an infinite loss gets a gradient of NaN, never a step
             # The step's loss is the mean over its pairs, however they are cut; DeepSpeed divides by micro-steps and ranks.
             engine.backward((losses * batch.weights).sum() * (schedule.micro_steps * world / step_pairs))
             if engine.is_gradient_accumulation_boundary():
@@ -830,6 +834,7 @@ def main(config):
             sums += metric_sums(losses, rewards, logps, o, batch.weights, batch.tokens)
 
         asker.report_pseudo(unasked)
+        skipped = skipped_in_a_row(skipped, engine, grad_norm, step, [train.ids[row] for row in schedule.rows(step)])
         step += 1
         epoch_end, last = step % schedule.epoch_steps == 0, step == schedule.total_steps
         if step % config.logging_steps == 0 or last or (step == 1 and config.logging_first_step):
@@ -936,10 +941,33 @@ def bar_text(row, seen, evaluation, cost):
 
 def gradient_norm(engine):
     """Norm of the step's gradient, before clipping, where the engine itself keeps no account of it (fp32 without ZeRO);
-    else None, and `engine.get_global_grad_norm()` says it after the step."""
+    else None, and `engine.get_global_grad_norm()` says it after the step. One that is not finite keeps the engine from
+    taking the step; under ZeRO it does so by itself."""
     if engine.zero_optimization():
         return None
-    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).item()
+    if not math.isfinite(norm):
+        engine.zero_grad()
+        engine.set_gradient_accumulation_boundary(False)  # until skipped_in_a_row
+    return norm
+
+
+def skipped_in_a_row(before, engine, grad_norm, step, ids):
+    """How many steps in a row were not taken because their gradient was no finite number, up to this one: 0 where it was
+    taken. Names the pairs of one that was not, and raises FloatingPointError at the third.
+
+    before: that number, up to the step before.  grad_norm: what gradient_norm said.  ids: the step's pairs, over all ranks.
+    """
+    if grad_norm is not None:
+        engine.set_gradient_accumulation_boundary(None)  # back to counting micro-steps
+    if not (engine.optimizer.overflow if grad_norm is None else not math.isfinite(grad_norm)):
+        return 0
+    what = f"step {step + 1:,}: the loss or its gradient is not a finite number, so the step is not taken; its pairs are"
+    if before + 1 < 3:
+        say(f"{what} {', '.join(ids)}")
+        return before + 1
+    raise FloatingPointError(f"{what} {', '.join(ids)}; it is the third in a row: lower learning_rate, or look at the "
+                             "model's weights and at these pairs. The checkpoints are as they were")
 
 
 def due(strategy, every, step, epoch_end):
@@ -990,7 +1018,7 @@ def command(argv):
             f"    {same_command(argv)}")
         return 75
     except (UsageError, data.DataError, oracle.LedgerError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        tqdm.write(f"error: {error}", file=sys.stderr)  # a line of its own, whatever bar stands there
         return 1 if isinstance(error, FloatingPointError) else 2
     return 0
 

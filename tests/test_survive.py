@@ -3,10 +3,16 @@
     python -m pytest tests/test_survive.py
 """
 
+import itertools
 import json
+import math
+import re
 import shutil
 
 import pytest
+from safetensors.torch import load_file
+
+import adpo
 
 
 def errors(run):
@@ -62,7 +68,7 @@ MODEL, STATE = "mp_rank_00_model_states.pt", "trainer_state.json"
     (lambda folder: flip_byte(folder / MODEL), f"checkpoint-4/{MODEL} is damaged (its checksum differs)"),
     (lambda folder: (folder / MODEL).write_bytes((folder / MODEL).read_bytes()[:-1]), f"checkpoint-4/{MODEL} is damaged ("),
     (lambda folder: (folder / MODEL).unlink(), f"checkpoint-4/{MODEL} is missing"),
-    (lambda folder: flip_byte(folder / STATE, b'4,\n  "wall'), f"checkpoint-4/{STATE} is damaged (its checksum"),
+    (lambda folder: flip_byte(folder / STATE, b'4,\n  "skip'), f"checkpoint-4/{STATE} is damaged (its checksum"),
     (lambda folder: (folder / STATE).write_text('{"step": 4'), f"checkpoint-4/{STATE} is damaged ("),
 ])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(harm, problem, train, whole, stopped):
@@ -95,3 +101,64 @@ def test_half_written_checkpoints_are_skipped_and_old_ones_taken_unverified(trai
     assert f"{stopped}/.checkpoint is half-written: skipped" in run.stdout
     assert f"{stopped}/checkpoint-2 was written before checkpoints had checksums: taken as it is" in run.stdout
     assert_same_run(run, whole)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses and gradients that are no finite number
+
+@pytest.fixture
+def break_steps(monkeypatch):
+    """break_steps(steps, how): the first micro-batch of these optimiser steps of 2 micro-batches has a gradient that is no
+    number behind a loss that is one ("gradient"), or a loss that is infinite with a gradient that is not ("loss")."""
+    rewards, loss = adpo.implicit_rewards, adpo.preference_loss
+
+    def install(steps, how):
+        calls = itertools.count()
+
+        def hooked(logps, *args):
+            value = rewards(logps, *args)
+            if value.requires_grad and next(calls) in [2 * step for step in steps] and how == "gradient":
+                value.register_hook(lambda grad: grad * math.nan)
+            return value
+
+        def infinite(margin, *args):
+            value = loss(margin, *args)
+            if margin.requires_grad and next(calls) in [2 * step for step in steps] and how == "loss":
+                value = value + math.inf
+            return value
+
+        monkeypatch.setattr(adpo, "implicit_rewards", hooked if how == "gradient" else rewards)
+        monkeypatch.setattr(adpo, "preference_loss", infinite if how == "loss" else loss)
+    return install
+
+
+CUT = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=6)
+
+
+@pytest.mark.parametrize("how", ["gradient", "loss"])
+@pytest.mark.parametrize("stage, bf16", [(0, False), (1, False), (2, False), (3, False), (1, True), (2, True), (3, True)])
+def test_a_step_whose_gradient_is_no_number_changes_no_weight(how, stage, bf16, train, tiny, engine_configs, break_steps):
+    break_steps([0, 1], how)
+    run = train("broken", **CUT | dict(deepspeed=engine_configs[stage], bf16=bf16, max_steps=2))
+    after, before = run.weights(), load_file(tiny / "model" / "model.safetensors")
+    assert all((after[name] == before[name].to(after[name].dtype)).all() for name in after)
+    named = [line.split(", ") for line in re.findall("the step is not taken; its pairs are (.*)", run.stdout)]
+    assert len(named) == 2 and set(named[0]) == {pair for pair, _, step in run.ledger() if step == 0}  # step 0 asks for all
+    assert all((row["loss"] is None) == (how == "loss") for row in run.rows())  # metrics.jsonl is JSON even so
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_training_goes_on_behind_such_a_step_and_ends_at_three_in_a_row(stage, train, engine_configs, break_steps):
+    """Steps 1 and 2 broken, 3 not, 4 to 6 broken; a resumed run counts on from its checkpoint."""
+    keys = CUT | dict(deepspeed=engine_configs[stage], save_strategy="steps", save_steps=1)
+    break_steps([0, 1, 3, 4, 5], "gradient")
+    run = train("three", check=1, **keys)
+    assert run.stdout.count("the step is not taken") == 4
+    assert len(errors(run)) == 1 and "step 6: " in errors(run)[0] and "it is the third in a row" in errors(run)[0]
+    assert [row["step"] for row in run.rows()] == [1, 2, 3, 4, 5] and run.rows()[3]["loss"] < run.rows()[0]["loss"]
+    break_steps([0], "gradient")
+    again = train("again", output_dir=run.output, check=1, **keys)
+    assert f"resumed from {run.output}/checkpoint-5" in again.stdout and "it is the third in a row" in errors(again)[0]
+    break_steps([], "gradient")
+    done = train("done", output_dir=run.output, **keys)
+    assert [row["step"] for row in done.rows()] == [1, 2, 3, 4, 5, 6]
