@@ -24,6 +24,7 @@ import signal
 import sqlite3
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -374,8 +375,9 @@ class Oracle:
     def __init__(self, annotator, path, max_queries=None, asks_together=False):
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
-        # Pair ids are host data: they go over gloo, past the GPUs.
-        self.group = dist.new_group(backend="gloo") if self.world > 1 else None
+        # Pair ids are host data: they go over gloo, past the GPUs. Ranks wait there while people are asked, for days if need
+        # be; that a rank has died shows without a timeout, because its connections close.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if self.world > 1 else None
         self.annotator = annotator if self.rank == 0 else None
         self.ledger = Ledger(path) if self.rank == 0 else None
         self.max_queries, self.asks_together = max_queries, asks_together

@@ -23,6 +23,7 @@ import os
 import resource
 import shlex
 import shutil
+import signal
 import sys
 import time
 import zlib
@@ -31,6 +32,7 @@ from pathlib import Path
 import torch
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # `map` forks; threads in the tokeniser would be lost there
+os.environ.setdefault("DEEPSPEED_TIMEOUT", "60")  # minutes: ranks wait while rank 0 tokenises, or uploads the model
 if torch.accelerator.current_accelerator() is None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed's search for one, and its warnings
 
@@ -1005,6 +1007,22 @@ def same_command(argv):
     return shlex.join([*launcher, "train.py", *(arg for arg in argv if not arg.startswith("--local_rank"))])
 
 
+def lost_peer(error):
+    """Whether a collective failed because another rank is gone, which is what has to be looked at."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
+def leave_the_word_to_the_other(error):
+    """Wait for the launcher to end this rank: it looks once a second for a rank that has ended and takes the exit code of
+    the first that it finds, which is to be that of the rank that has something to say. Returns the exit code without it."""
+    reason = one_line(error)
+    reason = reason.partition("] ")[2].partition(". ")[0] or reason  # gloo's has the place in its source, and advice
+    tqdm.write(f"rank {rank()}: stopped, another rank is gone ({reason})", file=sys.stderr)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(10)
+    return 1
+
+
 def command(argv):
     """The command line. Returns the exit code: 0; 75 where answers are missing and the same command resumes; 2 where the
     user has to change something; 1 where training broke down. Behind 1 and 2 stands one line that says what is wrong."""
@@ -1020,6 +1038,10 @@ def command(argv):
     except (UsageError, data.DataError, oracle.LedgerError, FloatingPointError) as error:
         tqdm.write(f"error: {error}", file=sys.stderr)  # a line of its own, whatever bar stands there
         return 1 if isinstance(error, FloatingPointError) else 2
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        return leave_the_word_to_the_other(error)
     return 0
 
 

@@ -119,16 +119,23 @@ def test_pseudo_labels_are_graded_by_the_truth_and_nothing_comes_back(tmp_path):
 
 
 def test_several_ranks_ask_at_once(tmp_path):
-    """Three processes: one ledger, rank 0's; a pair that two ranks ask for is asked once; each gets its own answers."""
+    """Three processes: one ledger, rank 0's; a pair that two ranks ask for is asked once; each gets its own answers. The
+    annotator may take longer than a collective's usual timeout, here a second."""
     script = tmp_path / "ranks.py"
     script.write_text(textwrap.dedent("""
-        import sys
+        import datetime, sys, time
         import torch.distributed as dist, torch.multiprocessing as mp
         from oracle import DatasetAnnotator, Oracle
 
+        class Slow(DatasetAnnotator):
+            def answer(self, *args):
+                time.sleep(3)
+                super().answer(*args)
+
         def work(rank, folder):
             dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
-            annotator = DatasetAnnotator({"a": 1, "b": -1, "c": 1, "d": -1}) if rank == 0 else None
+            dist.distributed_c10d.default_pg_timeout = datetime.timedelta(seconds=1)
+            annotator = Slow({"a": 1, "b": -1, "c": 1, "d": -1}) if rank == 0 else None
             oracle = Oracle(annotator, f"{folder}/labels.sqlite")
             ids = [["a", "b"], ["b", "c", "d"], [None]][rank]
             ask = [[True, True], [True, False, True], [True]][rank]

@@ -8,8 +8,11 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import textwrap
 
 import pytest
+from conftest import ROOT, Run, launcher, launcher_environment
 from safetensors.torch import load_file
 
 import adpo
@@ -162,3 +165,71 @@ def test_training_goes_on_behind_such_a_step_and_ends_at_three_in_a_row(stage, t
     break_steps([], "gradient")
     done = train("done", output_dir=run.output, **keys)
     assert [row["step"] for row in done.rows()] == [1, 2, 3, 4, 5, 6]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ranks that die
+
+@pytest.fixture
+def broken_ranks(tiny, tmp_path):
+    """broken_ranks(code, **keys) → Run of two processes through the launcher; `code` runs in each before train.py does, with
+    `rank` and `at(n)`, which is true at its n-th call. One that hangs fails the test."""
+    def launch(code, **keys):
+        script = tmp_path / "broken.py"
+        script.write_text(textwrap.dedent(f"""
+            import itertools, os, runpy, signal, sys
+            sys.path.insert(0, {str(ROOT)!r})
+            import adpo, oracle
+            rank, calls = int(os.environ["RANK"]), itertools.count(1)
+            def at(n):
+                return next(calls) == n
+            """) + textwrap.dedent(code) + f"\nrunpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
+        config = tmp_path / "tiny.json"  # JSON is YAML
+        config.write_text(json.dumps(dict(
+            model_name_or_path=f"{tiny}/model", dataset_mixer={f"{tiny}/pairs": 1.0}, output_dir=f"{tmp_path}/run",
+            gamma=0.2, learning_rate=2e-3, warmup_ratio=0, per_device_train_batch_size=4, max_prompt_length=16,
+            max_length=64, max_steps=6, save_steps=2, do_eval=False, num_threads=1) | keys))
+        done = subprocess.run([*launcher(2)[:-1], str(script), "--config", str(config)], cwd=ROOT, text=True, timeout=90,
+                              env=launcher_environment(), capture_output=True)
+        return Run(tmp_path / "run", done.stdout, done.stderr, done.returncode)
+    return launch
+
+
+def test_a_rank_that_is_killed_takes_the_run_down(broken_ranks):
+    run = broken_ranks("""
+        rewards = adpo.implicit_rewards
+        def killed(*args):
+            if rank == 1 and at(3):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rewards(*args)
+        adpo.implicit_rewards = killed
+        """)
+    assert run.code == 256 - 9 and "Traceback" not in run.stderr
+    assert "rank 0: stopped, another rank is gone (" in run.stderr
+    assert [path.name for path in run.output.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_an_exception_of_one_rank_is_shown_and_is_the_only_one(broken_ranks):
+    run = broken_ranks("""
+        rewards = adpo.implicit_rewards
+        def wrong(*args):
+            if rank == 1 and at(3):
+                raise ArithmeticError("what rank 1 has to say")
+            return rewards(*args)
+        adpo.implicit_rewards = wrong
+        """)
+    assert run.code == 1 and run.stderr.count("Traceback") == 1
+    assert "ArithmeticError: what rank 1 has to say" in run.stderr
+
+
+def test_an_error_of_rank_0_alone_ends_the_other_and_gives_the_exit_code(broken_ranks):
+    run = broken_ranks("""
+        take = oracle.Ledger.take
+        def refused(*args):
+            if at(3):
+                raise oracle.LedgerError("what rank 0 has to say")
+            return take(*args)
+        oracle.Ledger.take = refused
+        """)
+    assert run.code == 2 and errors(run) == ["error: what rank 0 has to say"]
+    assert "rank 1: stopped, another rank is gone (" in run.stderr
