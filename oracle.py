@@ -101,7 +101,7 @@ class Ledger:
                 self._keep_trying("PRAGMA journal_mode = WAL", timeout)  # others may read and write while a run is on
                 self.db.executescript(f"BEGIN IMMEDIATE; {self.SCHEMA} PRAGMA user_version = {self.VERSION}; COMMIT;")
         except sqlite3.Error as error:
-            raise LedgerError(f"{path}: cannot be used as a ledger ({error}): close what holds it, or move it away")
+            raise LedgerError(in_words(path, error))
 
     def _keep_trying(self, statement, seconds):
         """SQLite does not wait for another process when it changes the journal's mode, as two that make a ledger do."""
@@ -124,10 +124,11 @@ class Ledger:
         self.db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self.db.execute("COMMIT")
         except BaseException:
-            self.db.execute("ROLLBACK")
+            if self.db.in_transaction:  # on a full disk SQLite has rolled back already
+                self.db.execute("ROLLBACK")
             raise
-        self.db.execute("COMMIT")
 
     # For the run.
 
@@ -247,6 +248,15 @@ class Ledger:
 
     def close(self):
         self.db.close()
+
+
+def in_words(path, error):
+    """What SQLite's error means for the user: the file, what is wrong and what to do."""
+    advice = {"locked": "another process holds it: close that one", "full": "make room on its disk",
+              "readonly": "make it and its folder writable", "unable to open": "look at its folder and its permissions",
+              "not a database": "move it away", "malformed": "it is damaged: put back a copy, or move it away"}
+    todo = next((todo for word, todo in advice.items() if word in str(error)), "look at its disk, or move it away")
+    return f"{path}: cannot be used as a ledger ({error}): {todo}"
 
 
 def portions(ids, size=10_000):

@@ -13,6 +13,7 @@ never the gate; metrics are those of all ranks; a run is resumed exactly.
 Legend: B pairs of a micro-batch, T tokens of a row, N response tokens, V vocabulary, H hidden size.
 """
 
+import contextlib
 import dataclasses
 import gc
 import hashlib
@@ -24,6 +25,7 @@ import resource
 import shlex
 import shutil
 import signal
+import sqlite3
 import sys
 import time
 import zlib
@@ -40,6 +42,7 @@ import deepspeed
 import torch.distributed as dist
 import transformers
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -260,9 +263,10 @@ def reference_logps(engine, parts, weights, shared):
         if found[0] is False:
             found[0] = score(engine, pairs, batches, shared, f"reference log-probs ({name})")
             if rank() == 0:
-                cache.mkdir(parents=True, exist_ok=True)
-                save_file({"logps": found[0]}, temporary := path.with_suffix(f".{os.getpid()}.tmp"))
-                os.replace(temporary, path)
+                with writing(path, temporary := path.with_suffix(f".{os.getpid()}.tmp")):
+                    cache.mkdir(parents=True, exist_ok=True)
+                    save_file({"logps": found[0]}, temporary)
+                    os.replace(temporary, path)
         scores[name] = found[0]
     return scores
 
@@ -350,15 +354,22 @@ class Log:
     def __init__(self, output, engine, step):
         self.path, self.engine = output / "metrics.jsonl", engine
         if rank() == 0:  # a resumed run writes the steps behind its checkpoint again
-            lines = self.path.read_text().splitlines() if self.path.is_file() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            replace_text(self.path, "".join(line + "\n" for line in kept))
+            lines = self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []
+            replace_text(self.path, "".join(line + "\n" for n, line in enumerate(lines, 1) if self.stands(n, line, step)))
+
+    def stands(self, n, line, step):
+        """Whether a line is a row of an optimiser step up to `step`. One that is no row is dropped, and said so."""
+        try:
+            return json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            say(f"{self.path}, line {n}: cut off or damaged, dropped")
+            return False
 
     def write(self, row):
         """row: {metric: value}. A number that is not finite becomes null: JSON has no word for it."""
         if rank() == 0:
             row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-            with open(self.path, "a") as file:
+            with writing(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
             if self.engine.monitor.enabled:
                 self.engine.monitor.write_events([
@@ -366,11 +377,40 @@ class Log:
                     if isinstance(value, (int, float)) and name != "step"])
 
 
+@contextlib.contextmanager
+def writing(path, scrap=None):
+    """Around what writes a file or a folder. On a disk that takes no more, UsageError in one line; whatever goes wrong, the
+    half-written `scrap`, a file or a folder, is removed."""
+    try:
+        yield
+    except BaseException as error:
+        if scrap and scrap.is_dir():
+            shutil.rmtree(scrap, ignore_errors=True)
+        elif scrap and scrap.exists():
+            scrap.unlink()
+        if "inline_container" in str(error):  # torch.save's way to say so
+            reason = "the disk took only a part"
+        elif isinstance(error, (OSError, SafetensorError)):
+            reason = getattr(error, "strerror", None) or one_line(error)
+        else:
+            raise
+        raise UsageError(f"{path}: cannot be written ({reason}): make room, or make it writable; then the same command goes "
+                         "on from the last checkpoint")
+
+
+def check_writable(output):
+    """Refuse an output_dir where nothing can be written, before hours are spent."""
+    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"output_dir {output}: nothing can be written in {there}: make it writable, or choose another one")
+
+
 def replace_text(path, text):
     """Write a file so that it is the old one or the new one, whatever happens."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(path, temporary):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def checkpoints(output):
@@ -438,7 +478,8 @@ def save_checkpoint(engine, output, state, limit):
     if rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)
     dist.barrier()
-    engine.save_checkpoint(str(aside), tag=name, save_latest=False)
+    with writing(output / name, aside):
+        engine.save_checkpoint(str(aside), tag=name, save_latest=False)
     dist.barrier()
     state = state | {"files": checksums(aside / name)}
     if rank() == 0:
@@ -526,11 +567,12 @@ def save_model(engine, tokenizer, output, card):
         transformers.utils.logging.disable_progress_bar()
         staging = output / ".model"
         shutil.rmtree(staging, ignore_errors=True)
-        engine.module.lm.save_pretrained(staging, state_dict=state)
-        tokenizer.save_pretrained(staging)
-        (staging / "README.md").write_text(card, encoding="utf-8")
-        for path in staging.iterdir():
-            os.replace(path, output / path.name)
+        with writing(output / "model.safetensors", staging):
+            engine.module.lm.save_pretrained(staging, state_dict=state)
+            tokenizer.save_pretrained(staging)
+            (staging / "README.md").write_text(card, encoding="utf-8")
+            for path in staging.iterdir():
+                os.replace(path, output / path.name)
         staging.rmdir()
     dist.barrier()
 
@@ -735,6 +777,7 @@ def main(config):
     if (output / "summary.json").is_file():
         say(f"{output} is finished: {closing_line(json.loads((output / 'summary.json').read_text()))}")
         return say("to train again, choose another --output_dir or move that one away")
+    check_writable(output)
     resume = find_checkpoint(config, output)
 
     # Data, policy, reference.
@@ -750,7 +793,8 @@ def main(config):
 
     # The run's folder, its ledger, and where it stands.
     if rank() == 0:
-        output.mkdir(parents=True, exist_ok=True)
+        with writing(output):
+            output.mkdir(parents=True, exist_ok=True)
         replace_text(output / "config.yaml", yaml.safe_dump(
             {"config": dataclasses.asdict(config), "versions": versions()}, sort_keys=False, allow_unicode=True))
     dist.barrier()
@@ -1035,6 +1079,10 @@ def command(argv):
         say(f"stopped: {waiting}. All answers so far are in {config.output_dir}/labels.sqlite. Resume with\n"
             f"    {same_command(argv)}")
         return 75
+    except sqlite3.Error as error:
+        what = oracle.in_words(Path(config.output_dir) / "labels.sqlite", error)
+        tqdm.write(f"error: {what}; then the same command goes on from the last checkpoint", file=sys.stderr)
+        return 2
     except (UsageError, data.DataError, oracle.LedgerError, FloatingPointError) as error:
         tqdm.write(f"error: {error}", file=sys.stderr)  # a line of its own, whatever bar stands there
         return 1 if isinstance(error, FloatingPointError) else 2

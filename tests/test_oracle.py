@@ -95,7 +95,7 @@ def test_what_is_no_ledger_of_ours_is_refused_and_left_alone(tmp_path):
     assert before == [(tmp_path / name).read_bytes() for name in ("text", "other")]
     held = sqlite3.connect(tmp_path / "held", isolation_level=None)
     held.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(LedgerError, match="held: cannot be used as a ledger .*locked.*close what holds it"):
+    with pytest.raises(LedgerError, match="held: cannot be used as a ledger .*locked.*another process holds it"):
         Ledger(tmp_path / "held", timeout=0.1)
 
 
