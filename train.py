@@ -258,17 +258,36 @@ def reference_logps(engine, parts, weights, shared):
         depends = [data.VERSION, weights, pairs.fingerprint, str(next(engine.module.parameters()).dtype), shared,
                    engine.module.lm.config._attn_implementation, all_gather(batches)]
         path = cache / f"reference-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:32]}.safetensors"
-        found = [path.is_file() and load_file(path)["logps"]]
+        found = [cached_logps(path) if rank() == 0 else None]
         dist.broadcast_object_list(found, src=0, device=engine.device)  # rank 0's disk decides for all hosts
-        if found[0] is False:
+        if found[0] is None:
             found[0] = score(engine, pairs, batches, shared, f"reference log-probs ({name})")
             if rank() == 0:
                 with writing(path, temporary := path.with_suffix(f".{os.getpid()}.tmp")):
                     cache.mkdir(parents=True, exist_ok=True)
-                    save_file({"logps": found[0]}, temporary)
+                    save_file({"logps": found[0], "crc": crc(found[0])}, temporary)
                     os.replace(temporary, path)
         scores[name] = found[0]
     return scores
+
+
+def crc(tensor):
+    """CRC-32 of a tensor's bytes, as a tensor."""
+    return torch.tensor(zlib.crc32(tensor.numpy().tobytes()))
+
+
+def cached_logps(path):
+    """The log-probs in a file of the cache, or None where there is none that is whole, said so where it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        found = load_file(path)
+        if "crc" in found and found["crc"] != crc(found["logps"]):  # files of before have none
+            raise ValueError("its checksum differs")
+        return found["logps"]
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        say(f"{path} is damaged ({one_line(error)}): the log-probs of the reference are computed again")
+        return None
 
 
 def all_gather(value):
@@ -548,7 +567,11 @@ def check_same_run(config, output):
     path = output / "config.yaml"
     if not path.is_file():
         return
-    before = yaml.safe_load(path.read_text())["config"]
+    try:
+        before = dict(yaml.safe_load(path.read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError) as error:
+        raise UsageError(f"{path} is damaged ({one_line(error)}), so that nobody can say whether this is the same run: "
+                         "restore it; or, if you are sure, delete it, and it is written anew")
     now = dataclasses.asdict(config)
     for name in now:
         if name not in FREE_ON_RESUME and before.get(name) != now[name]:
@@ -617,6 +640,16 @@ def closing_line(summary):
         parts.append("gold reward of generations "
                      f"{summary['gold_reward_before']:+.2f} → {summary['gold_reward_after']:+.2f}")
     return " · ".join([*parts, f"{summary['wall_seconds']:.0f} s"])
+
+
+def read_summary(path):
+    """summary.json of a run that has ended. Raises UsageError where it is damaged."""
+    try:
+        closing_line(summary := json.loads(path.read_text(encoding="utf-8")))
+        return summary
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"{path} is damaged ({one_line(error)}): restore it, or delete it, and the same command goes on "
+                         "from the last checkpoint and writes it anew")
 
 
 def versions():
@@ -742,7 +775,10 @@ def policy_and_reference(config, ds, parts):
     and freed before the policy is loaded. parts: {"train": (pairs, batches), …}.
     """
     def prepare(name, zero, with_optimizer):
-        module = load_model(config, name)
+        try:
+            module = load_model(config, name)
+        except SafetensorError as error:
+            raise UsageError(f"model {name}: a file of its weights is damaged ({one_line(error)}): fetch it again")
         shared = module.why_not_shared() is None
         optimizer = make_optimizer(config, module, ds) if with_optimizer else None
         weights = weights_fingerprint(module, name)
@@ -775,7 +811,7 @@ def main(config):
     output = Path(config.output_dir)
     check_same_run(config, output)
     if (output / "summary.json").is_file():
-        say(f"{output} is finished: {closing_line(json.loads((output / 'summary.json').read_text()))}")
+        say(f"{output} is finished: {closing_line(read_summary(output / 'summary.json'))}")
         return say("to train again, choose another --output_dir or move that one away")
     check_writable(output)
     resume = find_checkpoint(config, output)

@@ -323,3 +323,62 @@ def test_a_reference_cache_that_cannot_be_written_is_named(train, disk, monkeypa
     run = train("no-cache", check=2, seed=7)
     assert len(errors(run)) == 1 and f"{disk.folder}/adpo/reference-" in errors(run)[0]
     assert "Read-only file system" in errors(run)[0] and not run.output.exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Damaged files
+
+def cut(path, size=None):
+    """Leave the first half of a file, or so many bytes."""
+    content = path.read_bytes()
+    path.write_bytes(content[:len(content) // 2 if size is None else size])
+
+
+@pytest.mark.parametrize("harm", [cut, lambda path: cut(path, 0), lambda path: cut(path, 100),
+                                  lambda path: flip_byte(path, b"shape"), lambda path: path.write_text("git-lfs pointer")])
+def test_a_model_whose_weights_are_damaged_is_refused(harm, train, tiny, tmp_path):
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    harm(tmp_path / "model" / "model.safetensors")
+    for key in ("model_name_or_path", "ref_model_name_or_path"):
+        run = train("damaged-model", check=2, **{key: tmp_path / "model"})
+        assert len(errors(run)) == 1 and f"model {tmp_path}/model: " in errors(run)[0]
+
+
+@pytest.mark.parametrize("harm", [cut, lambda path: cut(path, 0), lambda path: flip_byte(path)])
+def test_a_damaged_cache_of_the_reference_is_computed_again(harm, train, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    first = train("first")
+    files = sorted((tmp_path / "adpo").glob("reference-*.safetensors"))
+    content = [path.read_bytes() for path in files]
+    assert len(files) == 2  # of the training and of the test pairs
+    for path in files:
+        harm(path)
+    again = train("again")
+    assert all(f"{path} is damaged (" in again.stdout for path in files) and again.stdout.count("are computed again") == 2
+    assert_same_run(again, first)
+    assert [path.read_bytes() for path in files] == content
+    assert "damaged" not in train("third").stdout
+
+
+def test_a_damaged_metrics_file_loses_no_row_that_it_holds(train, whole, stopped):
+    """A line that is none, and a last line that is cut: of a step behind the checkpoint, which is written again."""
+    lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (stopped / "metrics.jsonl").write_bytes("".join([lines[0], "\0\0\n", *lines[1:]])[:-9].encode() + b"\xff")
+    run = train("metrics", output_dir=stopped, **SAVING)
+    assert [line.split(": ")[0] for line in run.stdout.splitlines() if "dropped" in line and "metrics" in line] == [
+        f"{stopped}/metrics.jsonl, line {n}" for n in (2, len(lines) + 1)]
+    assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json"])
+@pytest.mark.parametrize("harm", [
+    lambda path: cut(path), lambda path: cut(path, 0), lambda path: path.write_bytes(b"\xff\xfe"),
+    lambda path: path.write_text("a: [")], ids=["cut", "empty", "bytes", "text"])
+def test_a_damaged_file_of_the_output_is_named_and_can_be_written_anew(name, harm, train, whole, tmp_path):
+    shutil.copytree(whole.output, tmp_path / "run")
+    harm(tmp_path / "run" / name)
+    run = train("damaged", output_dir=tmp_path / "run", check=2, **SAVING)
+    assert len(errors(run)) == 1 and f"{tmp_path}/run/{name} is damaged (" in errors(run)[0]
+    (tmp_path / "run" / name).unlink()
+    assert_same_run(train("anew", output_dir=tmp_path / "run", **SAVING), whole)
+    assert name == "config.yaml" or (tmp_path / "run" / name).is_file()
