@@ -159,6 +159,23 @@ class Ledger:
                 "INSERT INTO answers (pair, label, source, annotator, margin, step, audit, answered_at, seconds, cost) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (pair) DO NOTHING", rows).rowcount
 
+    def check_pairs(self, ids):
+        """(answers that came from other runs by `tools/ledger.py --reuse`, how many of them are of these pairs).
+
+        ids: all pairs that the run can ask for.  Raises LedgerError where an answer that was bought here is of none of them:
+        then the ledger is that of a run on other data, and counts of it would say nothing.
+        """
+        ids = set(ids)
+        answers = self.db.execute("SELECT pair, step FROM answers ORDER BY step, pair").fetchall()
+        bought, reused = ([pair for pair, step in answers if (step >= 0) == here] for here in (True, False))
+        foreign = [pair for pair in bought if pair not in ids]
+        if foreign:
+            raise LedgerError(
+                f"{self.path}: {len(foreign):,} of its {len(bought):,} answers are of pairs that this run does not have "
+                f"({foreign[0]} is the first): it is the ledger of a run on other data. Choose another output_dir; `python "
+                "tools/ledger.py NEW --reuse OLD` takes over the labels of pairs in both")
+        return len(reused), len(ids.intersection(reused))
+
     def count(self, step=None):
         """Answers bought up to and including an optimiser step (or all). Counted by step, not by row, so that a run that
         is resumed from an earlier step reports again what it reported then."""

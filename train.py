@@ -835,6 +835,10 @@ def main(config):
             {"config": dataclasses.asdict(config), "versions": versions()}, sort_keys=False, allow_unicode=True))
     dist.barrier()
     asker = oracle.Oracle(annotator, output / "labels.sqlite", config.max_queries, config.oracle != "dataset")
+    if asker.ledger:
+        reused, of_ours = asker.ledger.check_pairs(train.ids)
+        if reused:
+            say(f"{reused:,} answers of other runs are in the ledger, {of_ours:,} of them of pairs of this run")
     step, skipped, seconds_before, evaluation = 0, 0, 0.0, None
     sums = torch.zeros(10, dtype=torch.float64, device=device)  # metrics since the last log
     if resume:

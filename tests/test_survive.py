@@ -9,7 +9,9 @@ import json
 import math
 import re
 import shutil
+import sqlite3
 import subprocess
+import sys
 import textwrap
 from types import SimpleNamespace
 
@@ -382,3 +384,73 @@ def test_a_damaged_file_of_the_output_is_named_and_can_be_written_anew(name, har
     (tmp_path / "run" / name).unlink()
     assert_same_run(train("anew", output_dir=tmp_path / "run", **SAVING), whole)
     assert name == "config.yaml" or (tmp_path / "run" / name).is_file()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ledgers
+
+def test_a_ledger_that_another_process_holds_too_long_ends_the_run_resumable(train, whole, tmp_path, monkeypatch):
+    """Held from the third questions on, longer than the run has patience."""
+    monkeypatch.setattr(oracle.Ledger.__init__, "__defaults__", (0.2,))
+    holder, calls, answer = [], itertools.count(1), oracle.DatasetAnnotator.answer
+
+    def held(self, questions, ledger):
+        if next(calls) == 3:
+            holder.append(sqlite3.connect(ledger.path, isolation_level=None))
+            holder[0].execute("BEGIN IMMEDIATE")
+        return answer(self, questions, ledger)
+
+    monkeypatch.setattr(oracle.DatasetAnnotator, "answer", held)
+    run = train("held", output_dir=tmp_path / "run", check=2, **SAVING)
+    again = train("held-still", output_dir=tmp_path / "run", check=2, **SAVING)
+    for stopped in run, again:
+        assert len(errors(stopped)) == 1 and f"{tmp_path}/run/labels.sqlite: cannot be used" in errors(stopped)[0]
+        assert "(database is locked): another process holds it" in errors(stopped)[0]
+    holder[0].close()
+    done = train("let-go", output_dir=tmp_path / "run", **SAVING)
+    assert "resumed from" in done.stdout
+    assert_same_run(done, whole)
+
+
+def other_data(tiny, folder):
+    """As many pairs of another data set."""
+    folder.mkdir()
+    for split in ("train", "test"):
+        text = (tiny / "pairs" / f"{split}.jsonl").read_text().replace("review of", "praise of")
+        (folder / f"{split}.jsonl").write_text(text)
+    return folder
+
+
+def test_the_ledger_of_another_data_set_is_refused_and_reused_answers_are_not(train, tiny, whole, tmp_path):
+    mixer = f"{{{other_data(tiny, tmp_path / 'pairs')}: 1.0}}"
+    (tmp_path / "run").mkdir()
+    shutil.copy(whole.output / "labels.sqlite", tmp_path / "run")
+    before = whole.ledger()
+    run = train("other-data", output_dir=tmp_path / "run", dataset_mixer=mixer, check=2)
+    assert len(errors(run)) == 1 and f"/run/labels.sqlite: {len(before)} of its {len(before)} answers are" in errors(run)[0]
+    assert run.ledger() == before and "--reuse" in errors(run)[0]
+    reuse = [sys.executable, "tools/ledger.py", str(tmp_path / "new"), "--reuse", str(whole.output)]
+    subprocess.run(reuse, cwd=ROOT, check=True, capture_output=True)
+    run = train("reused", output_dir=tmp_path / "new", dataset_mixer=mixer)
+    assert f"{len(before)} answers of other runs are in the ledger, 0 of them of pairs of this run" in run.stdout
+    assert run.summary()["queries"] == len(run.ledger()) - len(before)
+
+
+def other_version(path):
+    with contextlib.closing(sqlite3.connect(path)) as ledger:
+        ledger.execute("PRAGMA user_version = 9")
+
+
+@pytest.mark.parametrize("harm, problem", [
+    (lambda path: path.write_text("pair,label\n" * 1000), "(file is not a database): move it away"),
+    (other_version, "not a ledger of this version (9, not 1): move it away"),
+    (lambda path: path.write_bytes(path.read_bytes()[:4096] + b"\xff" * (path.stat().st_size - 4096)),
+     "(database disk image is malformed): it is damaged"),
+])
+def test_what_is_no_ledger_of_this_version_is_refused_and_left_alone(harm, problem, train, whole, tmp_path):
+    shutil.copytree(whole.output, tmp_path / "run", ignore=shutil.ignore_patterns("summary.json"))
+    harm(tmp_path / "run" / "labels.sqlite")
+    content = (tmp_path / "run" / "labels.sqlite").read_bytes()
+    run = train("no-ledger", output_dir=tmp_path / "run", check=2, **SAVING)
+    assert len(errors(run)) == 1 and f"{tmp_path}/run/labels.sqlite: " in errors(run)[0] and problem in errors(run)[0]
+    assert (tmp_path / "run" / "labels.sqlite").read_bytes() == content
