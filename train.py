@@ -579,6 +579,17 @@ def check_same_run(config, output):
                              "another output_dir, or move that one away")
 
 
+def check_same_start(resume, before, now):
+    """Refuse to go on from a checkpoint where something outside the config has changed that the result depends on.
+
+    before, now: {what: value}; before: None in checkpoints that do not have it.
+    """
+    for name in now if before else ():
+        if before.get(name) != now[name]:
+            raise UsageError(f"{resume}/trainer_state.json: the run in there has {name} {before.get(name)}, this one "
+                             f"{now[name]}: go on as it was, or choose another output_dir")
+
+
 def save_model(engine, tokenizer, output, card):
     """The trained model in Hugging Face form, gathered over ranks; each file is put in place when it is complete."""
     state = {}
@@ -841,9 +852,11 @@ def main(config):
             say(f"{reused:,} answers of other runs are in the ledger, {of_ours:,} of them of pairs of this run")
     step, skipped, seconds_before, evaluation = 0, 0, 0.0, None
     sums = torch.zeros(10, dtype=torch.float64, device=device)  # metrics since the last log
+    start = {"processes": world, "ZeRO stage": ds["zero_optimization"].get("stage", 0), "pairs": train.fingerprint}
     if resume:
-        engine.load_checkpoint(str(resume.parent), tag=resume.name)
         state = read_state(resume)
+        check_same_start(resume, state.get("start"), start)
+        engine.load_checkpoint(str(resume.parent), tag=resume.name)
         step, seconds_before, asker.state, evaluation = (state[k] for k in ("step", "wall_seconds", "oracle", "evaluation"))
         skipped = state.get("skipped", 0)  # in a row
         sums += torch.tensor(state["sums"], dtype=torch.float64, device=device) * (rank() == 0)
@@ -865,7 +878,7 @@ def main(config):
         return metrics
 
     def checkpoint():
-        state = {"step": step, "skipped": skipped, "wall_seconds": seconds_before + time.time() - start_time,
+        state = {"step": step, "start": start, "skipped": skipped, "wall_seconds": seconds_before + time.time() - start_time,
                  "oracle": asker.state, "evaluation": evaluation, "sums": reduced(sums)}
         save_checkpoint(engine, output, state, config.save_total_limit)
 

@@ -454,3 +454,46 @@ def test_what_is_no_ledger_of_this_version_is_refused_and_left_alone(harm, probl
     run = train("no-ledger", output_dir=tmp_path / "run", check=2, **SAVING)
     assert len(errors(run)) == 1 and f"{tmp_path}/run/labels.sqlite: " in errors(run)[0] and problem in errors(run)[0]
     assert (tmp_path / "run" / "labels.sqlite").read_bytes() == content
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What may change on resume
+
+@pytest.mark.parametrize("name, before, now", [
+    ("learning_rate", "0.002", "0.001"), ("gamma", "0.2", "0.5"), ("seed", "42", "43"), ("bf16", "False", "True"),
+    ("max_steps", "6", "8"), ("optim", "'adamw_torch'", "'rmsprop'")])
+def test_a_config_that_computes_something_else_is_refused_with_both_values(name, before, now, train, stopped):
+    run = train("changed", output_dir=stopped, check=2, **SAVING | {name: now.strip("'")})
+    assert len(errors(run)) == 1
+    assert f"{stopped}/config.yaml: the run in there has {name} {before}, this one {now}: " in errors(run)[0]
+
+
+def test_what_is_free_may_change(train, whole, stopped):
+    run = train("free", output_dir=stopped, **SAVING | dict(save_strategy="no", save_steps=1, per_device_eval_batch_size=3,
+                                                            max_queries=1000, num_threads=2))
+    assert "resumed from" in run.stdout
+    assert run.ledger() == whole.ledger() and run.losses() == pytest.approx(whole.losses(), rel=1e-5)
+
+
+def test_the_engine_the_processes_and_the_pairs_may_not_change(train, tiny, stopped, engine_configs):
+    """Where the config is the same, and yet: the engine's file at the same place, another number of processes, the data."""
+    engine, train_file = stopped / "engine.json", stopped / "pairs" / "train.jsonl"
+    engine.write_text(engine_configs[2].read_text())
+    shutil.copytree(tiny / "pairs", stopped / "pairs")
+    keys = SAVING | dict(deepspeed=engine, dataset_mixer=f"{{{stopped}/pairs: 1.0}}", output_dir=stopped / "run")
+    train("start", **keys)
+    (stopped / "run" / "summary.json").unlink()
+
+    def refused(*words, **changed):
+        run = train("other-start", check=2, **keys | changed)
+        assert all(word in "\n".join(errors(run)) for word in (f"{stopped}/run/", *words)), run.stderr
+
+    engine.write_text(engine_configs[3].read_text())
+    refused("checkpoint-6/trainer_state.json: the run in there has ZeRO stage 2, this one 3: ")
+    engine.write_text(engine_configs[2].read_text())
+    lines = train_file.read_text().splitlines(keepends=True)
+    train_file.write_text("".join(lines[1:] + lines[:1]))  # the same pairs in another order
+    refused("checkpoint-6/trainer_state.json: the run in there has pairs ")
+    train_file.write_text("".join(lines))
+    refused("checkpoint-6/trainer_state.json: the run in there has processes 1, this one 2: ", processes=2)
+    train("as-it-was", **keys)
