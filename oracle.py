@@ -298,8 +298,10 @@ class Interrupt:
             signal.signal(number, self)
 
     def remove(self):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        """Not where a stop is under way: the launcher's SIGTERM, which follows, would cut it short."""
+        if not self.asked:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def __call__(self, number, frame):
         if number == signal.SIGINT and self.pressed:
@@ -308,6 +310,7 @@ class Interrupt:
         self.pressed |= number == signal.SIGINT  # the launcher sends SIGTERM behind a Ctrl-C: that is no second one
         self.asked = True
         if self.inside:
+            self.inside = False  # once: under the launcher a second signal follows on the heels of the first
             raise KeyboardInterrupt
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -11,7 +12,18 @@ import time
 
 import pytest
 
-from oracle import DatasetAnnotator, HumanAnnotator, Ledger, LedgerError, Oracle, Question, Waiting, is_audited, wilson
+from oracle import (
+    DatasetAnnotator,
+    HumanAnnotator,
+    Interrupt,
+    Ledger,
+    LedgerError,
+    Oracle,
+    Question,
+    Waiting,
+    is_audited,
+    wilson,
+)
 
 LABELS = {"a": 1, "b": -1, "c": 1, "d": -1}
 
@@ -156,6 +168,25 @@ def test_several_ranks_ask_at_once(tmp_path):
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=120,
                           env={**os.environ, "PYTHONPATH": "."})
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_signal_that_comes_twice_interrupts_once_and_does_not_cut_the_stop_short():
+    """The launcher's SIGTERM follows the one, or the Ctrl-C, that its ranks have had already."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    interrupt, raised = Interrupt(), []
+    try:
+        interrupt.install()
+        interrupt.inside = True
+        for number in before:
+            try:
+                interrupt(number, None)
+            except KeyboardInterrupt:
+                raised.append(number)
+        interrupt.remove()
+        assert raised == [signal.SIGINT] and interrupt.asked and signal.getsignal(signal.SIGTERM) is interrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -7,14 +7,18 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
 import textwrap
+import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from conftest import ROOT, Run, launcher, launcher_environment
 from safetensors.torch import load_file
@@ -177,26 +181,33 @@ def test_training_goes_on_behind_such_a_step_and_ends_at_three_in_a_row(stage, t
 # Ranks that die
 
 @pytest.fixture
-def broken_ranks(tiny, tmp_path):
-    """broken_ranks(code, **keys) → Run of two processes through the launcher; `code` runs in each before train.py does, with
-    `rank` and `at(n)`, which is true at its n-th call. One that hangs fails the test."""
-    def launch(code, **keys):
-        script = tmp_path / "broken.py"
+def broken(tiny, tmp_path):
+    """broken(code, **keys) → the command line, but for its launcher, of train.py behind some code that each rank runs first,
+    with its `rank` and `at(n)`, which is true at its n-th call."""
+    def command(code, **keys):
+        script, config = tmp_path / "broken.py", tmp_path / "tiny.json"  # JSON is YAML
         script.write_text(textwrap.dedent(f"""
             import itertools, os, runpy, signal, sys
             sys.path.insert(0, {str(ROOT)!r})
             import adpo, oracle
-            rank, calls = int(os.environ["RANK"]), itertools.count(1)
+            rank, calls = int(os.environ.get("RANK", 0)), itertools.count(1)
             def at(n):
                 return next(calls) == n
             """) + textwrap.dedent(code) + f"\nrunpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n")
-        config = tmp_path / "tiny.json"  # JSON is YAML
         config.write_text(json.dumps(dict(
             model_name_or_path=f"{tiny}/model", dataset_mixer={f"{tiny}/pairs": 1.0}, output_dir=f"{tmp_path}/run",
             gamma=0.2, learning_rate=2e-3, warmup_ratio=0, per_device_train_batch_size=4, max_prompt_length=16,
             max_length=64, max_steps=6, save_steps=2, do_eval=False, num_threads=1) | keys))
-        done = subprocess.run([*launcher(2)[:-1], str(script), "--config", str(config)], cwd=ROOT, text=True, timeout=90,
-                              env=launcher_environment(), capture_output=True)
+        return [str(script), "--config", str(config)]
+    return command
+
+
+@pytest.fixture
+def broken_ranks(broken, tmp_path):
+    """broken_ranks(code) → Run of two processes through the launcher. One that hangs fails the test."""
+    def launch(code):
+        done = subprocess.run([*launcher(2)[:-1], *broken(code)], cwd=ROOT, text=True, timeout=240, capture_output=True,
+                              env=launcher_environment())
         return Run(tmp_path / "run", done.stdout, done.stderr, done.returncode)
     return launch
 
@@ -497,3 +508,79 @@ def test_the_engine_the_processes_and_the_pairs_may_not_change(train, tiny, stop
     train_file.write_text("".join(lines))
     refused("checkpoint-6/trainer_state.json: the run in there has processes 1, this one 2: ", processes=2)
     train("as-it-was", **keys)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Signals under the launcher, which passes them on in its own way
+
+@pytest.fixture
+def launched(train, tmp_path):
+    """launched(**keys) → (output_dir, the launcher of two processes, under way): a process group as a shell makes one."""
+    started = []
+
+    def launch(**keys):
+        started.append(train.start(2, output_dir=tmp_path / "run", per_device_train_batch_size=4, do_eval=False, **keys))
+        return tmp_path / "run", started[-1]
+
+    yield launch
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for(condition, process):
+    """Until something has happened in a run that is under way."""
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+
+
+def rows_written(output):
+    return (output / "metrics.jsonl").read_text().count("\n") if (output / "metrics.jsonl").exists() else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launchers_group_stops_ranks_that_wait_for_people(number, launched, tiny, tmp_path):
+    """As Ctrl-C and schedulers send it. Each rank gets it twice, from the sender and from the launcher."""
+    with open(tmp_path / "train.jsonl", "w") as file:
+        for line in (tiny / "pairs" / "train.jsonl").read_text().splitlines():
+            file.write(json.dumps({k: v for k, v in json.loads(line).items() if k != "label"}) + "\n")
+    output, process = launched(oracle="human", dataset_mixer=f"{{{tmp_path}/train.jsonl: 1.0}}")
+
+    def asked():
+        return (output / "labels.sqlite").exists() and len(oracle.Ledger(output / "labels.sqlite").open_questions()) == 8
+
+    wait_for(asked, process)
+    os.killpg(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert "stopped: interrupted, 8 of 8 answers are missing" in out and "--num_gpus 2 train.py" in out, out + err
+
+
+def test_sigterm_to_one_rank_stops_all_and_the_launcher_passes_75_on(launched):
+    output, process = launched(max_steps=1000)
+    wait_for(lambda: rows_written(output) >= 3, process)
+    ranks = [child for child in psutil.Process(process.pid).children(recursive=True) if "--local_rank=1" in child.cmdline()]
+    ranks[0].terminate()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and "stopped: interrupted" in out, out + err
+    assert len(list(output.glob("checkpoint-*/trainer_state.json"))) == 1
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once(broken, tmp_path):
+    """In the middle of a step that takes its time."""
+    command = broken("""
+        import pathlib, time
+        def long(*args):
+            pathlib.Path("{folder}/in-a-step").touch()
+            time.sleep(1000)
+        adpo.implicit_rewards = long
+        """.replace("{folder}", str(tmp_path)))
+    process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=launcher_environment(), stderr=subprocess.DEVNULL)
+    wait_for((tmp_path / "in-a-step").exists, process)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)  # two at once would be one
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=100) == -signal.SIGINT
