@@ -15,6 +15,7 @@ Legend: B pairs of a micro-batch, T tokens of a row, N response tokens, V vocabu
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import hashlib
 import importlib.metadata
@@ -27,6 +28,7 @@ import shutil
 import signal
 import sqlite3
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -499,8 +501,8 @@ def save_checkpoint(engine, output, state, limit):
     dist.barrier()
     with writing(output / name, aside):
         engine.save_checkpoint(str(aside), tag=name, save_latest=False)
-    dist.barrier()
-    state = state | {"files": checksums(aside / name)}
+        dist.barrier()
+        state = state | {"files": checksums(aside / name)}
     if rank() == 0:
         replace_text(aside / name / "trainer_state.json", state_text(state))
         shutil.rmtree(output / name, ignore_errors=True)
@@ -1139,6 +1141,13 @@ def command(argv):
     except (UsageError, data.DataError, oracle.LedgerError, FloatingPointError) as error:
         tqdm.write(f"error: {error}", file=sys.stderr)  # a line of its own, whatever bar stands there
         return 1 if isinstance(error, FloatingPointError) else 2
+    except OSError as error:  # what is not written here but by libraries: their caches
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) and "Not enough disk space" not in str(error):
+            raise
+        home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+        tqdm.write(f"error: {one_line(error)}: make room under $HF_HOME ({home}) and $TMPDIR ({tempfile.gettempdir()}), or "
+                   "make them writable; then the same command goes on", file=sys.stderr)
+        return 2
     except RuntimeError as error:
         if not lost_peer(error):
             raise

@@ -81,7 +81,7 @@ MODEL, STATE = "mp_rank_00_model_states.pt", "trainer_state.json"
     (lambda folder: flip_byte(folder / MODEL), f"checkpoint-4/{MODEL} is damaged (its checksum differs)"),
     (lambda folder: (folder / MODEL).write_bytes((folder / MODEL).read_bytes()[:-1]), f"checkpoint-4/{MODEL} is damaged ("),
     (lambda folder: (folder / MODEL).unlink(), f"checkpoint-4/{MODEL} is missing"),
-    (lambda folder: flip_byte(folder / STATE, b'4,\n  "skip'), f"checkpoint-4/{STATE} is damaged (its checksum"),
+    (lambda folder: flip_byte(folder / STATE, b"4,\n"), f"checkpoint-4/{STATE} is damaged (its checksum"),
     (lambda folder: (folder / STATE).write_text('{"step": 4'), f"checkpoint-4/{STATE} is damaged ("),
 ])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(harm, problem, train, whole, stopped):
@@ -328,6 +328,15 @@ def test_a_read_only_output_is_refused_before_anything_is_computed(train, roomy,
     done = train("writable", output_dir=disk.folder / "run", save_steps=20, **LONG)
     assert f"resumed from {done.output}/checkpoint-20" in done.stdout
     assert_same_run(done, roomy)
+
+
+def test_a_full_disk_under_the_caches_is_said_so_too(broken, disk):
+    """The caches of datasets; their place is read at import, hence a process of its own."""
+    disk.fill()
+    done = subprocess.run([sys.executable, *broken("")], cwd=ROOT, text=True, capture_output=True, timeout=240,
+                          env={**launcher_environment(), "HF_HOME": str(disk.folder)})
+    run = Run(None, done.stdout, done.stderr, done.returncode)
+    assert run.code == 2 and len(errors(run)) == 1 and f"$HF_HOME ({disk.folder})" in errors(run)[0]
 
 
 def test_a_reference_cache_that_cannot_be_written_is_named(train, disk, monkeypatch):
