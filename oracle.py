@@ -24,6 +24,7 @@ import signal
 import sqlite3
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -100,7 +101,7 @@ class Ledger:
                 self._keep_trying("PRAGMA journal_mode = WAL", timeout)  # others may read and write while a run is on
                 self.db.executescript(f"BEGIN IMMEDIATE; {self.SCHEMA} PRAGMA user_version = {self.VERSION}; COMMIT;")
         except sqlite3.Error as error:
-            raise LedgerError(f"{path}: cannot be used as a ledger ({error}): close what holds it, or move it away")
+            raise LedgerError(in_words(path, error))
 
     def _keep_trying(self, statement, seconds):
         """SQLite does not wait for another process when it changes the journal's mode, as two that make a ledger do."""
@@ -123,10 +124,11 @@ class Ledger:
         self.db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self.db.execute("COMMIT")
         except BaseException:
-            self.db.execute("ROLLBACK")
+            if self.db.in_transaction:  # on a full disk SQLite has rolled back already
+                self.db.execute("ROLLBACK")
             raise
-        self.db.execute("COMMIT")
 
     # For the run.
 
@@ -156,6 +158,23 @@ class Ledger:
             return self.db.executemany(
                 "INSERT INTO answers (pair, label, source, annotator, margin, step, audit, answered_at, seconds, cost) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (pair) DO NOTHING", rows).rowcount
+
+    def check_pairs(self, ids):
+        """(answers that came from other runs by `tools/ledger.py --reuse`, how many of them are of these pairs).
+
+        ids: all pairs that the run can ask for.  Raises LedgerError where an answer that was bought here is of none of them:
+        then the ledger is that of a run on other data, and counts of it would say nothing.
+        """
+        ids = set(ids)
+        answers = self.db.execute("SELECT pair, step FROM answers ORDER BY step, pair").fetchall()
+        bought, reused = ([pair for pair, step in answers if (step >= 0) == here] for here in (True, False))
+        foreign = [pair for pair in bought if pair not in ids]
+        if foreign:
+            raise LedgerError(
+                f"{self.path}: {len(foreign):,} of its {len(bought):,} answers are of pairs that this run does not have "
+                f"({foreign[0]} is the first): it is the ledger of a run on other data. Choose another output_dir; `python "
+                "tools/ledger.py NEW --reuse OLD` takes over the labels of pairs in both")
+        return len(reused), len(ids.intersection(reused))
 
     def count(self, step=None):
         """Answers bought up to and including an optimiser step (or all). Counted by step, not by row, so that a run that
@@ -248,6 +267,15 @@ class Ledger:
         self.db.close()
 
 
+def in_words(path, error):
+    """What SQLite's error means for the user: the file, what is wrong and what to do."""
+    advice = {"locked": "another process holds it: close that one", "full": "make room on its disk",
+              "readonly": "make it and its folder writable", "unable to open": "look at its folder and its permissions",
+              "not a database": "move it away", "malformed": "it is damaged: put back a copy, or move it away"}
+    todo = next((todo for word, todo in advice.items() if word in str(error)), "look at its disk, or move it away")
+    return f"{path}: cannot be used as a ledger ({error}): {todo}"
+
+
 def portions(ids, size=10_000):
     """The ids in portions, each with its question marks: SQLite takes at most 32,766 parameters."""
     for start in range(0, len(ids), size):
@@ -270,8 +298,10 @@ class Interrupt:
             signal.signal(number, self)
 
     def remove(self):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        """Not where a stop is under way: the launcher's SIGTERM, which follows, would cut it short."""
+        if not self.asked:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def __call__(self, number, frame):
         if number == signal.SIGINT and self.pressed:
@@ -280,6 +310,7 @@ class Interrupt:
         self.pressed |= number == signal.SIGINT  # the launcher sends SIGTERM behind a Ctrl-C: that is no second one
         self.asked = True
         if self.inside:
+            self.inside = False  # once: under the launcher a second signal follows on the heels of the first
             raise KeyboardInterrupt
 
 
@@ -374,8 +405,9 @@ class Oracle:
     def __init__(self, annotator, path, max_queries=None, asks_together=False):
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
-        # Pair ids are host data: they go over gloo, past the GPUs.
-        self.group = dist.new_group(backend="gloo") if self.world > 1 else None
+        # Pair ids are host data: they go over gloo, past the GPUs. Ranks wait there while people are asked, for days if need
+        # be; that a rank has died shows without a timeout, because its connections close.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if self.world > 1 else None
         self.annotator = annotator if self.rank == 0 else None
         self.ledger = Ledger(path) if self.rank == 0 else None
         self.max_queries, self.asks_together = max_queries, asks_together

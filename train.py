@@ -13,7 +13,9 @@ never the gate; metrics are those of all ranks; a run is resumed exactly.
 Legend: B pairs of a micro-batch, T tokens of a row, N response tokens, V vocabulary, H hidden size.
 """
 
+import contextlib
 import dataclasses
+import errno
 import gc
 import hashlib
 import importlib.metadata
@@ -23,13 +25,18 @@ import os
 import resource
 import shlex
 import shutil
+import signal
+import sqlite3
 import sys
+import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import torch
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # `map` forks; threads in the tokeniser would be lost there
+os.environ.setdefault("DEEPSPEED_TIMEOUT", "60")  # minutes: ranks wait while rank 0 tokenises, or uploads the model
 if torch.accelerator.current_accelerator() is None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed's search for one, and its warnings
 
@@ -38,6 +45,7 @@ import torch.distributed as dist
 import transformers
 import yaml
 from deepspeed.accelerator import get_accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -260,16 +268,36 @@ def reference_logps(engine, parts, weights, shared):
         depends = [data.VERSION, weights, pairs.fingerprint, str(next(engine.module.parameters()).dtype), shared,
                    engine.module.lm.config._attn_implementation, all_gather(batches)]
         path = cache / f"reference-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:32]}.safetensors"
-        found = [path.is_file() and load_file(path)["logps"]]
+        found = [cached_logps(path) if rank() == 0 else None]
         dist.broadcast_object_list(found, src=0, device=engine.device)  # rank 0's disk decides for all hosts
-        if found[0] is False:
+        if found[0] is None:
             found[0] = score(engine, pairs, batches, shared, f"reference log-probs ({name})")
             if rank() == 0:
-                cache.mkdir(parents=True, exist_ok=True)
-                save_file({"logps": found[0]}, temporary := path.with_suffix(f".{os.getpid()}.tmp"))
-                os.replace(temporary, path)
+                with writing(path, temporary := path.with_suffix(f".{os.getpid()}.tmp")):
+                    cache.mkdir(parents=True, exist_ok=True)
+                    save_file({"logps": found[0], "crc": crc(found[0])}, temporary)
+                    os.replace(temporary, path)
         scores[name] = found[0]
     return scores
+
+
+def crc(tensor):
+    """CRC-32 of a tensor's bytes, as a tensor."""
+    return torch.tensor(zlib.crc32(tensor.numpy().tobytes()))
+
+
+def cached_logps(path):
+    """The log-probs in a file of the cache, or None where there is none that is whole, said so where it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        found = load_file(path)
+        if "crc" in found and found["crc"] != crc(found["logps"]):  # files of before have none
+            raise ValueError("its checksum differs")
+        return found["logps"]
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        say(f"{path} is damaged ({one_line(error)}): the log-probs of the reference are computed again")
+        return None
 
 
 def all_gather(value):
@@ -355,13 +383,22 @@ class Log:
     def __init__(self, output, engine, step):
         self.path, self.engine = output / "metrics.jsonl", engine
         if rank() == 0:  # a resumed run writes the steps behind its checkpoint again
-            lines = self.path.read_text().splitlines() if self.path.is_file() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            replace_text(self.path, "".join(line + "\n" for line in kept))
+            lines = self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []
+            replace_text(self.path, "".join(line + "\n" for n, line in enumerate(lines, 1) if self.stands(n, line, step)))
+
+    def stands(self, n, line, step):
+        """Whether a line is a row of an optimiser step up to `step`. One that is no row is dropped, and said so."""
+        try:
+            return json.loads(line)["step"] <= step
+        except (ValueError, KeyError, TypeError):
+            say(f"{self.path}, line {n}: cut off or damaged, dropped")
+            return False
 
     def write(self, row):
+        """row: {metric: value}. A number that is not finite becomes null: JSON has no word for it."""
         if rank() == 0:
-            with open(self.path, "a") as file:
+            row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            with writing(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
             if self.engine.monitor.enabled:
                 self.engine.monitor.write_events([
@@ -369,11 +406,40 @@ class Log:
                     if isinstance(value, (int, float)) and name != "step"])
 
 
+@contextlib.contextmanager
+def writing(path, scrap=None):
+    """Around what writes a file or a folder. On a disk that takes no more, UsageError in one line; whatever goes wrong, the
+    half-written `scrap`, a file or a folder, is removed."""
+    try:
+        yield
+    except BaseException as error:
+        if scrap and scrap.is_dir():
+            shutil.rmtree(scrap, ignore_errors=True)
+        elif scrap and scrap.exists():
+            scrap.unlink()
+        if "inline_container" in str(error):  # torch.save's way to say so
+            reason = "the disk took only a part"
+        elif isinstance(error, (OSError, SafetensorError)):
+            reason = getattr(error, "strerror", None) or one_line(error)
+        else:
+            raise
+        raise UsageError(f"{path}: cannot be written ({reason}): make room, or make it writable; then the same command goes "
+                         "on from the last checkpoint")
+
+
+def check_writable(output):
+    """Refuse an output_dir where nothing can be written, before hours are spent."""
+    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"output_dir {output}: nothing can be written in {there}: make it writable, or choose another one")
+
+
 def replace_text(path, text):
     """Write a file so that it is the old one or the new one, whatever happens."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(path, temporary):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def checkpoints(output):
@@ -386,16 +452,67 @@ def checkpoints(output):
     return dict(sorted(found.items()))
 
 
+def checksums(folder):
+    """{file: [bytes, CRC-32]} of a checkpoint but for trainer_state.json. All ranks call it together and share the work."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    mine = {}
+    for name in [name for name in names if name != "trainer_state.json"][rank()::dist.get_world_size()]:
+        size = crc = 0
+        with open(folder / name, "rb") as file:
+            while block := file.read(1 << 24):
+                size, crc = size + len(block), zlib.crc32(block, crc)
+            os.fsync(file.fileno())  # on the disk before an older checkpoint goes
+        mine[name] = [size, crc]
+    return {name: found for part in all_gather(mine) for name, found in part.items()}
+
+
+def state_text(state):
+    """trainer_state.json, with a checksum of its own."""
+    return json.dumps({**state, "checksum": zlib.crc32(json.dumps(state).encode())}, indent=2)
+
+
+def read_state(folder):
+    """What trainer_state.json holds. Raises OSError or ValueError where it cannot be read or is not what was written."""
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    if not isinstance(state, dict):
+        raise ValueError("it holds no keys")
+    checksum = state.pop("checksum", None)
+    if "files" in state and checksum != zlib.crc32(json.dumps(state).encode()):
+        raise ValueError("its checksum differs")
+    return state
+
+
+def damage(folder):
+    """What is wrong with a checkpoint, naming the file, or None. All ranks call it together."""
+    try:
+        expected = read_state(folder).get("files")
+    except (OSError, ValueError) as error:
+        return f"{folder}/trainer_state.json is damaged ({one_line(error)})"
+    if expected is None:
+        say(f"{folder} was written before checkpoints had checksums: taken as it is")
+        return None
+    found = checksums(folder)
+    for name, (size, crc) in expected.items():
+        if name not in found:
+            return f"{folder}/{name} is missing"
+        if found[name] != [size, crc]:
+            what = f"{found[name][0]:,} of {size:,} bytes" if found[name][0] != size else "its checksum differs"
+            return f"{folder}/{name} is damaged ({what})"
+    return None
+
+
 def save_checkpoint(engine, output, state, limit):
     """Write a checkpoint aside, give it its name when it is complete, then drop what save_total_limit does not keep."""
     aside, name = output / ".checkpoint", f"checkpoint-{state['step']}"
     if rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)
     dist.barrier()
-    engine.save_checkpoint(str(aside), tag=name, save_latest=False)
-    dist.barrier()
+    with writing(output / name, aside):
+        engine.save_checkpoint(str(aside), tag=name, save_latest=False)
+        dist.barrier()
+        state = state | {"files": checksums(aside / name)}
     if rank() == 0:
-        replace_text(aside / name / "trainer_state.json", json.dumps(state, indent=2))
+        replace_text(aside / name / "trainer_state.json", state_text(state))
         shutil.rmtree(output / name, ignore_errors=True)
         os.replace(aside / name, output / name)
         shutil.rmtree(aside)
@@ -404,8 +521,38 @@ def save_checkpoint(engine, output, state, limit):
     dist.barrier()
 
 
+def newest_whole_checkpoint(output):
+    """The folder of the newest checkpoint that is what was written, or None where there is none at all.
+
+    Damaged ones that are newer are renamed, so that nothing takes them for checkpoints again: the run comes to their steps
+    once more, with the same answers, which are in the ledger. All ranks call it together.
+    """
+    for path in [output / ".checkpoint", *sorted(output.glob("checkpoint-*"))]:
+        if path.is_dir() and path.suffix != ".damaged" and not (path / "trainer_state.json").is_file():
+            say(f"{path} is half-written: skipped")
+    damaged = {}
+    for folder in reversed(checkpoints(output).values()):
+        problem = damage(folder)
+        if problem is None:
+            break
+        damaged[folder] = problem
+    else:
+        if damaged:
+            raise UsageError(f"{'; '.join(damaged.values())}; no other checkpoint is there: restore it, or move it away to "
+                             f"start from step 0, with the labels of {output}/labels.sqlite")
+        return None
+    for bad, problem in damaged.items():
+        aside = bad.with_name(f"{bad.name}.damaged")
+        say(f"{problem}: set aside as {aside.name}, going back to {folder.name}")
+        if rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(bad, aside)
+    dist.barrier()
+    return folder
+
+
 def find_checkpoint(config, output):
-    """The checkpoint folder to resume from, or None."""
+    """The checkpoint folder to resume from, or None. Raises UsageError where the one that is asked for is damaged."""
     wanted = config.resume_from_checkpoint
     if wanted is not None and wanted.lower() in ("false", "no", "0"):
         if checkpoints(output):
@@ -413,13 +560,15 @@ def find_checkpoint(config, output):
                              "output_dir, or move that one away")
         return None
     if wanted is None or wanted.lower() in ("true", "yes", "1"):
-        complete = checkpoints(output)
-        if not complete and wanted is not None:
+        newest = newest_whole_checkpoint(output)
+        if not newest and wanted is not None:
             raise UsageError(f"resume_from_checkpoint: {output} holds no complete checkpoint")
-        return list(complete.values())[-1] if complete else None
+        return newest
     folder = Path(wanted)
     if not (folder / "trainer_state.json").is_file():
         raise UsageError(f"resume_from_checkpoint {folder}: no complete checkpoint there (no trainer_state.json)")
+    if problem := damage(folder):
+        raise UsageError(f"resume_from_checkpoint: {problem}: name another one, or none to take the newest that is whole")
     return folder
 
 
@@ -428,12 +577,27 @@ def check_same_run(config, output):
     path = output / "config.yaml"
     if not path.is_file():
         return
-    before = yaml.safe_load(path.read_text())["config"]
+    try:
+        before = dict(yaml.safe_load(path.read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError) as error:
+        raise UsageError(f"{path} is damaged ({one_line(error)}), so that nobody can say whether this is the same run: "
+                         "restore it; or, if you are sure, delete it, and it is written anew")
     now = dataclasses.asdict(config)
     for name in now:
         if name not in FREE_ON_RESUME and before.get(name) != now[name]:
             raise UsageError(f"{path}: the run in there has {name} {before.get(name)!r}, this one {now[name]!r}: choose "
                              "another output_dir, or move that one away")
+
+
+def check_same_start(resume, before, now):
+    """Refuse to go on from a checkpoint where something outside the config has changed that the result depends on.
+
+    before, now: {what: value}; before: None in checkpoints that do not have it.
+    """
+    for name in now if before else ():
+        if before.get(name) != now[name]:
+            raise UsageError(f"{resume}/trainer_state.json: the run in there has {name} {before.get(name)}, this one "
+                             f"{now[name]}: go on as it was, or choose another output_dir")
 
 
 def save_model(engine, tokenizer, output, card):
@@ -447,11 +611,12 @@ def save_model(engine, tokenizer, output, card):
         transformers.utils.logging.disable_progress_bar()
         staging = output / ".model"
         shutil.rmtree(staging, ignore_errors=True)
-        engine.module.lm.save_pretrained(staging, state_dict=state)
-        tokenizer.save_pretrained(staging)
-        (staging / "README.md").write_text(card, encoding="utf-8")
-        for path in staging.iterdir():
-            os.replace(path, output / path.name)
+        with writing(output / "model.safetensors", staging):
+            engine.module.lm.save_pretrained(staging, state_dict=state)
+            tokenizer.save_pretrained(staging)
+            (staging / "README.md").write_text(card, encoding="utf-8")
+            for path in staging.iterdir():
+                os.replace(path, output / path.name)
         staging.rmdir()
     dist.barrier()
 
@@ -496,6 +661,16 @@ def closing_line(summary):
         parts.append("gold reward of generations "
                      f"{summary['gold_reward_before']:+.2f} → {summary['gold_reward_after']:+.2f}")
     return " · ".join([*parts, f"{summary['wall_seconds']:.0f} s"])
+
+
+def read_summary(path):
+    """summary.json of a run that has ended. Raises UsageError where it is damaged."""
+    try:
+        closing_line(summary := json.loads(path.read_text(encoding="utf-8")))
+        return summary
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UsageError(f"{path} is damaged ({one_line(error)}): restore it, or delete it, and the same command goes on "
+                         "from the last checkpoint and writes it anew")
 
 
 def versions():
@@ -628,7 +803,10 @@ def policy_and_reference(config, ds, parts):
     and freed before the policy is loaded. parts: {"train": (pairs, batches), …}.
     """
     def prepare(name, zero, with_optimizer):
-        module = load_model(config, name)
+        try:
+            module = load_model(config, name)
+        except SafetensorError as error:
+            raise UsageError(f"model {name}: a file of its weights is damaged ({one_line(error)}): fetch it again")
         shared = module.why_not_shared() is None
         optimizer = make_optimizer(config, module, ds) if with_optimizer else None
         weights = weights_fingerprint(module, name)
@@ -661,8 +839,9 @@ def main(config):
     output = Path(config.output_dir)
     check_same_run(config, output)
     if (output / "summary.json").is_file():
-        say(f"{output} is finished: {closing_line(json.loads((output / 'summary.json').read_text()))}")
+        say(f"{output} is finished: {closing_line(read_summary(output / 'summary.json'))}")
         return say("to train again, choose another --output_dir or move that one away")
+    check_writable(output)
     resume = find_checkpoint(config, output)
 
     # Data, policy, reference.
@@ -679,17 +858,25 @@ def main(config):
 
     # The run's folder, its ledger, and where it stands.
     if rank() == 0:
-        output.mkdir(parents=True, exist_ok=True)
+        with writing(output):
+            output.mkdir(parents=True, exist_ok=True)
         replace_text(output / "config.yaml", yaml.safe_dump(
             {"config": dataclasses.asdict(config), "versions": versions()}, sort_keys=False, allow_unicode=True))
     dist.barrier()
     asker = oracle.Oracle(annotator, output / "labels.sqlite", config.max_queries, config.oracle != "dataset")
-    step, seconds_before, evaluation = 0, 0.0, None
+    if asker.ledger:
+        reused, of_ours = asker.ledger.check_pairs(train.ids)
+        if reused:
+            say(f"{reused:,} answers of other runs are in the ledger, {of_ours:,} of them of pairs of this run")
+    step, skipped, seconds_before, evaluation = 0, 0, 0.0, None
     sums = torch.zeros(10, dtype=torch.float64, device=device)  # metrics since the last log
+    start = {"processes": world, "ZeRO stage": ds["zero_optimization"].get("stage", 0), "pairs": train.fingerprint}
     if resume:
+        state = read_state(resume)
+        check_same_start(resume, state.get("start"), start)
         engine.load_checkpoint(str(resume.parent), tag=resume.name)
-        state = json.loads((resume / "trainer_state.json").read_text())
         step, seconds_before, asker.state, evaluation = (state[k] for k in ("step", "wall_seconds", "oracle", "evaluation"))
+        skipped = state.get("skipped", 0)  # in a row
         sums += torch.tensor(state["sums"], dtype=torch.float64, device=device) * (rank() == 0)
         say(f"resumed from {resume} at step {step:,} of {schedule.total_steps:,}")
     log = Log(output, engine, step)
@@ -709,8 +896,8 @@ def main(config):
         return metrics
 
     def checkpoint():
-        state = {"step": step, "wall_seconds": seconds_before + time.time() - start_time, "oracle": asker.state,
-                 "evaluation": evaluation, "sums": reduced(sums)}
+        state = {"step": step, "start": start, "skipped": skipped, "wall_seconds": seconds_before + time.time() - start_time,
+                 "oracle": asker.state, "evaluation": evaluation, "sums": reduced(sums)}
         save_checkpoint(engine, output, state, config.save_total_limit)
 
     # The loop.
@@ -757,6 +944,7 @@ def main(config):
 
             o = o.to(device)
             losses = adpo.preference_loss(margin, o, config.loss_type, config.beta, config.label_smoothing)  # (B,)
+            losses = losses * (1 + 0 * losses.detach())  # times 1; an infinite loss gets a gradient of NaN, never a step
             # The step's loss is the mean over its pairs, however they are cut; DeepSpeed divides by micro-steps and ranks.
             engine.backward((losses * batch.weights).sum() * (engine.gradient_accumulation_steps() * world / step_pairs))
             if engine.is_gradient_accumulation_boundary():
@@ -765,6 +953,7 @@ def main(config):
             sums += metric_sums(losses, rewards, logps, o, batch.weights, batch.tokens)
 
         asker.report_pseudo(unasked)
+        skipped = skipped_in_a_row(skipped, engine, grad_norm, step, [train.ids[row] for row in schedule.rows(step)])
         step += 1
         epoch_end, last = step % schedule.epoch_steps == 0, step == schedule.total_steps
         if step % config.logging_steps == 0 or last or (step == 1 and config.logging_first_step):
@@ -871,10 +1060,33 @@ def bar_text(row, seen, evaluation, cost):
 
 def gradient_norm(engine):
     """Norm of the step's gradient, before clipping, where the engine itself keeps no account of it (fp32 without ZeRO);
-    else None, and `engine.get_global_grad_norm()` says it after the step."""
+    else None, and `engine.get_global_grad_norm()` says it after the step. One that is not finite keeps the engine from
+    taking the step; under ZeRO it does so by itself."""
     if engine.zero_optimization():
         return None
-    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).item()
+    if not math.isfinite(norm):
+        engine.zero_grad()
+        engine.set_gradient_accumulation_boundary(False)  # until skipped_in_a_row
+    return norm
+
+
+def skipped_in_a_row(before, engine, grad_norm, step, ids):
+    """How many steps in a row were not taken because their gradient was no finite number, up to this one: 0 where it was
+    taken. Names the pairs of one that was not, and raises FloatingPointError at the third.
+
+    before: that number, up to the step before.  grad_norm: what gradient_norm said.  ids: the step's pairs, over all ranks.
+    """
+    if grad_norm is not None:
+        engine.set_gradient_accumulation_boundary(None)  # back to counting micro-steps
+    if not (engine.optimizer.overflow if grad_norm is None else not math.isfinite(grad_norm)):
+        return 0
+    what = f"step {step + 1:,}: the loss or its gradient is not a finite number, so the step is not taken; its pairs are"
+    if before + 1 < 3:
+        say(f"{what} {', '.join(ids)}")
+        return before + 1
+    raise FloatingPointError(f"{what} {', '.join(ids)}; it is the third in a row: lower learning_rate, or look at the "
+                             "model's weights and at these pairs. The checkpoints are as they were")
 
 
 def due(strategy, every, step, epoch_end):
@@ -912,6 +1124,22 @@ def same_command(argv):
     return shlex.join([*launcher, "train.py", *(arg for arg in argv if not arg.startswith("--local_rank"))])
 
 
+def lost_peer(error):
+    """Whether a collective failed because another rank is gone, which is what has to be looked at."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
+def leave_the_word_to_the_other(error):
+    """Wait for the launcher to end this rank: it looks once a second for a rank that has ended and takes the exit code of
+    the first that it finds, which is to be that of the rank that has something to say. Returns the exit code without it."""
+    reason = one_line(error)
+    reason = reason.partition("] ")[2].partition(". ")[0] or reason  # gloo's has the place in its source, and advice
+    tqdm.write(f"rank {rank()}: stopped, another rank is gone ({reason})", file=sys.stderr)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(10)
+    return 1
+
+
 def command(argv):
     """The command line. Returns the exit code: 0; 75 where answers are missing and the same command resumes; 2 where the
     user has to change something; 1 where training broke down. Behind 1 and 2 stands one line that says what is wrong."""
@@ -924,9 +1152,24 @@ def command(argv):
         say(f"stopped: {waiting}. All answers so far are in {config.output_dir}/labels.sqlite. Resume with\n"
             f"    {same_command(argv)}")
         return 75
+    except sqlite3.Error as error:
+        what = oracle.in_words(Path(config.output_dir) / "labels.sqlite", error)
+        tqdm.write(f"error: {what}; then the same command goes on from the last checkpoint", file=sys.stderr)
+        return 2
     except (UsageError, data.DataError, oracle.LedgerError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        tqdm.write(f"error: {error}", file=sys.stderr)  # a line of its own, whatever bar stands there
         return 1 if isinstance(error, FloatingPointError) else 2
+    except OSError as error:  # what is not written here but by libraries: their caches
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) and "Not enough disk space" not in str(error):
+            raise
+        home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+        tqdm.write(f"error: {one_line(error)}: make room under $HF_HOME ({home}) and $TMPDIR ({tempfile.gettempdir()}), or "
+                   "make them writable; then the same command goes on", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        return leave_the_word_to_the_other(error)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -11,7 +12,18 @@ import time
 
 import pytest
 
-from oracle import DatasetAnnotator, HumanAnnotator, Ledger, LedgerError, Oracle, Question, Waiting, is_audited, wilson
+from oracle import (
+    DatasetAnnotator,
+    HumanAnnotator,
+    Interrupt,
+    Ledger,
+    LedgerError,
+    Oracle,
+    Question,
+    Waiting,
+    is_audited,
+    wilson,
+)
 
 LABELS = {"a": 1, "b": -1, "c": 1, "d": -1}
 
@@ -95,7 +107,7 @@ def test_what_is_no_ledger_of_ours_is_refused_and_left_alone(tmp_path):
     assert before == [(tmp_path / name).read_bytes() for name in ("text", "other")]
     held = sqlite3.connect(tmp_path / "held", isolation_level=None)
     held.execute("BEGIN EXCLUSIVE")
-    with pytest.raises(LedgerError, match="held: cannot be used as a ledger .*locked.*close what holds it"):
+    with pytest.raises(LedgerError, match="held: cannot be used as a ledger .*locked.*another process holds it"):
         Ledger(tmp_path / "held", timeout=0.1)
 
 
@@ -119,16 +131,23 @@ def test_pseudo_labels_are_graded_by_the_truth_and_nothing_comes_back(tmp_path):
 
 
 def test_several_ranks_ask_at_once(tmp_path):
-    """Three processes: one ledger, rank 0's; a pair that two ranks ask for is asked once; each gets its own answers."""
+    """Three processes: one ledger, rank 0's; a pair that two ranks ask for is asked once; each gets its own answers. The
+    annotator may take longer than a collective's usual timeout, here a second."""
     script = tmp_path / "ranks.py"
     script.write_text(textwrap.dedent("""
-        import sys
+        import datetime, sys, time
         import torch.distributed as dist, torch.multiprocessing as mp
         from oracle import DatasetAnnotator, Oracle
 
+        class Slow(DatasetAnnotator):
+            def answer(self, *args):
+                time.sleep(3)
+                super().answer(*args)
+
         def work(rank, folder):
             dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=3)
-            annotator = DatasetAnnotator({"a": 1, "b": -1, "c": 1, "d": -1}) if rank == 0 else None
+            dist.distributed_c10d.default_pg_timeout = datetime.timedelta(seconds=1)
+            annotator = Slow({"a": 1, "b": -1, "c": 1, "d": -1}) if rank == 0 else None
             oracle = Oracle(annotator, f"{folder}/labels.sqlite")
             ids = [["a", "b"], ["b", "c", "d"], [None]][rank]
             ask = [[True, True], [True, False, True], [True]][rank]
@@ -149,6 +168,25 @@ def test_several_ranks_ask_at_once(tmp_path):
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=120,
                           env={**os.environ, "PYTHONPATH": "."})
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_signal_that_comes_twice_interrupts_once_and_does_not_cut_the_stop_short():
+    """The launcher's SIGTERM follows the one, or the Ctrl-C, that its ranks have had already."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    interrupt, raised = Interrupt(), []
+    try:
+        interrupt.install()
+        interrupt.inside = True
+        for number in before:
+            try:
+                interrupt(number, None)
+            except KeyboardInterrupt:
+                raised.append(number)
+        interrupt.remove()
+        assert raised == [signal.SIGINT] and interrupt.asked and signal.getsignal(signal.SIGTERM) is interrupt
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

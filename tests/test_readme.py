@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT, Run, launcher_environment
 
-from config import Config
+from config import FREE_ON_RESUME, Config
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL) for line in block.splitlines()]
@@ -50,6 +50,12 @@ def test_every_key_that_the_readme_names_exists():
     tools = {"host", "export", "import", "format", "csv", "reuse", "kills"}
     named = set(re.findall(r"--(\w+)", README))
     assert named and named <= ours | launchers | tools
+
+
+def test_what_may_differ_on_resume_is_what_the_code_lets_differ():
+    table = README.partition("What may differ on resume")[2].partition("may not: exit code 2")[0]
+    named = re.findall(r"`(\w+)`", table)
+    assert set(named) == FREE_ON_RESUME and len(named) == len(FREE_ON_RESUME)
 
 
 def test_no_core_file_imports_trl():
