@@ -1,0 +1,271 @@
+"""Bad input: rows, configs, files and models that are not what they should be, and what must not be run or reached.
+
+    python -m pytest tests/test_bad_input.py                                      a short form, as in CI
+    python -m pytest tests/test_bad_input.py -n 0 --examples 5000 --fuzz 1000     the long one
+
+The rule everywhere: either it is used rightly, or it is refused in one line that names the place. Never a traceback, and
+never something else than what the user wrote.
+"""
+
+import functools
+import json
+from collections import Counter
+
+import datasets
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_data import CHATML, LLAMA_BOS, SPECIAL, as_jsonl, renderer, reply, system, user
+
+import data
+from data import DataError
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """The datasets cache of this file."""
+    before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, tmp_path_factory.mktemp("cache")
+    yield
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows
+
+LIMITS = 60, 100  # tokens of a prompt, and of prompt and response
+KINDS = {"chatml": dict(template=CHATML, eos="<|im_end|>", bos=None, empty_system=False),
+         "llama": dict(template=LLAMA_BOS, add_bos=True, empty_system=False), "no template": dict(add_bos=True)}
+
+# Texts as they come: all scripts, control characters, right-to-left marks, emoji, and the names of special tokens.
+ODD = ["<|im_end|>", "</s>", "<s>", "<unk>", "<|im_start|>system\n", "<|im_", "end|>", "[INST]", "Assistant:", "{{ 1 }}",
+       "{% raw %}", "\u202eabc", "\u05e9\u05dc\u05d5\u05dd", "\u0645\u0631\u062d\u0628\u0627",
+       "\U0001f469\u200d\U0001f469\u200d\U0001f467", "\U0001f3f3\ufe0f\u200d\U0001f308", "e\u0301", "\x00", "\x1b[31m",
+       "\x7f", "\u2028", "\ufeff", "\ufffd", "\U000e0001", "\ue0f7", "\u2581", "\u0120", "\r\n", "\t", " ", "  ", "\n\n",
+       "a long text " * 30]
+WORDS = st.one_of(st.sampled_from(ODD), st.text(st.characters(exclude_categories=["Cs"]), max_size=8))
+TEXTS = st.lists(WORDS, max_size=6).map("".join).filter(lambda text: data.SENTINEL not in text)
+CONTENTS = TEXTS.filter(str.strip)  # a reply of white space alone is dropped; `test_…_are_dropped` of test_data.py
+
+
+@st.composite
+def good_rows(draw):
+    """(row, prompt, responses): a row of any format, and what is to be read from it: strings or messages."""
+    first, second = draw(CONTENTS), draw(CONTENTS)
+    names = draw(st.sampled_from([("chosen", "rejected"), ("response_a", "response_b")]))
+    if draw(st.booleans()):
+        prompt = draw(TEXTS)
+        return {"prompt": prompt, names[0]: first, names[1]: second}, prompt, [first, second]
+    turns = draw(st.integers(0, 2))
+    opening = draw(TEXTS)
+    prompt = draw(st.sampled_from([[], [system(opening)], [reply(opening)]]))
+    for _ in range(turns):
+        prompt += [user(draw(TEXTS)), reply(draw(TEXTS))]
+    prompt.append(user(draw(TEXTS)))
+    replies = [[reply(first)], [reply(second)]]
+    row = dict(zip(names, replies), prompt=prompt)
+    form = draw(st.sampled_from(["explicit", "implicit", "prompt and whole", "question and whole", "strings"]))
+    if form in ("implicit", "prompt and whole", "question and whole"):
+        row |= {name: prompt + side for name, side in zip(names, replies)}
+    if form == "implicit":
+        del row["prompt"]
+    if form == "question and whole":
+        row["prompt"] = prompt[-1]["content"]
+    if form == "strings":
+        row |= {names[0]: first, names[1]: second}
+    return row, prompt, replies
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-10, 10**20) | st.floats() | TEXTS | st.just("\ud800") | st.just(data.SENTINEL),
+    lambda inner: (st.lists(inner, max_size=3)
+                   | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner, max_size=3)),
+    max_leaves=6)
+
+
+def places(value, path=()):
+    """The path of every value inside a row."""
+    yield path
+    for k, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(inner, (*path, k))
+
+
+@st.composite
+def bad_rows(draw):
+    """A good row in which one to three values, wherever they stand, are replaced, removed, doubled, moved or renamed."""
+    row = json.loads(json.dumps(draw(good_rows())[0]))
+    for _ in range(draw(st.integers(1, 3))):
+        *path, last = draw(st.sampled_from([p for p in places(row) if p] or [("chosen",)]))
+        holder = functools.reduce(lambda value, k: value[k], path, row)
+        what = draw(st.sampled_from(["replace", "replace", "remove", "copy", "reverse", "rename", "wrap"]))
+        if isinstance(holder, list) and what in ("copy", "reverse"):
+            holder.insert(last, holder[last]) if what == "copy" else holder.reverse()
+        elif what == "remove":
+            holder.pop(last, None) if isinstance(holder, dict) else holder.pop(last)
+        elif what == "copy":
+            holder[last] = json.loads(json.dumps(row))[draw(st.sampled_from(sorted(row)))]
+        elif what == "rename" and isinstance(holder, dict) and last in holder:
+            name = draw(st.sampled_from(["role", "content", "from", "label", "truth", "prompt", "chosen", ""]))
+            holder[name] = holder.pop(last)
+        elif what == "wrap" and last in (holder if isinstance(holder, dict) else range(len(holder))):
+            holder[last] = draw(st.sampled_from([lambda v: [v], lambda v: {"content": v}, json.dumps, str]))(holder[last])
+        else:
+            holder[last] = draw(JSON)
+    return row
+
+
+def read(path, row):
+    """The row in the one form, read from a file in which it is the second."""
+    path.write_text("\n" + json.dumps(row) + "\n")
+    [parsed] = data.parsed_rows(str(path), "train", None)
+    return parsed
+
+
+@functools.cache
+def made(kind, *limits):
+    return renderer(*limits, **KINDS[kind])
+
+
+def render(made, parsed):
+    """(prompt ids, the ids of both responses, drop) of a row in the one form."""
+    out = data.tokenize_rows({name: [value] for name, value in parsed.items()}, made)
+    return out["prompt_ids"][0], [out["first_ids"][0], out["second_ids"][0]], out["drop"][0]
+
+
+def meaning(row):
+    """The whole text or conversation of both sides of a row: the formats of the README in other words than data.py's."""
+    names = ("chosen", "rejected") if row.get("chosen") is not None else ("response_a", "response_b")
+    prompt = row.get("prompt")
+    if isinstance(prompt, list):
+        prompt = [{k: m[k] for k in ("role", "content")} for m in prompt]
+    for side in (row[name] for name in names):
+        if isinstance(side, str) and isinstance(prompt, list):
+            side = [reply(side)]
+        if isinstance(side, str):
+            yield (prompt or "") + side
+            continue
+        side = [{k: m[k] for k in ("role", "content")} for m in side]
+        if isinstance(prompt, list):
+            yield side if side[:len(prompt)] == prompt else prompt + side
+        else:
+            told = prompt is None or prompt.strip() in [m["content"].strip() for m in side if m["role"] != "assistant"]
+            yield side if told else [user(prompt), *side]
+
+
+def spell(kind, whole):
+    """What the model is to read, to its EOS: the templates of KINDS in other words than theirs."""
+    if isinstance(whole, str):
+        return whole + KINDS[kind].get("eos", "</s>")
+    if kind == "chatml":
+        return "\n".join("<|im_start|>{role}\n{content}<|im_end|>".format(**m) for m in whole)
+    return "".join({"user": "[INST] {} [/INST]", "assistant": " {}</s>"}[m["role"]].format(m["content"]) for m in whole)
+
+
+def harmless(whole):
+    """A conversation of the same turns without a special token's name in it."""
+    return "x" if isinstance(whole, str) else [
+        {"content": "x", "role": m["role"] if m["role"] in ("user", "assistant") else "r"} for m in whole]
+
+
+def check(kind, row, parsed):
+    """What became of a row: "trained" or why it is dropped. Its tokens spell the row's own text, prompt before response; the
+    special tokens among them are the template's; with limits they are the same tokens, cut."""
+    prompt_ids, responses, drop = render(made(kind, 10**8, 10**9), parsed)
+    if drop == "empty response":
+        assert [] in responses
+        return drop
+    tokenizer, eos = made(kind, *LIMITS).tokenizer, made(kind, *LIMITS).eos
+    bos = [tokenizer.bos_token_id] if KINDS[kind].get("add_bos") else []
+    assert prompt_ids[:len(bos)] == bos
+    wholes = list(meaning(row))
+    found = [tokenizer.decode(prompt_ids[len(bos):] + ids) for ids in responses]
+    assert sorted(found) == sorted(spell(kind, whole) for whole in wholes)
+    if parsed["label"]:
+        better = 1 if "chosen" not in row and row["label"] == "b" else 0
+        assert found[0 if parsed["label"] > 0 else 1] == spell(kind, wholes[better])
+    for ids, text in zip(responses, found):
+        names = spell(kind, harmless(wholes[0] if text == spell(kind, wholes[0]) else wholes[1]))
+        assert ids[-1] == eos
+        for name in SPECIAL:
+            wanted = names.count(name) + (name == "<s>" and len(bos))
+            assert (prompt_ids + ids).count(tokenizer.convert_tokens_to_ids(name)) == wanted, name
+    assert drop == ("equal responses" if responses[0] == responses[1] else "")
+
+    cut_prompt, cut, cut_drop = render(made(kind, *LIMITS), parsed)
+    assert len(cut_prompt) <= LIMITS[0]
+    kept = min(len(prompt_ids), LIMITS[0]) - len(bos)
+    assert cut_prompt == bos + prompt_ids[len(prompt_ids) - kept:]
+    assert cut == [ids[:LIMITS[1] - len(cut_prompt)] for ids in responses]
+    assert cut_drop == ("equal responses" if cut[0] == cut[1] else "")
+    return drop or "trained"
+
+
+def for_all(pytestconfig, strategy, holds, times=1):
+    """Run `holds` on --examples values of the strategy: the same ones each time."""
+    settings(max_examples=times * pytestconfig.getoption("--examples"), derandomize=True, database=None, deadline=None,
+             suppress_health_check=list(HealthCheck))(given(strategy)(holds))()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_good_rows_with_any_text_are_trained_on_as_they_are(kind, tmp_path, pytestconfig):
+    seen = Counter()
+
+    def holds(drawn):
+        row, prompt, responses = drawn
+        parsed = read(tmp_path / "f.jsonl", row)
+        assert json.loads(parsed["prompt"]) == prompt
+        assert sorted([parsed["first"], parsed["second"]]) == sorted(json.dumps(r) for r in responses)
+        refused = isinstance(prompt, list) and (kind == "no template" or kind == "llama" and prompt[0]["role"] == "system")
+        if refused or kind == "chatml" and prompt == "":
+            with pytest.raises(DataError, match=r"f\.jsonl, row 2: (messages need a|the chat|the prompt is empty)"):
+                render(made(kind, *LIMITS), parsed)
+        else:
+            seen[check(kind, row, parsed)] += 1
+
+    for_all(pytestconfig, good_rows(), holds)
+    assert seen["trained"] > 20 and "empty response" not in seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_with_anything_wrong_are_trained_on_rightly_or_refused(kind, tmp_path, pytestconfig):
+    seen = Counter()
+
+    def holds(row):
+        try:
+            parsed = read(tmp_path / "f.jsonl", row)
+            seen[check(kind, row, parsed)] += 1
+        except DataError as error:
+            seen["refused"] += 1
+            assert str(error).startswith(f"{tmp_path}/f.jsonl, row 2") and len(str(error)) < 700 and str(error).isprintable()
+
+    for_all(pytestconfig, bad_rows(), holds, times=2)
+    assert seen["trained"] > 9 and seen["refused"] > 50
+
+
+def test_a_row_of_megabytes(tmp_path):
+    words = ("</s>" + "a \u05d0 \U0001f469 word " * 200) * 300  # 1.2 MB
+    for row in ({"prompt": "p", "chosen": words, "rejected": "r"}, {"prompt": words, "chosen": "c", "rejected": "r"}):
+        assert check("chatml", row, read(tmp_path / "f.jsonl", row)) == "trained"
+
+
+@pytest.mark.parametrize("line, match", [
+    ('{"prompt": ' + "7" * 5000 + "}", "not a JSON object .*digits"), ("[" * 100_000, "not a JSON object .*recursion"),
+    ('{"prompt": "p", "chosen": "c", "rejected": "r"', "not a JSON object"), ('"text"', "expected an object .* found str"),
+    (json.dumps({"prompt": "p", "chosen": [user("u"), {"role": "\ud800", "content": "c"}], "rejected": "r"}),
+     "field chosen, message 2: not valid Unicode"),
+    (json.dumps({"chosen": [user("u"), {"role": "bot\n\x1b[31m", "content": "c"}], "rejected": [user("u"), reply("r")]}),
+     r"differ at message 2 \(bot \\x1b\[31m against assistant\)"),
+    (json.dumps({"prompt": "p", "chosen": data.SENTINEL, "rejected": "r"}), r"field chosen: holds the characters U\+E0F7"),
+])
+def test_lines_that_cannot_be_read(line, match, tmp_path):
+    (tmp_path / "f.jsonl").write_text(as_jsonl([{"prompt": "p", "chosen": "c", "rejected": "r"}]) + line)
+    with pytest.raises(DataError, match=rf"f\.jsonl, row 2\b.*{match}") as caught:
+        list(data.parsed_rows(str(tmp_path / "f.jsonl"), "train", None))
+    assert str(caught.value).isprintable()
+
+
+def test_a_greeting_is_no_reply():
+    """A conversation that begins with the assistant, given whole beside its prompt: the prompt must not be there twice."""
+    talk = [reply("Hi"), user("q")]
+    for prompt in (talk, "q", None):
+        parsed = data.parse_row({"prompt": prompt, "chosen": talk + [reply("c")], "rejected": talk + [reply("r")]}, "row")
+        assert parsed["prompt"] == talk and parsed["responses"] == [[reply("c")], [reply("r")]]
