@@ -8,10 +8,15 @@ never something else than what the user wrote.
 """
 
 import functools
+import gzip
 import json
+import os
+import re
 from collections import Counter
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -269,3 +274,137 @@ def test_a_greeting_is_no_reply():
     for prompt in (talk, "q", None):
         parsed = data.parse_row({"prompt": prompt, "chosen": talk + [reply("c")], "rejected": talk + [reply("r")]}, "row")
         assert parsed["prompt"] == talk and parsed["responses"] == [[reply("c")], [reply("r")]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+ROW = {"prompt": "p", "chosen": " good", "rejected": " bad"}
+CSV = "prompt,chosen,rejected\r\n"
+LINES = as_jsonl([ROW] * 200)
+
+
+def saved(folder, damage):
+    """A `save_to_disk` folder, as a DatasetDict, with one file damaged: `damage` is (file, a function of its bytes)."""
+    datasets.DatasetDict(train=datasets.Dataset.from_list([ROW] * 50)).save_to_disk(folder)
+    file, change = damage
+    content = (folder / file).read_bytes()
+    (folder / file).unlink()
+    if change:
+        (folder / file).write_bytes(change(content))
+
+
+def parquet(folder, table, change=lambda content: content):
+    path = folder / "train.parquet"
+    pyarrow.parquet.write_table(table if isinstance(table, pyarrow.Table) else pyarrow.table(table), path)
+    path.write_bytes(change(path.read_bytes()))
+
+
+def link(folder, name, target):
+    (folder / name).symlink_to(target)
+
+
+BAD_FILES = {
+    # encodings
+    "UTF-16": ("train.jsonl", LINES.encode("utf-16"), r"train\.jsonl: not UTF-8 text"),
+    "UTF-16, no mark": ("train.jsonl", LINES.encode("utf-16-le"), r"train\.jsonl: not UTF-8 text"),
+    "UTF-16 CSV": ("train.csv", (CSV + "p,c,r").encode("utf-16"), r"train\.csv: not UTF-8 text"),
+    "latin-1": ("train.jsonl", b"\n" + '{"prompt": "é", "chosen": "c", "rejected": "r"}'.encode("latin-1"),
+                r"train\.jsonl, row 2, field prompt: not valid Unicode"),
+    "latin-1 CSV": ("train.csv", (CSV + "p,c,r\r\np,café,r").encode("latin-1"), r"csv, row 2, field chosen: not valid"),
+    "a picture": ("train.jsonl", b"\x89PNG\r\n\x1a\n" + bytes(range(256)), r"train\.jsonl: not UTF-8 text"),
+    # JSON
+    "empty": ("train.jsonl", b"", r"its split train holds no row"),
+    "blank lines": ("train.jsonl", b"\n\n  \n", r"its split train holds no row"),
+    "empty array": ("train.json", b"[]", r"its split train holds no row"),
+    "array of arrays": ("train.json", json.dumps([[ROW]]).encode(), r"train\.json, row 1: expected an object .* found list"),
+    "array cut off": ("train.json", json.dumps([ROW, ROW])[:-9].encode(), r"train\.json: not valid JSON \(.* at character"),
+    "object over lines": ("train.json", json.dumps({"data": [ROW]}, indent=1).encode(), r"json, row 1: not a JSON ob"),
+    "object around all": ("train.json", json.dumps({"data": [ROW]}).encode(), r"json, row 1: needs .*has data"),
+    "deep array": ("train.json", b"[" * 10**5, r"train\.json: cannot be read \(RecursionError"),
+    # gzip
+    "gzip cut off": ("train.jsonl.gz", gzip.compress(LINES.encode())[:-30], r"train\.jsonl\.gz: damaged gzip file"),
+    "gzip by name alone": ("train.jsonl.gz", LINES.encode(), r"train\.jsonl\.gz: damaged gzip file"),
+    "gzip by content alone": ("train.jsonl", gzip.compress(LINES.encode()), r"train\.jsonl: not UTF-8 text"),
+    # CSV
+    "quote never closed": ("train.csv", (CSV + 'p,c,r\r\np,c,"r\r\np,c,r\r\n').encode(), r"csv, line 4: not valid CSV"),
+    "text behind a quote": ("train.csv", (CSV + 'p,c,"r"x\r\n').encode(), r"train\.csv, line 2: not valid CSV"),
+    "comma without quotes": ("train.csv", (CSV + "p,c, and more,r\r\n").encode(), r"csv, row 1: 4 cells, but .* has 3"),
+    "cell missing": ("train.csv", (CSV + "p,c,r\r\np,c\r\n").encode(), r"train\.csv, row 2, field rejected: found nothing"),
+    "column twice": ("train.csv", b"prompt,chosen,rejected,chosen\np,c,r,d\n", r"train\.csv: two columns of the same name"),
+    "no header": ("train.csv", b"p,c,r\np,c,r\n", r"train\.csv, row 1: needs chosen and rejected.* it has p, c, r"),
+    "semicolons": ("train.csv", b"prompt;chosen;rejected\np;c;r\n", r"train\.csv, row 1: needs chosen and rejected"),
+    "empty CSV": ("train.csv", b"", r"its split train holds no row"),
+    "header alone": ("train.csv", CSV.encode(), r"its split train holds no row"),
+    # parquet
+    "empty parquet": ("train.parquet", b"", r"train\.parquet: cannot be read"),
+    "not parquet": ("train.parquet", LINES.encode(), r"train\.parquet: cannot be read"),
+    "parquet cut off": (parquet, {"prompt": ["p"] * 9, "chosen": ["c"] * 9, "rejected": ["r"] * 9}, lambda b: b[:-40],
+                        r"train\.parquet: cannot be read"),
+    "parquet damaged inside": (parquet, {k: [k + str(n) * 99 for n in range(99)] for k in ROW},
+                               lambda b: b[:50] + b"\xff" * 200 + b[250:], r"train\.parquet: cannot be read"),
+    "parquet of ints": (parquet, {"prompt": [1], "chosen": [2], "rejected": [3]}, r"parquet, row 1, field .* found int"),
+    "parquet of bytes": (parquet, {"prompt": ["p"], "chosen": [b"\xff"], "rejected": ["r"]}, r"row 1, field chosen.* bytes"),
+    "parquet of structs": (parquet, {"prompt": [{"text": "p"}], "chosen": ["c"], "rejected": ["r"]}, r"prompt.* dict"),
+    "parquet of other structs": (parquet, {k: [[{"from": "a", "value": "b"}]] for k in ("chosen", "rejected")},
+                                 r"train\.parquet, row 1, field chosen, message 1: expected"),
+    "parquet with a null column": (parquet, {"prompt": ["p"], "chosen": ["c"], "rejected": pyarrow.nulls(1)},
+                                   r"train\.parquet, row 1, field rejected: .* found nothing"),
+    "parquet without UTF-8": (parquet, pyarrow.table({k: pyarrow.array([b"\xe9"]).view("string") for k in ROW}),
+                              r"train\.parquet: cannot be read \(UnicodeDecodeError"),
+    # folders
+    "no split": ("readme.txt", b"hello", r"has no split train"),
+    "a folder of the file's name": (lambda folder: (folder / "train.jsonl").mkdir(),
+                                    r"jsonl: is no file, but a folder"),
+    "a link in a circle": (link, "train.jsonl", "train.jsonl", r"jsonl: is no file, but .* a link that leads nowhere"),
+    "a link to nothing": (link, "train.csv", "nothing.csv", r"train\.csv: is no file, but .* a link that leads nowhere"),
+    # save_to_disk
+    "index damaged": (saved, ("dataset_dict.json", lambda b: b[:5]), r"dataset_dict\.json: not valid JSON"),
+    "index of something else": (saved, ("dataset_dict.json", lambda b: b"[1]"), r"dataset_dict\.json: cannot be read"),
+    "state damaged": (saved, ("train/state.json", lambda b: b"{}"), r"\[train\]: cannot be read"),
+    "state missing": (saved, ("train/state.json", None), r"\[train\]: cannot be read"),
+    "info damaged": (saved, ("train/dataset_info.json", lambda b: b"{"), r"\[train\]: (cannot be read|not valid JSON)"),
+    "rows missing": (saved, ("train/data-00000-of-00001.arrow", None), r"\[train\]: cannot be read .*00000-of-00001\.arrow"),
+    "rows cut off": (saved, ("train/data-00000-of-00001.arrow", lambda b: b[:300]), r"\[train\]: cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_one_line_that_names_them(name, train, tmp_path):
+    first, *values, match = BAD_FILES[name]
+    (tmp_path / "data").mkdir()
+    if callable(first):
+        first(tmp_path / "data", *values)
+    else:
+        (tmp_path / "data" / first).write_bytes(*values)
+    assert_refused(train, rf"data\b.*{match}", dataset_mixer=f"{{{tmp_path}/data: 1.0}}")
+
+
+@pytest.mark.parametrize("name, match", [
+    ("circle", r"circle: a link that leads nowhere"), ("script.py", r"script\.py: a file must end in"),
+    ("n" * 300, r"nnn: neither a file or folder here nor a data set of the hub"),
+    ("nowhere/train.jsonl", r"nowhere/train\.jsonl: neither a file or folder"),
+    ("train.jsonl/deeper", r"deeper: neither a file or folder"), ("no-such-data-set", r"-data-set: neither a file or"),
+])
+def test_sources_that_are_not_there(name, match, train, tmp_path):
+    link(tmp_path, "circle", "circle")
+    (tmp_path / "train.jsonl").write_text(LINES)
+    (tmp_path / "script.py").write_text("")
+    assert_refused(train, match, dataset_mixer=json.dumps({name if "data-set" in name else f"{tmp_path}/{name}": 1.0}))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read(train, tmp_path):
+    (tmp_path / "train.jsonl").write_text(LINES)
+    (tmp_path / "train.jsonl").chmod(0)
+    assert_refused(train, r"train\.jsonl: cannot be read \(PermissionError", dataset_mixer=f"{{{tmp_path}: 1.0}}")
+
+
+def assert_refused(train, match, **keys):
+    """The command ends with exit code 2 and one line that says why; nothing is trained."""
+    run = train("refused", check=2, **keys)
+    errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and re.search(match, errors[0]), run.stderr
+    assert len(errors[0]) < 900 and errors[0].isprintable() and "Traceback" not in run.stderr
+    assert not run.output.exists()
+    return run
