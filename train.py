@@ -73,11 +73,13 @@ def engine_config(config, world):
     path = Path(config.deepspeed)
     path = path if path.exists() else HERE / path  # configs/ name their engine from here
     try:
-        ds = json.loads(path.read_text())
-    except OSError as error:
-        raise UsageError(f"deepspeed {config.deepspeed}: cannot be read ({error.strerror})")
+        ds = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"deepspeed {config.deepspeed}: cannot be read ({getattr(error, 'strerror', None) or error})")
     except json.JSONDecodeError as error:
         raise UsageError(f"{config.deepspeed}, line {error.lineno}: not JSON ({error.msg})")
+    if not isinstance(ds, dict) or not isinstance(ds.get("zero_optimization", {}), dict):
+        raise UsageError(f"{config.deepspeed}: expected an engine config, an object whose zero_optimization is one too")
     micro, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
     owned = {"train_batch_size": micro * steps * world, "train_micro_batch_size_per_gpu": micro,
              "gradient_accumulation_steps": steps, "gradient_clipping": config.max_grad_norm, "bf16.enabled": config.bf16}
@@ -907,7 +909,7 @@ def command(argv):
             f"    {same_command(argv)}")
         return 75
     except (UsageError, data.DataError, oracle.LedgerError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         return 1 if isinstance(error, FloatingPointError) else 2
     return 0
 

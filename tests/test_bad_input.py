@@ -7,23 +7,33 @@ The rule everywhere: either it is used rightly, or it is refused in one line tha
 never something else than what the user wrote.
 """
 
+import dataclasses
+import datetime
 import functools
 import gzip
 import json
+import math
 import os
+import random
 import re
+import types
+import typing
 from collections import Counter
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
+from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_data import CHATML, LLAMA_BOS, SPECIAL, as_jsonl, renderer, reply, system, user
 
 import data
+from config import Config, UsageError, parse_config
 from data import DataError
+from train import command, one_line
 
 
 @pytest.fixture(scope="module")
@@ -408,3 +418,215 @@ def assert_refused(train, match, **keys):
     assert len(errors[0]) < 900 and errors[0].isprintable() and "Traceback" not in run.stderr
     assert not run.output.exists()
     return run
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Configs and command lines
+
+KNOWN = {field.name: field for field in dataclasses.fields(Config)}
+ODD_VALUES = [
+    None, True, False, 0, -1, 1, 7, 0.5, 1.5, 10**9, -10**30, 10**400, 1e300, 5e-324, float("nan"), float("inf"), "", " ",
+    "x", "null", "None", "none", "true", "FALSE", "no", "1e-3", "1e999", "1_000", "0x10", "-0", "\uff11", "9" * 5000,
+    "\xe9", "a\nb", "\U0001f469", "\x1b[31m", "\0", "\u2028", "a,b", ",", "[", "{", "{a: 1", "{a: 1, a: 2}", "{a: 1}",
+    "[a, b]", "{? [a] : 1}", "[" * 3000, "&a [*a]", "!!python/name:os.system", "x" * 10**5, "../.." * 50, "--beta",
+    "configs", "/dev/null", [], [1], ["a"], ["a", None], [["a"]], ["train"], ["train", "train"], {}, {"a": 1}, {"a": None},
+    {"a": {"b": 1}}, {None: 1}, {"": 0.5}, {"a": 10**400}, {"use_reentrant": 3}, datetime.date(2024, 1, 1), b"bytes",
+    {"a", "b"}]
+FITTING = {int: [1, 2000, "3"], float: [0.25, "1e-3", 1], bool: [True, "FALSE", 0], str: ["x", "none"]}
+ODD_TEXTS = [
+    ":", "{", "}", "[", "]", "&a ", "*a", "!", "!!python/object/apply:os.system ['false']\n", "%", "@", "`", '"', "'", "|",
+    ">", "#", "?", "- ", "\t", "\x00", "\x07", "\ufeff", "---\n", "...\n", "<<: ", "!!bool maybe", "!!int x",
+    "!!timestamp x", "2024-99-99", "!!binary ?", "\u2028", "x", "0", " "]
+
+
+def misspelt(name, rng):
+    at = rng.randrange(len(name))
+    return rng.choice([name[:at] + name[at + 1:], name[:at] + rng.choice("xé_- A") + name[at:], name.upper(), name + "s",
+                       name.replace("_", "-"), name[::-1]])
+
+
+def change_values(values, rng):
+    """One change of a config's keys and values, in place."""
+    name, what = rng.choice(sorted(values)), rng.choice(["value"] * 3 + ["new", "spelling", "remove", "nest", "alias"])
+    if what in ("value", "new"):
+        name = name if what == "value" else rng.choice(sorted(KNOWN))
+        values[name] = rng.choice(rng.choice([ODD_VALUES, FITTING.get(KNOWN[name].type, ["1", "x", None])]))
+    elif what == "remove":
+        del values[name]
+    elif what == "nest":
+        values[name] = {name: values[name]}
+    elif what == "alias":
+        values |= {"gamma": 1.0, "Gamma": 1.0}
+    else:
+        values[misspelt(name, rng)] = values.pop(name)
+
+
+def impossible(values):
+    """Whether a config has to be refused: an unknown key, one key twice, a mapping where one value belongs, or nothing."""
+    return (not values or any(name not in KNOWN and name != "Gamma" for name in values) or {"gamma", "Gamma"} <= set(values)
+            or any(isinstance(v, dict) and KNOWN[name].type in (int, float, bool, str) for name, v in values.items()))
+
+
+def change_text(text, rng):
+    """One change of the file itself. Returns (bytes, whether it has to be refused)."""
+    lines, at = text.splitlines(keepends=True), rng.randrange(len(text) + 1)
+    what = rng.choice(["insert", "insert", "cut", "line twice", "line away", "indent", "encoding", "shuffle"])
+    line = rng.choice([n for n, line in enumerate(lines) if line[0].isalpha()])
+    if what == "insert":
+        return (text[:at] + rng.choice(ODD_TEXTS) + text[at:]).encode(), False
+    if what == "cut":
+        return text[:at].encode(), False
+    if what == "encoding":
+        latin = ("# é\n" + text).encode("latin-1", "replace")
+        return rng.choice([text.encode("utf-16"), latin, b"\0" + text.encode()]), True
+    if what == "shuffle":
+        rng.shuffle(lines)
+    elif what == "line away":
+        del lines[line]
+    else:
+        lines.insert(line, lines[line] if what == "line twice" else " " * rng.randint(1, 3))
+    return "".join(lines).encode(), what == "line twice"
+
+
+def odd_flags(rng):
+    """Arguments in every form, good and bad. Returns (arguments, whether they have to be refused)."""
+    name, value = rng.choice(sorted(KNOWN)), str(rng.choice(ODD_VALUES))[:200]
+    forms = [
+        ([f"--{name}={value}"], 0), ([f"--{name}", value], 0), ([f"--{name}"], 0), ([f"--{name}="], 0), (["--seed=1.0"], 0),
+        ([f"--{name}=1", f"--{name}={value}"], 0), ([f"--{misspelt(name, rng)}={value}"], 0), ([f"-{name}={value}"], 1),
+        ([f"{name}={value}"], 1), (["--"], 1), (["--=1"], 1), ([""], 1), (["--Gamma=1", "--gamma=1"], 1), (["--config"], 1),
+        (["--config="], 1), ([f"--{name}\n={value}"], 1), (["--gamma==1"], 1), (["---gamma=1"], 1)]
+    return rng.choice(forms)
+
+
+def assert_valid(config, values):
+    """Every field has its type, its range and its choices, and is what the file says."""
+    for name, field in KNOWN.items():
+        value, hint = getattr(config, name), field.type
+        options = [hint] if not isinstance(hint, types.UnionType) else typing.get_args(hint)
+        assert any(type(value) is (typing.get_origin(t) or t) for t in options), (name, value)
+        assert not isinstance(value, float) or math.isfinite(value)
+        assert not isinstance(value, str) or value.strip() and "\0" not in value
+        assert field.metadata["choices"] is None or value in field.metadata["choices"]
+        assert value is None or field.metadata["low"] is None or value >= field.metadata["low"]
+        assert value is None or field.metadata["high"] is None or value <= field.metadata["high"]
+        written = values.get(name)
+        if isinstance(written, (int, float)) or isinstance(written, str) and isinstance(value, str):
+            assert value == written or str(value).lower() == str(written).lower()
+    assert all(0 < share <= 1 for share in config.dataset_mixer.values())
+    assert config.max_prompt_length < config.max_length and any("train" in split for split in config.dataset_splits)
+
+
+def test_mutated_configs_parse_or_are_refused_in_one_line(tmp_path, pytestconfig, capsys):
+    recipes = sorted((ROOT / "configs").glob("*.yaml"))
+    path, again, seen = tmp_path / "c.yaml", tmp_path / "again.yaml", Counter()
+    for n in range(pytestconfig.getoption("--fuzz")):
+        rng = random.Random(n)
+        text = rng.choice(recipes).read_text()
+        values, flags, must_refuse = yaml.safe_load(text), [], False
+        kind = rng.choice(["values", "text", "flags"])
+        if kind == "values":
+            for _ in range(rng.randint(1, 2)):
+                change_values(values, rng)
+            must_refuse = impossible(values)
+            path.write_text(yaml.safe_dump(values, allow_unicode=rng.random() < 0.5))
+        elif kind == "text":
+            content, must_refuse = change_text(text, rng)
+            path.write_bytes(content)
+            values = {}
+        else:
+            path.write_text(text)
+            flags, must_refuse = odd_flags(rng)
+            values = {}
+        argv = ["--config", str(path), *flags]
+        try:
+            config = parse_config(argv)
+        except UsageError as error:
+            seen[kind, "refused"] += 1
+            assert str(error).isprintable() and 20 < len(str(error)) < 700, (n, error)
+            assert command(argv) == 2 and capsys.readouterr().err == f"error: {one_line(error)}\n", (n, error)
+            continue
+        seen[kind, "parsed"] += 1
+        assert not must_refuse, (n, argv)
+        assert_valid(config, values)
+        again.write_text(yaml.safe_dump(dataclasses.asdict(config)))
+        assert parse_config(["--config", str(again)]) == config
+    assert len(seen) == 6 and min(seen.values()) > 1, seen
+
+
+GOOD_YAML = "model_name_or_path: m\ndataset_mixer: {d: 1.0}\noutput_dir: o\n"
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 30))
+MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 1}'] * 9)}]}}\n" for n in range(1, 30))
+
+
+@pytest.mark.parametrize("text, message", [
+    (BOMB + "beta: *a29\n", "c.yaml, line 2: not YAML (*a0 repeats a list or mapping; write it out)"),
+    (MERGES, "c.yaml, line 2: not YAML (*a0 repeats"), ("beta: &a [*a]\n", "line 4: not YAML (*a repeats"),
+    ("beta: *b\n", "line 4: not YAML (found undefined alias 'b'"),
+    ("beta: " + "[" * 5000, "not YAML (maximum recursion depth"),
+    ("beta: 1\ngamma: 1\nbeta: 2\n", "c.yaml, line 6: not YAML (beta stands there already, in line 4; keep one)"),
+    ("dataset_configs: {a: 1, a: 2}\n", "line 4: not YAML (a stands there already, in line 4"),
+    ("beta: !!python/object/apply:os.mkdir [made]\n", "line 4: not YAML (could not determine a constructor for the tag"),
+    ("beta: !!python/name:os.system\n", "could not determine a constr"), ("!!python/object:os.x {}: 1\n", "constructor"),
+    ("beta: 2024-99-99\n", "not YAML (month must be in 1..12"), ("beta: !!bool maybe\n", "not YAML"),
+    ("beta: !!timestamp x\n", "not YAML"), ("? [a, b]\n: 1\n", "unhashable key"), ("---\na: 1\n", "found another document"),
+    ("output-dir: o\n", "unknown key 'output-dir'; the nearest known key is 'output_dir'"),
+    ("SEED: 1\n", "unknown key 'SEED'; the nearest known key is 'seed'"), ("5: 1\n", "unknown key '5'"),
+    ("hub_model_revision: 0123\n", "hub_model_revision: expected text, found 83; put it in quotes"),
+    ("hub_model_id: 2024-01-01\n", "hub_model_id: expected text, found datetime.date(2024, 1, 1); put it in quotes"),
+    ("hub_model_id: ''\n", "hub_model_id: expected text, found ''"),
+    ('hub_model_id: "a\\0"\n', "text, found 'a\\x00'"),
+    ("optim: none\n", "optim: expected one of adamw_torch, rmsprop, found 'none'"),
+    (f"seed: {10**400}\n", "seed: expected a whole number, found 1000"),
+    ("seed: 1e30\n", "seed: expected a whole number of at most"),
+    ("max_length: 9007199254740993\n", "max_length: expected a whole number of at most 2147483647"),
+    ("beta: 1.0e300\n", "beta: expected a number of at most"),
+    ("num_threads: 100000\n", "num_threads: expected a whole number of"),
+    ("dataset_splits: [train, train]\n", "dataset_splits: a name stands there twice"),
+    ("dataset_splits: [train, '']\n", "dataset_splits: expected a list of names"),
+    ("gradient_checkpointing_kwargs: {use_renentrant: false}\n", "expected use_reentrant or preserve_rng_state"),
+])
+def test_yaml_that_cannot_be(text, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(GOOD_YAML + text if not text.startswith("a0") else text)
+    assert command(["--config", "c.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and len(error) < 400
+    assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.parametrize("flag, message", [
+    ("--dataset_mixer={a: !!python/object/apply:os.mkdir [made]}", "command line, dataset_mixer, line 1: not YAML"),
+    ("--dataset_mixer={a: 1, a: 0.5}", "dataset_mixer, line 1: not YAML (a stands there already"),
+    ("--dataset_mixer={a: &a {b: *a}}", "*a repeats"),
+    ("--dataset_mixer={a: .nan}", "expected a mapping of names to numbers"),
+    ("--beta=" + "9" * 10**5, "beta: expected a number, found '9999"),
+    ("--output_dir=", "output_dir: expected text, found ''"),
+    ("--judge_timeout=1e10", "judge_timeout: expected a number of at most 86400"),
+    ("--output_dir=\udcff", "found '\\udcff'"),
+])
+def test_flags_that_cannot_be(flag, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text(GOOD_YAML)
+    assert command(["--config", "c.yaml", flag]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and len(error) < 400
+    assert not (tmp_path / "made").exists()
+
+
+def test_what_yaml_allows_is_still_allowed(tmp_path):
+    more = "beta: &b 0.25\ngamma: *b\nresume_from_checkpoint: false\n"
+    (tmp_path / "c.yaml").write_text("\ufeff# comment\n" + GOOD_YAML + more)
+    config = parse_config(["--config", str(tmp_path / "c.yaml"), "--output_dir=0123", "--hub_model_id=none"])
+    assert (config.beta, config.gamma, config.resume_from_checkpoint) == (0.25, 0.25, "false")
+    assert config.output_dir == "0123" and config.hub_model_id is None
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"[]", "expected an engine config"), (b'{"zero_optimization": 3}', "expected an engine config"),
+    (b"\xff\xfe{", "cannot be read"), (b'{"gradient_clipping": 7}', "gradient_clipping is 7, but the YAML says 1.0"),
+    (b"", "line 1: not JSON"),
+])
+def test_engine_files_that_cannot_be(content, message, train, tmp_path):
+    (tmp_path / "engine.json").write_bytes(content)
+    assert_refused(train, f"engine\\.json.*{message}", deepspeed=tmp_path / "engine.json")
