@@ -105,7 +105,7 @@ class Config:
     deepspeed: str = key(str(HERE / "ds_config.json"), "engine config; what this file owns is \"auto\" there")
     num_threads: int | None = key(None, "CPU threads a process; small models are several times faster with 1", low=1,
                                   high=1024)
-    seed: int = key(42, "order of the pairs, random shares, weights that a model folder lacks", low=0, high=2**32 - 1)
+    seed: int = key(42, "order of the pairs, random shares", low=0, high=2**32 - 1)
     # Output
     output_dir: str = key(None, "where all of it goes")
     logging_steps: int = key(10, "steps between two rows of metrics.jsonl", low=1)

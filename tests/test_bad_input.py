@@ -16,6 +16,7 @@ import math
 import os
 import random
 import re
+import shutil
 import types
 import typing
 from collections import Counter
@@ -24,10 +25,13 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
+import transformers
 import yaml
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from test_data import CHATML, LLAMA_BOS, SPECIAL, as_jsonl, renderer, reply, system, user
 
 import data
@@ -630,3 +634,133 @@ def test_what_yaml_allows_is_still_allowed(tmp_path):
 def test_engine_files_that_cannot_be(content, message, train, tmp_path):
     (tmp_path / "engine.json").write_bytes(content)
     assert_refused(train, f"engine\\.json.*{message}", deepspeed=tmp_path / "engine.json")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+
+SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4)
+
+
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def replace_model(folder, kind, **config):
+    (folder / "model.safetensors").unlink()
+    getattr(transformers, kind)(getattr(transformers, re.sub("For.*", "Config", kind))(**config)).save_pretrained(folder)
+
+
+def only_pickle(folder):
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def with_code(file, **changes):
+    """A folder whose `file` names Python code of its own, which makes a file where it is run."""
+    def change(folder):
+        for name in ("its_config.py", "its_model.py", "its_tokenizer.py"):
+            (folder / name).write_text(f"open({str(folder.parent / 'was run')!r}, 'w')\n")
+        change_json(folder / file, **changes)
+    return change
+
+
+BAD_MODELS = {
+    "fewer embeddings than tokens": (lambda f: replace_model(f, "LlamaForCausalLM", vocab_size=300, **SMALL),
+                                     r"model \S+model: has embeddings for 300 tokens, but the tokenizer has 330"),
+    "an encoder": (lambda f: replace_model(f, "BertForMaskedLM", vocab_size=330, **SMALL),
+                   r"bert is no causal language"),
+    "an encoder, decoder": (lambda f: replace_model(f, "T5ForConditionalGeneration", vocab_size=330, d_model=32, d_kv=8,
+                                                    d_ff=64, num_heads=4), r"model: t5 is no causal language model"),
+    "a classifier": (lambda f: replace_model(f, "LlamaForSequenceClassification", vocab_size=330, **SMALL),
+                     r"its weights lack lm_head\.weight \(1 in all\)"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), r"no file named model\.safetensors found"),
+    "pickled weights": (only_pickle, r"no file named model\.safetensors .*; weights are read from safetensors alone"),
+    "weights cut off": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:9999]),
+                        r"model: cannot be loaded \(SafetensorError"),
+    "weights of another shape": (lambda f: change_json(f / "config.json", hidden_size=40),
+                                 r"cannot be loaded \(RuntimeError"),
+    "one weight missing": (lambda f: change_weights(f, lambda w: w.pop("model.norm.weight")),
+                           r"lack model\.norm\.weight \(1 in"),
+    "other weights": (lambda f: change_weights(f, lambda w: [w.pop(k) for k in [*w] if "layers" in k]),
+                      r"lack model\.layers\.0"),
+    "weights that are no numbers": (lambda f: change_weights(f, lambda w: w["model.norm.weight"].fill_(math.nan)),
+                                    r"by nan nats"),
+    "code for the model": (with_code("config.json", model_type="its", auto_map={
+        "AutoConfig": "its_config.C", "AutoModelForCausalLM": "its_model.M"}), r"code of its own: .*trust_remote_code"),
+    "code for the tokenizer": (with_code("tokenizer_config.json", tokenizer_class="T", auto_map={
+        "AutoTokenizer": ["its_tokenizer.T", None]}), r"tokenizer \S+: cannot be loaded .*needs code of its own"),
+    "config cut off": (lambda f: (f / "config.json").write_text('{"model_type": '),
+                       r"model: cannot be loaded .*not a valid JSON"),
+    "config no object": (lambda f: (f / "config.json").write_text("[]"), r"model: cannot be loaded \(TypeError"),
+    "config empty": (lambda f: (f / "config.json").write_text("{}"), r"model: cannot be loaded .*model_type"),
+    "config missing": (lambda f: (f / "config.json").unlink(), r"model: cannot be loaded .*config\.json"),
+    "config of an unknown kind": (lambda f: change_json(f / "config.json", model_type="nonsense"), r"model type `nonsense`"),
+    "config of wrong types": (lambda f: change_json(f / "config.json", hidden_size="80"),
+                              r"'hidden_size' expected int, got str"),
+    "config without a head": (lambda f: change_json(f / "config.json", num_attention_heads=0), r"ZeroDivisionError"),
+    "tokenizer cut off": (lambda f: (f / "tokenizer.json").write_text("{"), r"tokenizer \S+model: cannot be loaded"),
+    "tokenizer config no object": (lambda f: (f / "tokenizer_config.json").write_text("[]"),
+                                   r"tokenizer \S+: cannot be loaded"),
+    "no tokenizer": (lambda f: [(f / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")],
+                     r"tokenizer \S+model: cannot be loaded"),
+    "nothing": (lambda f: [path.unlink() for path in f.iterdir()], r"tokenizer \S+model: cannot be loaded"),
+    "no EOS": (lambda f: change_json(f / "tokenizer_config.json", eos_token=None), r"the tokenizer has no eos_token"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_bad_models_are_one_line_that_names_them(name, train, tiny, tmp_path):
+    change, match = BAD_MODELS[name]
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    change(tmp_path / "model")
+    assert_refused(train, match, model_name_or_path=tmp_path / "model")
+    assert not (tmp_path / "was run").exists()
+
+
+@pytest.mark.parametrize("keys, match", [
+    (dict(model_name_or_path="nowhere/at-all"), "tokenizer nowhere/at-all: cannot be loaded .*there is no such folder here"),
+    (dict(model_name_or_path="/no/such/folder"), "tokenizer /no/such/folder: cannot be loaded .*no such folder here"),
+    (dict(ref_model_name_or_path="no-such-model"), "model no-such-model: cannot be loaded .*there is no such folder here"),
+    (dict(tokenizer_name_or_path="no-such-model"), "tokenizer no-such-model: cannot be loaded"),
+    (dict(attn_implementation="nonsense"), "model: cannot be loaded .*attn_implementation=.nonsense"),
+    (dict(chat_template="/no/such.jinja"), r"chat_template /no/such\.jinja: cannot be read"),
+])
+def test_models_that_are_not_there(keys, match, train):
+    assert_refused(train, match, **keys)
+
+
+def test_a_reference_with_fewer_embeddings_is_refused_too(train, tiny, tmp_path):
+    shutil.copytree(tiny / "model", tmp_path / "small")
+    replace_model(tmp_path / "small", "LlamaForCausalLM", vocab_size=300, **SMALL)
+    assert_refused(train, "small: has embeddings for 300 tokens, but the tokenizer has 330",
+                   ref_model_name_or_path=tmp_path / "small")
+
+
+def test_messages_without_a_chat_template_are_refused(train, tiny, tmp_path):
+    """The tiny model has none, and all other tests here train it on strings."""
+    (tmp_path / "train.jsonl").write_text(as_jsonl([{"prompt": [user("u")], "chosen": " good .", "rejected": " bad ."}]))
+    assert_refused(train, r"train\.jsonl, row 1: messages need a chat template", dataset_mixer=f"{{{tmp_path}: 1.0}}")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_models_without_pad_and_bos_and_with_either_head_train(tied, train, tiny, tmp_path):
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    # More embeddings than tokens, as padded vocabularies have.
+    replace_model(tmp_path / "model", "LlamaForCausalLM", vocab_size=400, tie_word_embeddings=tied, **SMALL)
+    made = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(made | {"post_processor": None}))
+    change_json(tmp_path / "model" / "tokenizer_config.json", pad_token=None, bos_token=None)
+    run = train("head", model_name_or_path=tmp_path / "model", max_steps=2)
+    assert abs(run.losses()[0] - math.log(2)) < 1e-4
+    lm = transformers.AutoModelForCausalLM.from_pretrained(run.output)
+    assert (lm.get_output_embeddings().weight is lm.get_input_embeddings().weight) == tied
+    assert ("lm_head.weight" in run.weights()) != tied
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run.output)
+    assert tokenizer.bos_token is None and tokenizer.pad_token is None
