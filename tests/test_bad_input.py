@@ -14,9 +14,12 @@ import gzip
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
+import subprocess
+import sys
 import types
 import typing
 from collections import Counter
@@ -28,7 +31,7 @@ import pytest
 import torch
 import transformers
 import yaml
-from conftest import ROOT
+from conftest import ROOT, launcher_environment
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -764,3 +767,148 @@ def test_models_without_pad_and_bos_and_with_either_head_train(tied, train, tiny
     assert ("lm_head.weight" in run.weights()) != tied
     tokenizer = transformers.AutoTokenizer.from_pretrained(run.output)
     assert tokenizer.bos_token is None and tokenizer.pad_token is None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Nothing is run and nothing is reached that was not asked for
+
+class Evil:
+    """Makes a file where its pickle is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def plant(folder, was_run, *names):
+    """Files that make `was_run` when they are unpickled or executed, under names that libraries look for."""
+    for name in names:
+        (folder / name).write_bytes(pickle.dumps(Evil(was_run)) if not name.endswith(".py") else
+                                    f"open({str(was_run)!r}, 'w')\n".encode())
+
+
+def test_a_planted_file_does_run_when_it_is_loaded(tmp_path):
+    plant(tmp_path, tmp_path / "was run", "model.bin")
+    with pytest.raises(RuntimeError, match="Invalid magic number"):  # it is no tensor, but by then it has run
+        torch.load(tmp_path / "model.bin", weights_only=False)
+    assert (tmp_path / "was run").exists()
+
+
+def test_no_pickle_and_no_code_of_a_folder_is_run(train, tiny, tmp_path):
+    """Beside good weights and pairs, in the folders of policy, reference and data; and the trained model holds none."""
+    was_run = tmp_path / "was run"
+    for name, planted in (("model", ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "model.pkl", "modeling.py")),
+                          ("pairs", ("pairs.py", "pairs.pkl", "train.pkl", "train.pt", "dataset.py"))):
+        shutil.copytree(tiny / name, tmp_path / name)
+        plant(tmp_path / name, was_run, *planted)
+    run = train("planted", model_name_or_path=tmp_path / "model", ref_model_name_or_path=tmp_path / "model",
+                dataset_mixer=f"{{{tmp_path}/pairs: 1.0}}", max_steps=1)
+    assert not was_run.exists() and len(run.rows()) == 1
+    assert not [path for path in run.output.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
+
+
+@pytest.mark.parametrize("what", ["policy", "reference", "reward model"])
+def test_weights_that_are_pickles_alone_are_refused_and_not_run(what, train, tiny, tmp_path):
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    plant(tmp_path / "model", tmp_path / "was run", "pytorch_model.bin", "training_args.bin")
+    keys = {"policy": dict(model_name_or_path=tmp_path / "model"),
+            "reference": dict(ref_model_name_or_path=tmp_path / "model"),
+            "reward model": dict(oracle="judge", judge="reward_model", judge_model=tmp_path / "model")}
+    assert_refused(train, r"model: cannot be loaded.*model\.safetensors", **keys[what])
+    assert not (tmp_path / "was run").exists()
+
+
+@pytest.mark.parametrize("name", ["pairs.py", "train.py"])
+def test_a_loading_script_is_no_data_set(name, train, tmp_path):
+    """Neither the folder nor the file: data sets that bring code were once run by the library."""
+    (tmp_path / "pairs").mkdir()
+    plant(tmp_path / "pairs", tmp_path / "was run", name)
+    assert_refused(train, r"pairs: has no split train", dataset_mixer=f"{{{tmp_path}/pairs: 1.0}}")
+    assert_refused(train, r"\.py: a file must end in one of", dataset_mixer=f"{{{tmp_path}/pairs/{name}: 1.0}}")
+    with pytest.raises(RuntimeError, match="scripts are no longer supported"):  # what the library says to a hub id with one
+        datasets.load_dataset(str(tmp_path / "pairs" / name))
+    assert not (tmp_path / "was run").exists()
+
+
+# Every look-up of a name and every connection that leaves this machine is written down and fails. Where the system allows
+# it, the process has no network at all (`unshare --net`), but for its own loopback, which is switched on here.
+GUARD = """
+import fcntl, ipaddress, runpy, socket, struct, sys
+_, reached, *sys.argv = sys.argv
+
+def local(host):
+    try:
+        return host in (None, "", "localhost", socket.gethostname()) or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+def watch(event, args):
+    if event == "socket.connect" and args[0].family != socket.AF_UNIX:
+        host = args[1][0]
+    elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
+        host = args[0].decode() if isinstance(args[0], bytes) else args[0]
+    else:
+        return
+    if not local(host):
+        with open(reached, "a") as file:
+            file.write(f"{event} {host}\\n")
+        raise OSError(f"{event} {host}: no network here")
+
+with socket.socket() as probe:
+    try:
+        fcntl.ioctl(probe, 0x8914, struct.pack("16sh14x", b"lo", 0x49))  # SIOCSIFFLAGS: up, loopback, running
+    except OSError:
+        pass  # this is the machine's own, and up
+sys.addaudithook(watch)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def guarded(tmp_path):
+    """guarded(program, *arguments) → (the finished process, what it wanted to reach): no network, the hub not offline by
+    its own setting, and a token with which something could be pushed."""
+    alone = ["unshare", "--map-root-user", "--net"]
+    if not shutil.which("unshare") or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        alone = []
+    (tmp_path / "guard.py").write_text(GUARD)
+
+    def run(program, *arguments):
+        environment = launcher_environment() | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "x"}
+        del environment["HF_HUB_OFFLINE"]
+        done = subprocess.run([*alone, sys.executable, str(tmp_path / "guard.py"), str(tmp_path / "reached"), str(program),
+                               *map(str, arguments)], cwd=ROOT, env=environment, text=True, capture_output=True, timeout=240)
+        return done, (tmp_path / "reached").read_text() if (tmp_path / "reached").exists() else ""
+    return run
+
+
+def test_the_guard_sees_what_is_reached_for(guarded, tmp_path):
+    (tmp_path / "program.py").write_text("import huggingface_hub\nhuggingface_hub.HfApi().whoami()\n")
+    done, reached = guarded(tmp_path / "program.py")
+    assert done.returncode == 1 and "huggingface.co" in reached
+
+
+def test_a_local_run_needs_no_network_and_pushes_nothing(guarded, tiny, tmp_path):
+    """The quickstart in small, with everything that it does: evaluations, checkpoints, a reference, generations aside."""
+    (tmp_path / "c.yaml").write_text(f"""
+model_name_or_path: {tiny}/model
+ref_model_name_or_path: {tiny}/model
+dataset_mixer: {{{tiny}/pairs: 1.0}}
+decontaminate_with: {tmp_path}/benchmark.txt
+max_length: 64
+max_prompt_length: 16
+num_train_epochs: 1
+num_threads: 1
+eval_strategy: steps
+eval_steps: 8
+eval_on_start: true
+save_steps: 8
+output_dir: {tmp_path}/out
+""")
+    (tmp_path / "benchmark.txt").write_text("a string of a benchmark that is in none of the pairs\n")
+    done, reached = guarded(ROOT / "train.py", "--config", tmp_path / "c.yaml")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert reached == "" and "held-out accuracy" in done.stdout and (tmp_path / "out" / "model.safetensors").exists()
