@@ -9,9 +9,11 @@ its reason. `python train.py --help` lists every key.
 """
 
 import dataclasses
+import datetime
 import difflib
 import importlib.util
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -80,7 +82,7 @@ class Config:
     judge_model: str | None = key(None, "name of the judge at its endpoint, or the reward model's hub id or folder")
     judge_api_key_env: str = key("OPENAI_API_KEY", "environment variable that holds the endpoint's key, if it wants one")
     judge_concurrency: int = key(8, "requests at a time", low=1)
-    judge_timeout: float = key(60.0, "seconds a request may take", low=0.1)
+    judge_timeout: float = key(60.0, "seconds a request may take", low=0.1, high=86400)
     judge_prompt_price: float | None = key(None, "money for a million prompt tokens of the judge", low=0)
     judge_completion_price: float | None = key(None, "money for a million completion tokens of the judge", low=0)
     # Optimisation
@@ -98,15 +100,16 @@ class Config:
     lr_scheduler_type: str = key("cosine", "schedule after the warm-up",
                                  choices=("cosine", "linear", "constant", "constant_with_warmup"))
     warmup_ratio: float = key(0.1, "share of the steps that warm up", low=0, high=1)
-    num_train_epochs: float = key(1.0, "passes over the pairs", low=0)
+    num_train_epochs: float = key(1.0, "passes over the pairs", low=0, high=1e6)
     max_steps: int = key(-1, "optimiser steps, in place of num_train_epochs; -1: not", low=-1)
     bf16: bool = key(False, "compute in bfloat16, with fp32 weights in the optimiser")
     gradient_checkpointing: bool = key(False, "recompute activations in backward: half the memory, a fifth slower")
     gradient_checkpointing_kwargs: dict[str, bool] = key({"use_reentrant": False}, "passed to torch.utils.checkpoint")
     logits_chunk_size: int = key(2048, "response tokens whose logits are alive at a time", low=1)
     deepspeed: str = key(str(HERE / "ds_config.json"), "engine config; what this file owns is \"auto\" there")
-    num_threads: int | None = key(None, "CPU threads a process; small models are several times faster with 1", low=1)
-    seed: int = key(42, "order of the pairs, random shares, weights that a model folder lacks", low=0)
+    num_threads: int | None = key(None, "CPU threads a process; small models are several times faster with 1", low=1,
+                                  high=1024)
+    seed: int = key(42, "order of the pairs, random shares", low=0, high=2**32 - 1)
     # Output
     output_dir: str = key(None, "where all of it goes")
     logging_steps: int = key(10, "steps between two rows of metrics.jsonl", low=1)
@@ -167,13 +170,11 @@ def parse_config(argv):
     if path is None:
         raise UsageError("no config: say --config FILE.yaml (ready ones are in configs/)")
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error.reason})")
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        where = "" if line is None else f", line {line + 1}"
-        raise UsageError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or error})".replace("\n", " "))
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # not there, not UTF-8, no name of a file
+        raise UsageError(f"--config {shown(path)}: cannot be read ({getattr(error, 'strerror', None) or error})")
+    path = shown(path, 300)
+    loaded = load_yaml(text, path)
     if not isinstance(loaded or {}, dict):
         raise UsageError(f"{path}: expected keys with values, found {type(loaded).__name__}")
     for place, source in ((path, loaded or {}), ("command line", flags)):
@@ -182,12 +183,51 @@ def parse_config(argv):
             known = resolve_key(str(name), value, place)
             if known:
                 if known in given:
-                    raise UsageError(f"{place}: {name} and {given[known]} are the same key; keep one")
+                    raise UsageError(f"{place}: {shown(name)} and {given[known]} are the same key; keep one")
                 given[known] = name
                 values[known] = convert(value, known, f"{place}, {name}")
     config = Config(**values)
     check_config(config, path)
     return config
+
+
+class Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which builds nothing but text, numbers, lists and mappings. A key that stands there twice is an
+    error (PyYAML takes the last), and so is an alias of a collection, with which a few lines can be billions of values."""
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) and isinstance(self.anchors.get(event.anchor), yaml.CollectionNode):
+            raise yaml.composer.ComposerError(None, None, f"*{event.anchor} repeats a list or mapping; write it out",
+                                              event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        lines = {}
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            name = str(key.value)
+            if name in lines:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{shown(name)} stands there already, in line {lines[name]}; keep one", key.start_mark)
+            lines[name] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(text, place):
+    """What a YAML text holds. Raises UsageError that names the line."""
+    try:
+        return yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)  # the others: 2024-99-99, !!bool maybe, !!timestamp x, 1,000 brackets
+        raise UsageError(f"{place}{f', line {mark.line + 1}' if mark else ''}: not YAML "
+                         f"({shown(getattr(error, 'problem', None) or error, 200)})")
+
+
+def shown(value, limit=80):
+    """A value inside a message: one line, cut."""
+    text = value if isinstance(value, str) else str(value)
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit + 1])
+    return text if len(text) <= limit else text[:limit] + "…"
 
 
 def parse_flags(argv):
@@ -196,7 +236,7 @@ def parse_flags(argv):
     while rest:
         flag = rest.pop(0)
         if not flag.startswith("--") or flag == "--":
-            raise UsageError(f"{flag!r}: expected --key value or --key=value")
+            raise UsageError(f"{flag!r:.80}: expected --key value or --key=value")
         name, equals, value = flag[2:].partition("=")
         if not equals:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
@@ -217,11 +257,11 @@ def resolve_key(name, value, place):
         off = str(value).lower() in ("false", "no", "0", "none", "null", "")
         if off == (name != "precompute_ref_log_probs"):
             return None
-        raise UsageError(f"{place}: {name}={value} cannot be honoured: "
+        raise UsageError(f"{place}: {name}={shown(value)} cannot be honoured: "
                          f"{REFUSED[name] or 'the log-probs of the reference are always computed once'}")
-    near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=0)
-    raise UsageError(f"{place}: unknown key {name!r}; the nearest known key is {near[0]!r}" if near else
-                     f"{place}: unknown key {name!r}")
+    near = difflib.get_close_matches(name.lower(), [*known, *ALIASES], n=1, cutoff=0)
+    raise UsageError(f"{place}: unknown key {name!r:.80}; the nearest known key is {near[0]!r}" if near else
+                     f"{place}: unknown key {name!r:.80}")
 
 
 def convert(value, name, place):
@@ -231,61 +271,74 @@ def convert(value, name, place):
     optional = isinstance(hint, types.UnionType) or spec.default is None
     if isinstance(hint, types.UnionType):
         hint = next(t for t in typing.get_args(hint) if t is not type(None))
-    if value is None or (isinstance(value, str) and value.lower() in ("null", "none") and name != "report_to"):
-        if optional or value is not None and hint is str:
-            return None if optional else value
+    text = optional or hint is not str  # else "none" is a text like any other
+    if value is None or (isinstance(value, str) and value.lower() in ("null", "none") and text and name != "report_to"):
+        if optional:
+            return None
         raise UsageError(f"{place}: expected {describe(hint)}, found nothing")
-    wrong = UsageError(f"{place}: expected {describe(hint)}, found {value!r}")
+    wrong = UsageError(f"{place}: expected {describe(hint)}, found {shown(repr(value))}")
     if hint is bool:
         word = str(value).lower()
         if word not in ("true", "yes", "1", "false", "no", "0"):
             raise wrong
         return word in ("true", "yes", "1")
     if hint in (int, float):
-        try:
-            number = float(value) if not isinstance(value, (bool, list, dict)) else math.nan
-        except ValueError:
-            raise wrong
-        if not math.isfinite(number) or hint is int and number != int(number):
-            raise wrong
-        value = hint(number)
+        value = convert_number(value, hint, wrong)
     elif hint is str:
-        if isinstance(value, (list, dict)):
+        value = str(value).lower() if isinstance(value, bool) else value  # resume_from_checkpoint: false
+        if isinstance(value, (int, float, datetime.date)):  # YAML reads 0123 as 83: what stood there is not known
+            raise UsageError(f"{wrong}; put it in quotes")
+        if not is_text(value):
             raise wrong
-        value = str(value)
     else:
-        value = convert_collection(value, hint, wrong)
+        value = convert_collection(value, hint, wrong, place)
     meta = spec.metadata
     if meta["choices"] and value not in meta["choices"]:
         near = difflib.get_close_matches(str(value), [c for c in meta["choices"] if c], n=1)
-        raise UsageError(f"{place}: expected one of {', '.join(str(c) for c in meta['choices'])}, found {value!r}"
+        raise UsageError(f"{place}: expected one of {', '.join(str(c) for c in meta['choices'])}, found {shown(repr(value))}"
                          + (f"; did you mean {near[0]!r}?" if near else ""))
     if meta["low"] is not None and value < meta["low"]:
         raise UsageError(f"{place}: expected {describe(hint)} of at least {meta['low']}, found {value}")
-    if meta["high"] is not None and value > meta["high"]:
-        raise UsageError(f"{place}: expected {describe(hint)} of at most {meta['high']}, found {value}")
+    high = meta["high"] if meta["high"] is not None else {int: 2**31 - 1, float: 1e12}.get(hint)
+    if high is not None and value > high:
+        raise UsageError(f"{place}: expected {describe(hint)} of at most {high}, found {value}")
     return value
 
 
-def convert_collection(value, hint, wrong):
+def is_text(value):
+    """Whether a value is text that can be a name or a path: not blank, and something that a file can hold."""
+    return isinstance(value, str) and value.strip() != "" and not re.search("[\0\ud800-\udfff]", value)
+
+
+def convert_number(value, hint, wrong):
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise wrong
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        raise wrong
+    if not math.isfinite(number) or hint is int and number != int(number):
+        raise wrong
+    return hint(number)
+
+
+def convert_collection(value, hint, wrong, place):
     """list[str] from a list or "a,b"; dict[str, X] from a mapping or "{a: 1}"."""
     if isinstance(value, str) and (value.startswith(("[", "{")) or typing.get_origin(hint) is dict):
-        try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise wrong
+        value = load_yaml(value, place)
     if typing.get_origin(hint) is list:
         value = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-        if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
+        if not isinstance(value, list) or not all(map(is_text, value)):
             raise wrong
         return value
     item = typing.get_args(hint)[1]
-    if not isinstance(value, dict) or not value:
+    if not isinstance(value, dict) or not value or not all(map(is_text, value)):
         raise wrong
-    for k, v in value.items():
-        if not isinstance(v, (int, float)) or isinstance(v, bool) != (item is bool):
+    if item is bool:
+        if not all(isinstance(v, bool) for v in value.values()):
             raise wrong
-    return {str(k): item(v) for k, v in value.items()}
+        return value
+    return {k: convert_number(v, item, wrong) for k, v in value.items()}
 
 
 def describe(hint):
@@ -304,15 +357,19 @@ def check_config(config, path):
                          f"max_length {config.max_length}")
     for source, share in config.dataset_mixer.items():
         if not 0 < share <= 1:
-            raise UsageError(f"{path}, dataset_mixer: the share of {source} must be over 0 and at most 1, found {share}")
+            raise UsageError(f"{path}, dataset_mixer: the share of {shown(source)} must be over 0 and at most 1, found "
+                             f"{share}")
     if config.dataset_configs and len(config.dataset_configs) != len(config.dataset_mixer):
         raise UsageError(f"{path}: dataset_configs needs one name for each of the {len(config.dataset_mixer)} sources")
     for split in config.dataset_splits:
         if not any(word in split for word in ("train", *EVALUATION_SPLITS)):
-            raise UsageError(f"{path}, dataset_splits: {split!r} must contain one of train, {', '.join(EVALUATION_SPLITS)}")
+            raise UsageError(f"{path}, dataset_splits: {shown(repr(split))} must contain one of train, "
+                             f"{', '.join(EVALUATION_SPLITS)}")
+    if len(set(config.dataset_splits)) < len(config.dataset_splits):
+        raise UsageError(f"{path}, dataset_splits: a name stands there twice, and its pairs would count twice")
     if not any("train" in split for split in config.dataset_splits):
         raise UsageError(f"{path}, dataset_splits: no name contains `train`")
-    if refusal := adpo.why_not_gated(config.loss_type):
+    if refusal := adpo.why_not_gated(shown(config.loss_type)):
         raise UsageError(f"{path}: {refusal}")
     if config.label_smoothing and config.loss_type != "sigmoid":
         raise UsageError(f"{path}: label_smoothing is defined for loss_type sigmoid, not {config.loss_type}")
@@ -320,6 +377,10 @@ def check_config(config, path):
         raise UsageError(f"{path}: torch_dtype bfloat16 needs bf16: true, which trains with fp32 weights in the optimiser")
     if config.max_steps == 0 or config.num_train_epochs == 0:
         raise UsageError(f"{path}: nothing to do in 0 {'steps' if config.max_steps == 0 else 'epochs'}")
+    for name in config.gradient_checkpointing_kwargs:
+        if name not in ("use_reentrant", "preserve_rng_state"):
+            raise UsageError(f"{path}, gradient_checkpointing_kwargs: expected use_reentrant or preserve_rng_state, found "
+                             f"{shown(repr(name))}")
     if config.oracle == "judge":
         needed = ("judge_url", "judge_model") if config.judge == "chat" else ("judge_model",)
         for name in needed:
@@ -330,7 +391,7 @@ def check_config(config, path):
     packages = {"tensorboard": "tensorboard", "wandb": "wandb", "csv_monitor": None, "none": None}
     for service in config.report_to:
         if service not in packages:
-            raise UsageError(f"{path}, report_to: expected some of {', '.join(packages)}, found {service!r}")
+            raise UsageError(f"{path}, report_to: expected some of {', '.join(packages)}, found {shown(repr(service))}")
         if packages[service] and importlib.util.find_spec(packages[service]) is None:
             raise UsageError(f"{path}, report_to: {service} is not installed: pip install {service}, or --report_to=none")
     if config.push_to_hub:

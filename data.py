@@ -19,6 +19,7 @@ Legend: B pairs, T tokens of a row, N response tokens of a batch.  Try it: `pyth
 prints the first pairs as the model will see them.
 """
 
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -32,6 +33,7 @@ from pathlib import Path
 
 import datasets
 import jinja2
+import pyarrow
 import torch
 
 # Raise it with any change to what a row becomes: it is part of every cache key.
@@ -58,6 +60,28 @@ TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
 SUFFIXES = tuple(s + z for s in TEXT_SUFFIXES for z in ("", ".gz")) + (".parquet",)
 
 
+@contextlib.contextmanager
+def reading(what):
+    """Whatever a library says about a file that it cannot read becomes a DataError that names the file."""
+    try:
+        yield
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{what}: damaged gzip file ({error})")
+    except json.JSONDecodeError as error:
+        raise DataError(f"{what}: not valid JSON ({error.msg} at character {error.pos})")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, pyarrow.ArrowException,
+            datasets.exceptions.DatasetsError) as error:
+        error = error.__cause__ or error  # the library wraps what went wrong
+        raise DataError(f"{what}: cannot be read ({type(error).__name__}: {_short(error, 200)})")
+
+
+def _short(value, limit=80):
+    """A value from the data inside a message: one line, cut, without control characters."""
+    text = " ".join(str(value)[:4 * limit].split())
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
 def find_file(source, split):
     """The file that holds `split` of a local source (a folder or one file), or None where the folder has no such split.
 
@@ -69,21 +93,27 @@ def find_file(source, split):
             raise DataError(f"{source}: a file must end in one of {', '.join(SUFFIXES)}")
         return path if "train" in split else None
     for suffix in SUFFIXES:
-        if (path / (split + suffix)).is_file():
-            return path / (split + suffix)
+        file = path / (split + suffix)
+        if os.path.lexists(file):
+            if not file.is_file():
+                raise DataError(f"{file}: is no file, but a folder or a link that leads nowhere")
+            return file
     return None
 
 
 def has_split(source, split, config_name=None):
     """Whether the source has this split (a hub id is asked; a local one is looked at)."""
     path = Path(source)
-    if not path.exists():
+    if os.path.islink(source) and not os.path.exists(source):
+        raise DataError(f"{source}: a link that leads nowhere")
+    if not os.path.exists(source):
         try:
             return split in datasets.get_dataset_split_names(source, config_name)
         except (OSError, ValueError) as error:
-            raise DataError(f"{source}: neither a file or folder here nor a data set of the hub ({error})")
+            raise DataError(f"{source}: neither a file or folder here nor a data set of the hub ({_short(error, 400)})")
     if (path / "dataset_dict.json").is_file():
-        return split in json.loads((path / "dataset_dict.json").read_text())["splits"]
+        with reading(path / "dataset_dict.json"):
+            return split in json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
     if (path / "state.json").is_file():  # one saved Dataset: like one file, it is the train split
         return "train" in split
     return find_file(source, split) is not None
@@ -96,47 +126,71 @@ def read_rows(source, split, config_name=None):
         for n, row in enumerate(datasets.load_dataset(source, config_name, split=split), 1):
             yield f"{source} [{split}], row {n}", row
     elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        loaded = datasets.load_from_disk(str(path))
-        loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        for n, row in enumerate(loaded, 1):
-            yield f"{source} [{split}], row {n}", row
+        with reading(f"{source} [{split}]"):
+            loaded = datasets.load_from_disk(str(path))
+            loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+            for n, row in enumerate(loaded, 1):
+                yield f"{source} [{split}], row {n}", row
     else:
         yield from read_file(find_file(source, split))
 
 
 def read_file(path):
     """Yield (place, row) from one jsonl, json, csv (each also gzipped) or parquet file."""
-    if path.name.endswith(".parquet"):
-        for n, row in enumerate(datasets.Dataset.from_parquet(str(path)), 1):
+    with reading(path):
+        if path.name.endswith(".parquet"):
+            rows = enumerate(datasets.Dataset.from_parquet(str(path)), 1)
+        else:
+            rows = read_text(path)
+        for n, row in rows:
             yield f"{path}, row {n}", row
-        return
-    is_csv = path.name.endswith((".csv", ".csv.gz"))
+
+
+def read_text(path):
+    """Yield (number, row) of a text file. What is not UTF-8 inside a row is left to `_checked`, which names the field."""
     opened = gzip.open if path.name.endswith(".gz") else open
-    try:
-        with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="" if is_csv else None) as file:
-            if is_csv:
-                for n, row in enumerate(csv.DictReader(file), 1):
-                    yield f"{path}, row {n}", row
-                return
-            first = file.read(1)
-            file.seek(0)
-            if first == "[":  # one JSON array instead of one object a line
-                for n, row in enumerate(json.load(file), 1):
-                    yield f"{path}, row {n}", row
-                return
+    is_csv = path.name.endswith((".csv", ".csv.gz"))
+    with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="" if is_csv else None) as file:
+        start = file.read(2)
+        file.seek(0)
+        if "\0" in start or any("\udc80" <= c <= "\udcff" for c in start):
+            raise DataError(f"{path}: not UTF-8 text (it begins like UTF-16 or a binary file): save it as UTF-8")
+        if is_csv:
+            yield from read_csv(path, file)
+        elif start[:1] == "[":  # one JSON array instead of one object a line
+            yield from enumerate(json.load(file), 1)
+        else:
             for n, line in enumerate(file, 1):
                 if line.strip():
-                    try:
-                        row = json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise DataError(f"{path}, row {n}: not a JSON object ({error.msg} at character {error.pos})")
-                    yield f"{path}, row {n}", row
-    except csv.Error as error:
-        raise DataError(f"{path}: not valid CSV ({error})")
+                    yield n, read_line(path, n, line)
+
+
+def read_line(path, n, line):
+    try:
+        return json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not valid JSON ({error.msg} at character {error.pos})")
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}: damaged gzip file ({error})")
+        raise DataError(f"{path}, row {n}: not a JSON object ({error.msg} at character {error.pos})")
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
+        raise DataError(f"{path}, row {n}: not a JSON object ({_short(error)})")
+
+
+def read_csv(path, file):
+    """Yield (number, row). Strict: a quote that is never closed would else swallow the rows behind it, and a comma without
+    quotes would move the text behind it into the next column."""
+    reader = csv.reader(file, strict=True)
+    try:
+        header = next(reader, [])
+        if len(set(header)) < len(header):
+            raise DataError(f"{path}: two columns of the same name ({_short(', '.join(header))})")
+        for n, cells in enumerate(filter(None, reader), 1):  # a blank line is no row
+            if len(cells) > len(header):
+                raise DataError(f"{path}, row {n}: {len(cells)} cells, but the header has {len(header)}; put quotes around "
+                                "a text with commas")
+            if len(cells) < len(header):
+                raise DataError(f"{path}, row {n}, field {header[len(cells)]}: found nothing, the row ends before it")
+            yield n, dict(zip(header, cells))
+    except csv.Error as error:
+        raise DataError(f"{path}, line {reader.line_num}: not valid CSV ({error})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -163,7 +217,7 @@ def parse_row(row, place):
         label, truth = (_letter(row, name, place) for name in ("label", "truth"))
     else:
         raise DataError(f"{place}: needs chosen and rejected, or response_a and response_b; "
-                        f"it has {', '.join(map(str, row)) or 'no field'}")
+                        f"it has {_short(', '.join(map(str, row))) or 'no field'}")
     sides = [_text_or_messages(row.get(field), f"{place}, field {field}") for field in fields]
     if isinstance(sides[0], str) != isinstance(sides[1], str):
         raise DataError(f"{place}: {fields[0]} and {fields[1]} must both be strings or both be lists of messages")
@@ -176,7 +230,7 @@ def parse_row(row, place):
         for field, side in zip(fields, sides):
             if side[-1]["role"] != "assistant":
                 raise DataError(f"{place}, field {field}: must end with a message of the assistant, ends with one of "
-                                f"{side[-1]['role']}")
+                                f"{_short(side[-1]['role'])}")
     elif prompt is None:
         if fields[0] == "response_a":
             raise DataError(f"{place}, field prompt: expected a string or a list of messages, found nothing")
@@ -191,7 +245,7 @@ def _letter(row, name, place):
     if value in (None, ""):
         return None
     if value not in ("a", "b"):
-        raise DataError(f"{place}, field {name}: expected \"a\" or \"b\", found {value!r}")
+        raise DataError(f"{place}, field {name}: expected \"a\" or \"b\", found {value!r:.80}")
     return "ab".index(value)
 
 
@@ -206,7 +260,7 @@ def _text_or_messages(value, place):
     for n, message in enumerate(value, 1):
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise DataError(f"{place}, message {n}: expected {{\"role\": text, \"content\": text}}, found {message!r:.80}")
-        messages.append({"role": message["role"], "content": _checked(message["content"], f"{place}, message {n}")})
+        messages.append({k: _checked(message[k], f"{place}, message {n}") for k in ("role", "content")})
     return messages
 
 
@@ -216,6 +270,8 @@ def _checked(text, place):
     except UnicodeEncodeError as error:
         raise DataError(f"{place}: not valid Unicode (a lone surrogate or a byte that is not UTF-8, at character "
                         f"{error.start}); repair the text")
+    if SENTINEL in text:
+        raise DataError(f"{place}: holds the characters U+E0F7 U+E0A1 U+E0F7, which this program uses as a mark of its own")
     return text
 
 
@@ -225,7 +281,8 @@ def _split_messages(prompt, sides, fields, place):
     Sides are whole conversations, or the reply alone where they begin with the assistant. A string prompt beside whole
     conversations (ultrafeedback_binarized) repeats a user message of theirs.
     """
-    if prompt is not None and sides[0][0]["role"] == sides[1][0]["role"] == "assistant":
+    replies = sides[0][0]["role"] == sides[1][0]["role"] == "assistant"
+    if prompt is not None and replies and not _begins_with(sides, prompt):
         return ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt), sides
     common = 0
     while common < min(map(len, sides)) - 1 and sides[0][common] == sides[1][common]:
@@ -234,12 +291,20 @@ def _split_messages(prompt, sides, fields, place):
     ends = [side[common]["role"] for side in sides]
     if ends != ["assistant", "assistant"]:
         raise DataError(f"{place}: the prompts of {fields[0]} and {fields[1]} differ at message {common + 1} "
-                        f"({' against '.join(ends)}); both responses must answer the same prompt")
+                        f"({_short(' against '.join(ends))}); both responses must answer the same prompt")
     if isinstance(prompt, list) and shared[:len(prompt)] != prompt:
         raise DataError(f"{place}, field prompt: is not how {fields[0]} and {fields[1]} begin")
     if isinstance(prompt, str) and prompt.strip() not in [m["content"].strip() for m in shared]:
         raise DataError(f"{place}, field prompt: is no message of the conversation that {fields[0]} and {fields[1]} share")
     return shared, [side[common:] for side in sides]
+
+
+def _begins_with(sides, prompt):
+    """Whether a conversation that begins with the assistant (a greeting) is a whole one, with the prompt inside."""
+    if isinstance(prompt, list):
+        return any(side[:len(prompt)] == prompt for side in sides)
+    return any({"role": "user", "content": prompt.strip()} in [{**m, "content": m["content"].strip()} for m in side]
+               for side in sides)
 
 
 def _split_strings(sides, fields, place):
@@ -616,7 +681,8 @@ def decontaminate(rows, source, workers):
     every text column. White space and case are folded; strings under DECONTAMINATION_MIN_CHARS characters are left out.
     """
     if Path(source).is_file() and not source.endswith(SUFFIXES):
-        strings = Path(source).read_text(encoding="utf-8").splitlines()
+        with reading(source):
+            strings = Path(source).read_text(encoding="utf-8").splitlines()
     else:
         split = next((s for s in ("test", "train") if has_split(source, s)), None)
         if split is None:

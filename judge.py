@@ -424,7 +424,8 @@ class RewardModelJudge(Judge):
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name_or_path)
             self.lm, loading = AutoModelForSequenceClassification.from_pretrained(
-                name_or_path, output_loading_info=True, dtype="auto" if self.device.type == "cuda" else torch.float32)
+                name_or_path, output_loading_info=True, use_safetensors=True,
+                dtype="auto" if self.device.type == "cuda" else torch.float32)
         except (OSError, ValueError) as error:
             raise ValueError(f"reward model {self.model}: cannot be loaded: {one_line(error)}")
         if self.lm.config.num_labels != 1:

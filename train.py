@@ -82,11 +82,13 @@ def engine_config(config, world):
     path = Path(config.deepspeed)
     path = path if path.exists() else HERE / path  # configs/ name their engine from here
     try:
-        ds = json.loads(path.read_text())
-    except OSError as error:
-        raise UsageError(f"deepspeed {config.deepspeed}: cannot be read ({error.strerror})")
+        ds = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"deepspeed {config.deepspeed}: cannot be read ({getattr(error, 'strerror', None) or error})")
     except json.JSONDecodeError as error:
         raise UsageError(f"{config.deepspeed}, line {error.lineno}: not JSON ({error.msg})")
+    if not isinstance(ds, dict) or not isinstance(ds.get("zero_optimization", {}), dict):
+        raise UsageError(f"{config.deepspeed}: expected an engine config, an object whose zero_optimization is one too")
     micro, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
     owned = {"train_batch_size": micro * steps * world, "train_micro_batch_size_per_gpu": micro,
              "gradient_accumulation_steps": steps, "gradient_clipping": config.max_grad_norm, "bf16.enabled": config.bf16}
@@ -127,12 +129,49 @@ def load_tokenizer(config):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             name, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"tokenizer {name}: cannot be loaded ({one_line(error)})")
+    except Exception as error:  # a damaged file of a folder may raise anything
+        raise cannot_load("tokenizer", name, error)
     if config.chat_template:
-        is_file = config.chat_template.endswith(".jinja")
-        tokenizer.chat_template = Path(config.chat_template).read_text() if is_file else config.chat_template
+        try:
+            is_file = config.chat_template.endswith(".jinja")
+            template = Path(config.chat_template).read_text(encoding="utf-8") if is_file else config.chat_template
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"chat_template {config.chat_template}: cannot be read ({one_line(error)})")
+        tokenizer.chat_template = template
     return tokenizer
+
+
+def cannot_load(what, name, error):
+    """UsageError in one line about a model or tokenizer that transformers does not load."""
+    why = one_line(error)
+    if "trust_remote_code=True" in why:
+        why = "it needs code of its own: read that code, then say --trust_remote_code=true to run it"
+    elif "model.safetensors" in why:
+        why += "; weights are read from safetensors alone"
+    elif not os.path.exists(name):
+        why = f"there is no such folder here, and as a name on the hub: {why}"
+    return UsageError(f"{what} {name}: cannot be loaded ({type(error).__name__}: {why[:500]})")
+
+
+def check_models(config, tokenizer):
+    """Refuse, before the data is read, an encoder and a model with fewer embeddings than the tokenizer has tokens."""
+    names = transformers.models.auto.modeling_auto
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    for name in filter(None, (config.model_name_or_path, config.ref_model_name_or_path)):
+        try:
+            model = transformers.AutoConfig.from_pretrained(
+                name, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
+        except Exception as error:  # as above
+            raise cannot_load("model", name, error)
+        decoder = getattr(model, "is_decoder", False) or getattr(model, "is_encoder_decoder", False)
+        known = model.model_type in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(model, "auto_map")
+        if not known or model.model_type in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder:
+            raise UsageError(f"model {name}: {model.model_type} is no causal language model; it takes one that writes text "
+                             "from left to right")
+        size = getattr(model.get_text_config(), "vocab_size", tokens)
+        if tokens > size:
+            raise UsageError(f"model {name}: has embeddings for {size:,} tokens, but the tokenizer has {tokens:,}: take the "
+                             "model's own tokenizer, or resize the embeddings (resize_token_embeddings) and save the model")
 
 
 def one_line(error):
@@ -143,11 +182,15 @@ def load_model(config, name):
     """The causal LM inside the module that the engine wraps, in the dtype that it is trained in, dropout off."""
     torch.manual_seed(config.seed)
     try:
-        lm = transformers.AutoModelForCausalLM.from_pretrained(
+        lm, loading = transformers.AutoModelForCausalLM.from_pretrained(
             name, revision=config.model_revision, dtype=torch.bfloat16 if config.bf16 else torch.float32,
+            output_loading_info=True,
             attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code, use_safetensors=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise UsageError(f"model {name}: cannot be loaded ({one_line(error)})")
+    except Exception as error:  # as above
+        raise cannot_load("model", name, error)
+    if loading["missing_keys"]:  # transformers draws them at random
+        raise UsageError(f"model {name}: its weights lack {sorted(loading['missing_keys'])[0]} "
+                         f"({len(loading['missing_keys'])} in all); it takes a causal language model, saved whole")
     for module in lm.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -846,6 +889,7 @@ def main(config):
 
     # Data, policy, reference.
     tokenizer = load_tokenizer(config)
+    check_models(config, tokenizer)
     train, test, annotator, test_labels = load_data(config, tokenizer)
     schedule = Schedule(config, train, world)
     parts = {"train": (train, schedule.training_batches())}
@@ -1067,7 +1111,7 @@ def gradient_norm(engine):
     norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).item()
     if not math.isfinite(norm):
         engine.zero_grad()
-        engine.set_gradient_accumulation_boundary(False)  # until skipped_in_a_row
+        engine.set_gradient_accumulation_boundary(False)
     return norm
 
 
@@ -1077,8 +1121,6 @@ def skipped_in_a_row(before, engine, grad_norm, step, ids):
 
     before: that number, up to the step before.  grad_norm: what gradient_norm said.  ids: the step's pairs, over all ranks.
     """
-    if grad_norm is not None:
-        engine.set_gradient_accumulation_boundary(None)  # back to counting micro-steps
     if not (engine.optimizer.overflow if grad_norm is None else not math.isfinite(grad_norm)):
         return 0
     what = f"step {step + 1:,}: the loss or its gradient is not a finite number, so the step is not taken; its pairs are"
@@ -1157,7 +1199,7 @@ def command(argv):
         tqdm.write(f"error: {what}; then the same command goes on from the last checkpoint", file=sys.stderr)
         return 2
     except (UsageError, data.DataError, oracle.LedgerError, FloatingPointError) as error:
-        tqdm.write(f"error: {error}", file=sys.stderr)  # a line of its own, whatever bar stands there
+        tqdm.write(f"error: {one_line(error)}", file=sys.stderr)  # a line of its own, whatever bar stands there
         return 1 if isinstance(error, FloatingPointError) else 2
     except OSError as error:  # what is not written here but by libraries: their caches
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS) and "Not enough disk space" not in str(error):

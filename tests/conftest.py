@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=2, help="kills of tests/test_kills.py")
+    parser.addoption("--examples", type=int, default=100, help="rows of each property of tests/test_bad_input.py")
+    parser.addoption("--fuzz", type=int, default=150, help="mutated configs of tests/test_bad_input.py")
 
 
 def pytest_configure(config):
