@@ -42,15 +42,6 @@ from config import Config, UsageError, parse_config
 from data import DataError
 from train import command, one_line
 
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """The datasets cache of this file."""
-    before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, tmp_path_factory.mktemp("cache")
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Rows
 
