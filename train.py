@@ -753,18 +753,14 @@ def setup(config):
         os.environ.setdefault(name, value)  # one process, where no launcher has set them
     if os.environ["WORLD_SIZE"] == "1":
         os.environ["MASTER_PORT"] = "0"  # any free port: nobody else has to find it, and runs side by side do not collide
-    # On a CPU it would compile an op here, half a minute with a C++ compiler, that only its inference engine calls.
+    # On a CPU it would compile an op here, half a minute with a C++ compiler, that only its inference engine calls and that
+    # leaves 69 MB a rank in /dev/shm for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     try:
         deepspeed.init_distributed(dist_init_required=True, auto_mpi_discovery=False)
     except dist.DistNetworkError as error:
         raise UsageError(f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
                          f"({one_line(error)}): is another run on? Say `deepspeed --master_port PORT train.py …`")
-    # DeepSpeed's collectives on a CPU leave a file of 69 MB a rank in shared memory, for ever: once all ranks have it open,
-    # its name can go.
-    dist.barrier()
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{rank()}"
-    (Path("/dev/shm") / name).unlink(missing_ok=True)
     if rank() != 0:
         transformers.utils.logging.disable_progress_bar()
         data.datasets.disable_progress_bars()
