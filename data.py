@@ -803,8 +803,10 @@ class PairBatch:
     lengths: torch.Tensor
 
     def to(self, device):
-        moved = {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in vars(self).items()}
-        return PairBatch(**moved)
+        """The batch on `device`; pinned on the way to a GPU, or the copy would wait for the work that is under way there."""
+        def move(tensor):
+            return (tensor.pin_memory() if torch.device(device).type == "cuda" else tensor).to(device, non_blocking=True)
+        return PairBatch(**{k: move(v) if torch.is_tensor(v) else v for k, v in vars(self).items()})
 
 
 def collate(pairs, rows, shared=True, pad=0):

@@ -275,3 +275,30 @@ def test_a_pair_without_a_label_has_no_loss_and_no_gradient(kind):
 def test_a_loss_that_cannot_be_gated_is_refused_with_its_reason(kind, reason):
     with pytest.raises(ValueError, match=f"{kind}.*cannot be gated.*{reason[:20]}"):
         adpo.preference_loss(torch.zeros(1), torch.ones(1), kind)
+
+
+def test_a_micro_step_waits_for_the_device_only_where_the_margins_are_read():
+    """No number is read back in the forward, the loss, the backward or the metrics: count what `.item()` is made of."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    import train
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._local_scalar_dense.default
+            return function(*args, **(kwargs or {}))
+
+    module = adpo.PairLogps(make_lm("llama"), chunk_size=7)
+    batch = data.collate(make_pairs(LENGTHS), [0, 1, 2, 3])
+    labels = torch.tensor([1.0, -1.0, 1.0, 0.0])
+    with Reads() as reads:
+        logps = module(batch)
+        rewards = adpo.implicit_rewards(logps, logps.detach() + 1, beta=0.1)
+        losses = adpo.preference_loss(adpo.margins(rewards), labels)
+        (losses * batch.weights).sum().backward()
+        train.metric_sums(losses, rewards, logps, labels, batch.weights, batch.tokens)
+        assert reads.count == 0
+        losses.sum().item()
+    assert reads.count == 1  # the count counts

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -535,3 +536,59 @@ def test_reuse_leaves_what_is_there(run, tmp_path, capsys):
     assert (run / "labels.sqlite").read_bytes() == before
     assert [path.name for path in run.iterdir()] == ["labels.sqlite"]
     fails(capsys, "is the same run", run, "--reuse", run)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# fit.py
+
+def test_fit_counts_a_model_as_it_is(tiny):
+    import transformers
+
+    from tools import fit
+    config = transformers.AutoConfig.from_pretrained(tiny / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny / "model")
+    n = sum(p.numel() for p in model.parameters())
+    assert fit.parameters(config) == n
+    alone, shared = (fit.rank_memory(config, gpus, 3) for gpus in (1, 8))
+    assert alone["weights"] == 2 * n and alone["gradients"] == 4 * n and alone["optimiser"] == 12 * n
+    assert all(shared[part] == alone[part] / 8 for part in ("weights", "gradients", "optimiser"))
+    two = fit.rank_memory(config, 8, 2)
+    assert two["weights"] == 2 * n and two["optimiser"] == 12 * n / 8
+    plain = fit.rank_memory(config, 1, 2, bf16=False)  # one process in fp32 runs as ZeRO 0: no second copy of the weights
+    assert plain["optimiser"] == 8 * n and plain["buffers"] == 0
+
+
+def test_fit_counts_the_activations_that_autograd_keeps(tiny):
+    """What one token more leaves for the backward, counted in the graph of a real model."""
+    import torch
+    import transformers
+
+    import adpo
+    import data
+    from tools import fit
+    config = transformers.LlamaConfig(vocab_size=50, hidden_size=64, intermediate_size=160, num_hidden_layers=3,
+                                      num_attention_heads=4, num_key_value_heads=2)
+    lm = transformers.LlamaForCausalLM(config)
+    weights = {p.untyped_storage().data_ptr() for p in lm.parameters()}
+
+    def kept(tokens):
+        storages = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                storages[storage.data_ptr()] = (tensor, storage.nbytes())
+            return tensor
+        pair = {"prompt_ids": [5] * (tokens - 2), "first_ids": [6], "second_ids": [7]}
+        batch = data.collate(SimpleNamespace(table=[pair], ids=["a"]), [0])
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            adpo.PairLogps(lm)(batch)
+        return sum(size for _, size in storages.values())
+    # The mask grows with the square of the tokens; its part is taken off.
+    grown = kept(400) - kept(200) - 4 * (400 ** 2 - 200 ** 2)
+    assert grown / 200 == pytest.approx(fit.activation_bytes(config, 4, False), rel=0.15)
+
+
+def test_the_readmes_table_of_what_fits_is_fits_own():
+    from tools import fit
+    assert fit.table() in (ROOT / "README.md").read_text()
