@@ -621,7 +621,9 @@ def check_same_run(config, output):
     if not path.is_file():
         return
     try:
-        before = dict(yaml.safe_load(path.read_text(encoding="utf-8"))["config"])
+        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+        before = dict(written["config"])
+        dict(written["versions"])  # it ends the file: without it, the file was cut
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError) as error:
         raise UsageError(f"{path} is damaged ({one_line(error)}), so that nobody can say whether this is the same run: "
                          "restore it; or, if you are sure, delete it, and it is written anew")

@@ -13,8 +13,8 @@ steps behind the first two, in real tokens a second, the prompt counted once for
 resident set (on a GPU: of what torch holds) above what it was when the model had been loaded. First of all both sides
 compute the loss of the same 8 pairs against a reference that is not the policy; where they disagree, nothing is measured.
 
-Writes benchmarks/results/speed.md, speed.json and speed.png (on a GPU speed_gpu.*), with --profile speed_profile.md. Exit
-code 0, or 2 where it cannot be run.
+Writes benchmarks/results/speed.md, speed.json and speed.png (on a GPU speed_gpu.*), with --profile speed_profile.md; --only
+leaves the other rows as they were. Exit code 0, or 2 where it cannot be run.
 """
 
 import argparse
@@ -614,11 +614,10 @@ class Bench:
         return sides | {"losses": losses}
 
 
-def measure(bench, names, keep):
-    """All numbers of a run, as one object; keep(object) after each row."""
+def measure(bench, names, found, keep):
+    """Put the numbers of these rows into `found`; keep(found) after each row."""
     import transformers
     threads = bench.options.threads
-    found = {"rows": {}, "limit": {}, "padding": {}, "fit": {}}
     for name in names:
         for count in threads:
             found["rows"][f"{name}/{count}"] = bench.case(name, count)
@@ -636,9 +635,9 @@ def measure(bench, names, keep):
         found["padding"][name] = padding(bench.lengths(name))
         found["fit"][name] = predicted(bench, name)
         keep(found)
-    found["growth"] = bench.run("growth", {"model": str(bench.model("hh")[0]), "threads": max(threads)})
-    keep(found)
-    return found
+    if "growth" not in found:
+        found["growth"] = bench.run("growth", {"model": str(bench.model("hh")[0]), "threads": max(threads)})
+        keep(found)
 
 
 def padding(lengths):
@@ -673,9 +672,9 @@ def mark(value, target, least):
     return f"{'**' if good else ''}{value:.2f}{'**' if good else ''}"
 
 
-def report(found, steps):
+def report(found):
     """The Markdown of all numbers."""
-    rows, missed = [], []
+    rows, missed, steps = [], [], found["steps"]
     for key, row in found["rows"].items():
         name, threads = key.split("/")
         title, *_, speed_target, memory_target = CASES[name]
@@ -846,16 +845,22 @@ def main(options):
         (here / f"speed_profile{suffix}.md").write_text(text, encoding="utf-8")
         print(text)
         return
-    packages = ("torch", "transformers", "deepspeed")
-    facts = {"machine": machine, "suffix": suffix, "versions": f"Python {platform.python_version()}, " + ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in packages) + f", TRL {trl_parity.TRL}"}
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "deepspeed")]
+    versions = ", ".join([f"Python {platform.python_version()}", *versions, f"TRL {trl_parity.TRL}"])
+    facts = {"machine": machine, "suffix": suffix, "steps": options.steps, "versions": versions}
+    path = here / f"speed{suffix}.json"
+    found = facts | {"rows": {}, "limit": {}, "padding": {}, "fit": {}}
+    if path.is_file() and options.only:  # rows that are not measured again stay, where machine and versions are the same
+        before = json.loads(path.read_text())
+        found = before if {name: before[name] for name in facts} == facts else found
 
     def keep(found):
-        (here / f"speed{suffix}.json").write_text(json.dumps(facts | found, indent=1), encoding="utf-8")
-    found = facts | measure(bench, names, keep)
-    (here / f"speed{suffix}.md").write_text(report(found, options.steps), encoding="utf-8")
-    chart(found, here / f"speed{suffix}.png")
-    print(report(found, options.steps))
+        found["rows"] = {f"{name}/{n}": row for name in CASES for n in (1, 2) if (row := found["rows"].get(f"{name}/{n}"))}
+        path.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    measure(bench, names, found, keep)
+    path.with_suffix(".md").write_text(report(found), encoding="utf-8")
+    chart(found, path.with_suffix(".png"))
+    print(report(found))
 
 
 if __name__ == "__main__":
