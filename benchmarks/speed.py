@@ -841,7 +841,7 @@ def main(options):
         name = options.only[0] if options.only else "smollm2" if options.smollm2 and options.hh else "hh"
         job = {"model": str(bench.model(name)[0]), "pairs": str(bench.pairs(name, 2)[0]), "reference": None,
                "threads": max(options.threads), **CASES[name][3]}
-        text = profile_report(bench.run("profile", job), CASES[name][0], f"{machine}, {max(options.threads)} threads")
+        text = profile_report(bench.run("profile", job), CASES[name][0], f"{machine}, {max(options.threads)} thread(s)")
         (here / f"speed_profile{suffix}.md").write_text(text, encoding="utf-8")
         print(text)
         return
