@@ -266,7 +266,7 @@ class Schedule:
 
     def engine_batches(self):
         """The batch sizes as the engine is to know them: a long step has more micro-steps than the config says."""
-        most = max(len(self.micro_batches(step)) for step in range(min(self.total_steps, self.epoch_steps)))
+        most = max(len(self.micro_batches(step)) for step in range(self.total_steps))
         micro = self.config.per_device_train_batch_size
         return {"gradient_accumulation_steps": most, "train_batch_size": micro * most * self.world}
 
