@@ -171,12 +171,15 @@ class Exchange:
     """Sends requests in threads. Iterating gives (request, its Reply, Refused or GaveUp) as they come, until none is
     under way or `stop` is set; more may be put meanwhile. send: called with a request and `stop`.
 
+    No more than `concurrency` replies are ever paid for and not yet dealt with: a thread sends its next request when the
+    iteration has come back for more. That is all that a kill can lose, however slow the ledger's disk.
     The threads are daemons: those of a pool would keep the process, on Ctrl-C, until the slowest request is through.
     """
 
     def __init__(self, send, concurrency):
         self.send, self.concurrency, self.threads, self.under_way = send, concurrency, 0, 0
         self.requests, self.replies, self.stop = SimpleQueue(), SimpleQueue(), threading.Event()
+        self.unsettled = threading.Semaphore(concurrency)
 
     def put(self, request):
         self.requests.put(request)
@@ -186,7 +189,7 @@ class Exchange:
             self.threads += 1
 
     def _work(self):
-        while (request := self.requests.get()) and not self.stop.is_set():
+        while (request := self.requests.get()) and self.unsettled.acquire() and not self.stop.is_set():
             try:
                 self.replies.put((request, self.send(request, self.stop)))
             except BaseException as error:  # raised again by whoever iterates, if it is none of ours
@@ -199,6 +202,7 @@ class Exchange:
             if isinstance(reply, BaseException) and not isinstance(reply, (Refused, GaveUp)):
                 raise reply
             yield request, reply
+            self.unsettled.release()
 
     def __enter__(self):
         return self
@@ -207,6 +211,7 @@ class Exchange:
         self.stop.set()
         for _ in range(self.threads):
             self.requests.put(None)
+            self.unsettled.release()
 
 
 class ChatJudge(Judge):

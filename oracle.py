@@ -121,8 +121,8 @@ class Ledger:
         if self.db.in_transaction:
             yield
             return
-        self.db.execute("BEGIN IMMEDIATE")
-        try:
+        try:  # Ctrl-C may come behind any of the three
+            self.db.execute("BEGIN IMMEDIATE")
             yield
             self.db.execute("COMMIT")
         except BaseException:
@@ -286,8 +286,8 @@ def portions(ids, size=10_000):
 class Interrupt:
     """Ctrl-C and SIGTERM (as schedulers send it) ask the run to stop where it can go on later; a second Ctrl-C kills it.
 
-    asked: whether it was asked to stop; the loop looks at it between steps. inside: while an annotator is asked, which may
-    take hours, KeyboardInterrupt is raised at once.
+    asked: whether it was asked to stop; the loop looks at it between steps. inside: while an annotator is asked who may take
+    hours, KeyboardInterrupt is raised at once.
     """
 
     def __init__(self):
@@ -434,6 +434,8 @@ class Oracle:
                 answers = [[known.get(item[0], 0) for item in part] for part in gathered]
             except (Waiting, ValueError) as problem:  # unanswered, or cannot be: the other ranks have to hear of it too
                 answers = [Waiting(str(problem))] * self.world
+            except KeyboardInterrupt:  # just before or behind the annotator's own work, which says how far it came
+                answers = [Waiting("interrupted")] * self.world
         received = answers or [None]
         if self.world > 1:
             received = [None]
@@ -461,7 +463,7 @@ class Oracle:
                 if self.state["budget_spent_at_step"] is None:
                     self.state["budget_spent_at_step"] = step
         while questions:  # more than once where somebody took an answer back just before it was used
-            self.interrupt.inside = True
+            self.interrupt.inside = self.asks_together  # one that answers at once is not worth leaving a step half done
             try:
                 self.annotator.answer(questions, self.ledger)
             finally:

@@ -597,8 +597,8 @@ def test_kill_9_in_the_middle_loses_and_doubles_nothing(serve, tmp_path):
     assert len(killed) == 3
     assert answers(ledger) == {f"p{n}": truth(f"p{n}") for n in range(count)}  # pair is the key: none stands twice
     assert ledger.db.execute("SELECT COUNT(*) FROM verdicts").fetchone() == (2 * count,)
-    # In flight at a kill: what the server is at, and what came back and is not committed; at most one more a thread.
-    assert 2 * count <= len(server.bodies) <= 2 * count + 3 * 2 * 4
+    # Lost at a kill: what the server is at, and what came back and is not committed; together one a thread.
+    assert 2 * count <= len(server.bodies) <= 2 * count + 3 * 4
     ledger.close()
 
 

@@ -170,23 +170,57 @@ def test_several_ranks_ask_at_once(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_a_signal_that_comes_twice_interrupts_once_and_does_not_cut_the_stop_short():
-    """The launcher's SIGTERM follows the one, or the Ctrl-C, that its ranks have had already."""
+@pytest.fixture
+def handlers():
+    """Signal handlers are afterwards what they were before."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_that_comes_twice_interrupts_once_and_does_not_cut_the_stop_short(handlers):
+    """The launcher's SIGTERM follows the one, or the Ctrl-C, that its ranks have had already."""
     interrupt, raised = Interrupt(), []
-    try:
-        interrupt.install()
-        interrupt.inside = True
-        for number in before:
-            try:
-                interrupt(number, None)
-            except KeyboardInterrupt:
-                raised.append(number)
-        interrupt.remove()
-        assert raised == [signal.SIGINT] and interrupt.asked and signal.getsignal(signal.SIGTERM) is interrupt
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    interrupt.install()
+    interrupt.inside = True
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            interrupt(number, None)
+        except KeyboardInterrupt:
+            raised.append(number)
+    interrupt.remove()
+    assert raised == [signal.SIGINT] and interrupt.asked and signal.getsignal(signal.SIGTERM) is interrupt
+
+
+def test_ctrl_c_leaves_an_annotator_that_answers_at_once_to_its_end(asker, monkeypatch, handlers):
+    """A step of which some micro-batches are done is not broken off: the run stops at its end."""
+    add = asker.ledger.add
+
+    def pressed_meanwhile(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        add(*args)
+
+    monkeypatch.setattr(asker.ledger, "add", pressed_meanwhile)
+    asker.interrupt.install()
+    assert asker.answer(["a", "b"], [0.1, 0.1], [True, True], step=0) == [1, -1]
+    with pytest.raises(Waiting, match="interrupted"):
+        asker.stop_if_asked()
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_ctrl_c_just_before_or_behind_an_annotators_work_stops_the_run_as_one_within_does(behind, tmp_path, handlers):
+    class Pressed(DatasetAnnotator):
+        def answer(self, questions, ledger):
+            if behind:
+                super().answer(questions, ledger)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    oracle = Oracle(Pressed(LABELS), tmp_path / "labels.sqlite", asks_together=True)
+    oracle.interrupt.install()
+    with pytest.raises(Waiting, match="interrupted"):
+        oracle.answer(["a"], [0.1], [True], step=0)
+    assert oracle.answer(["a"], [0.1], [False], step=0) == [int(behind)]  # what was answered stands, and is free
 
 
 # ----------------------------------------------------------------------------------------------------------------------
