@@ -19,9 +19,11 @@ import errno
 import gc
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -32,6 +34,7 @@ import tempfile
 import time
 import zlib
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 import torch
 
@@ -41,10 +44,12 @@ if torch.accelerator.current_accelerator() is None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed's search for one, and its warnings
 
 import deepspeed
+import huggingface_hub
 import torch.distributed as dist
 import transformers
 import yaml
 from deepspeed.accelerator import get_accelerator
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -645,8 +650,9 @@ def check_same_start(resume, before, now):
                              f"{now[name]}: go on as it was, or choose another output_dir")
 
 
-def save_model(engine, tokenizer, output, card):
-    """The trained model in Hugging Face form, gathered over ranks; each file is put in place when it is complete."""
+def save_model(engine, tokenizer, output):
+    """The trained model in Hugging Face form, gathered over ranks; each file is put in place when it is complete. Returns
+    their names, on rank 0."""
     state = {}
     for name, parameter in engine.module.lm.named_parameters():
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
@@ -659,31 +665,111 @@ def save_model(engine, tokenizer, output, card):
         with writing(output / "model.safetensors", staging):
             engine.module.lm.save_pretrained(staging, state_dict=state)
             tokenizer.save_pretrained(staging)
-            (staging / "README.md").write_text(card, encoding="utf-8")
-            for path in staging.iterdir():
-                os.replace(path, output / path.name)
+            names = sorted(path.name + "/" * path.is_dir() for path in staging.iterdir())
+            for name in names:
+                os.replace(staging / name, output / name)
         staging.rmdir()
     dist.barrier()
+    return names if rank() == 0 else None
 
 
-def model_card(config, summary):
-    """README.md of the trained model."""
-    front = {"base_model": config.model_name_or_path, "datasets": list(config.dataset_mixer),
-             "library_name": "transformers", "tags": ["adpo", "dpo", "preference-learning"]}
-    accuracy, right = summary["eval_accuracy"], summary["pseudo_label_accuracy"]
-    rows = [("pairs", f"{summary['pairs']:,}"),
-            ("labels bought", f"{summary['queries']:,} ({summary['query_fraction']:.1%})"),
-            ("pseudo-labels", f"{summary['pseudo_labels']:,}" + ("" if right is None else f", {right:.1%} of them right")),
-            *([("audited pseudo-labels", "{:,}, {:.1%} right (95 % interval {:.1%} to {:.1%})".format(
-                summary["audited"], summary["audit_accuracy"], *summary["audit_interval"]))] if summary["audited"] else []),
-            *([("spent on labels", f"{summary['cost']:,.2f}")] if summary["cost"] is not None else []),
-            ("held-out accuracy of the implicit reward", "not measured" if accuracy is None else f"{accuracy:.3f}"),
-            ("β, γ", f"{config.beta}, {config.gamma if config.data_selection else 'every pair asked'}")]
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return (f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {Path(config.output_dir).name}\n\n"
-            f"Trained from `{config.model_name_or_path}` with Active Direct Preference Optimization "
-            f"([arXiv 2402.09401](https://arxiv.org/abs/2402.09401)).\n\n| | |\n| --- | --- |\n{table}\n\n"
-            f"```yaml\n{yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)}```\n")
+def draw_curves(output):
+    """Write curves.png, what tools/plot.py draws, where matplotlib is installed. Returns the names of what it wrote."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
+    from tools import plot
+    try:
+        figure = plot.draw({output.name: plot.read_metrics(output)})
+    except plot.PlotError as error:
+        say(f"no curves: {error}")
+        return []
+    with writing(output / "curves.png"):
+        plot.save(figure, output / "curves.png")
+    return ["curves.png"]
+
+
+def on_hub(name):
+    """Whether a model or a data set is one of the hub's: what is a path here means nothing there."""
+    return is_repo_id(name) and not Path(name).exists()
+
+
+def is_repo_id(name):
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def front_matter(config, summary):
+    """What the hub reads of a model card, as YAML."""
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation",
+             "tags": ["adpo", "dpo", "preference-learning"]}
+    sources = [name for name in config.dataset_mixer if on_hub(name)]
+    if on_hub(config.model_name_or_path):
+        front["base_model"] = config.model_name_or_path
+    if sources:
+        front["datasets"] = sources
+    if len(sources) == len(config.dataset_mixer) == 1 and summary["eval_accuracy"] is not None:
+        front["model-index"] = [{"name": Path(config.output_dir).resolve().name, "results": [{
+            "task": {"type": "text-generation", "name": "preference"},
+            "dataset": {"type": sources[0], "name": sources[0]},
+            "metrics": [{"type": "accuracy", "name": "held-out accuracy of the implicit reward",
+                         "value": round(summary["eval_accuracy"], 4)}]}]}]
+    return yaml.safe_dump(front, sort_keys=False)
+
+
+def model_card(config, summary, command_line, curves):
+    """README.md of the trained model.  command_line: what started the run, or None.  curves: names of pictures."""
+    def right(kind):
+        return "{:.1%} of them right (95 % interval {:.1%} to {:.1%})".format(summary[f"{kind}_accuracy"],
+                                                                             *summary[f"{kind}_interval"])
+
+    pseudo, audited = f"{summary['pseudo_labels']:,}", f"{summary['audited']:,}"
+    rows = {"data": ", ".join(f"{100 * part:.4g} % of {code(name)}" for name, part in config.dataset_mixer.items()),
+            "pairs": f"{summary['pairs']:,}",
+            "labels bought": f"{summary['queries']:,} ({summary['query_fraction']:.1%})",
+            "annotator": "judge, " + code(config.judge_model) if config.oracle == "judge" else config.oracle,
+            "pseudo-labels": pseudo if summary["pseudo_label_accuracy"] is None else f"{pseudo}, {right('pseudo_label')}",
+            "audited pseudo-labels": f"{audited}, {right('audit')}" if summary["audited"] else None,
+            "spent on labels": None if summary["cost"] is None else f"{summary['cost']:,.2f}",
+            "held-out accuracy of the implicit reward": ("not measured" if summary["eval_accuracy"] is None
+                                                         else f"{summary['eval_accuracy']:.3f}"),
+            "β, γ": f"{config.beta}, {config.gamma if config.data_selection else 'every pair asked'}"}
+    settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True).rstrip()
+    parts = [
+        f"---\n{front_matter(config, summary)}---",
+        f"# {code(Path(config.output_dir).resolve().name)}",
+        f"Trained from {code(config.model_name_or_path)} with Active Direct Preference Optimization ([arXiv 2402.09401]"
+        "(https://arxiv.org/abs/2402.09401)), which asks for a label only where the policy is unsure.",
+        "| | |\n| --- | --- |\n" + "\n".join("| {} | {} |".format(name, value.replace("|", "\\|"))
+                                            for name, value in rows.items() if value),
+        *(f"![Accuracy, margin, labels and pseudo-labels, against labels bought and steps]({name})" for name in curves),
+        "The command:\n\n" + fenced(command_line, "sh") if command_line else "",
+        "The config, with " + ", ".join(f"{name} {version}" for name, version in versions().items()) + ":",
+        fenced(settings, "yaml")]
+    text = "\n\n".join(filter(None, parts)) + "\n"
+    if config.judge_url:  # a key may stand in it
+        url = urlsplit(config.judge_url)
+        text = text.replace(config.judge_url, urlunsplit(url._replace(netloc=url.netloc.rpartition("@")[2], query="")))
+    return text.encode("utf-8", "replace").decode()  # a path may hold bytes that are no text
+
+
+def code(text):
+    """A text as a code span of Markdown: nothing in it is markup."""
+    text = one_line(text)
+    space = " " * ("`" in text)
+    return f"{ticks(text, 1)}{space}{text}{space}{ticks(text, 1)}"
+
+
+def fenced(text, language):
+    """A text as a code block of Markdown, whatever is in it."""
+    return f"{ticks(text, 3)}{language}\n{text}\n{ticks(text, 3)}"
+
+
+def ticks(text, least):
+    """As many backticks as no run of them in the text has."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def closing_line(summary):
@@ -871,7 +957,8 @@ def policy_and_reference(config, ds, parts):
     return engine, {name: logps.to(engine.device) for name, logps in reference.items()}, shared
 
 
-def main(config):
+def main(config, command_line=None):
+    """The run.  command_line: what started it, for the model card."""
     start_time = time.time()
     setup(config)
     toy_prompts = resolve_toy(config)
@@ -883,6 +970,8 @@ def main(config):
         say(f"{output} is finished: {closing_line(read_summary(output / 'summary.json'))}")
         return say("to train again, choose another --output_dir or move that one away")
     check_writable(output)
+    if config.push_to_hub:
+        check_push(config, output)
     resume = find_checkpoint(config, output)
 
     # Data, policy, reference.
@@ -927,7 +1016,9 @@ def main(config):
         f"{world} process{'es' if world > 1 else ''} on {device.type}, ZeRO {ds['zero_optimization'].get('stage', 0)}")
 
     def labels_so_far():
-        return {"queries": asker.queries(step - 1), "pseudo_labels": asker.state["pseudo_labels"],
+        state = asker.state
+        return {"pairs_seen": min(step * schedule.step_pairs, len(train)), "queries": asker.queries(step - 1),
+                "pseudo_labels": state["pseudo_labels"], "pseudo_label_accuracy": pseudo_label_accuracy(state),
                 **audit_metrics(asker, step - 1, config)}
 
     def run_evaluation():
@@ -1005,8 +1096,7 @@ def main(config):
                    **labels_so_far(), "tokens_per_second": tokens / (time.time() - window_start)}
             log.write(row)
             warn_of_wrong_pseudo_labels(asker, step - 1, config)
-            progress.set_postfix_str(bar_text(row, min(step * schedule.step_pairs, len(train)), evaluation,
-                                              cost(asker, config)), refresh=False)
+            progress.set_postfix_str(bar_text(row, evaluation, cost(asker, config)), refresh=False)
             sums.zero_()
             window_start = time.time()
         progress.update()
@@ -1019,22 +1109,27 @@ def main(config):
     progress.close()
     asker.interrupt.remove()
 
-    # The end: summary, model, card.
+    # The end: model, card, summary; then the hub.
     summary = summarise(train, schedule, asker, evaluation, device, config)
-    save_model(engine, tokenizer, output, model_card(config, summary))
+    names = save_model(engine, tokenizer, output)
     asker.close()
     engine.destroy()
+    failure = None
     if rank() == 0:
         if toy_prompts:
             summary |= {f"gold_reward_{when}": toy.mean_gold_reward(folder, toy_prompts)
                         for when, folder in (("before", config.model_name_or_path), ("after", output))}
-        if config.push_to_hub:
-            push(config, output)
+        curves = draw_curves(output)
+        replace_text(output / "README.md", model_card(config, summary, command_line, curves))
         summary["wall_seconds"] = seconds_before + time.time() - start_time
         replace_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
         say(closing_line(summary))
         say(f"the model, its metrics and its ledger are in {output}")
+        if config.push_to_hub:
+            failure = push(config, output, names + curves)
     dist.barrier()
+    if failure:
+        raise UsageError(failure)
 
 
 def consult_gate(margin, ids, config):
@@ -1071,6 +1166,11 @@ def cost(asker, config):
     return known + unpriced * config.price_per_label
 
 
+def pseudo_label_accuracy(state):
+    """Share of the pseudo-labels so far that are right, or None where no truth is known.  state: the oracle's."""
+    return state["pseudo_right"] / state["pseudo_known"] if state["pseudo_known"] else None
+
+
 def audit_metrics(asker, step, config):
     """What the audit says so far, for a row of metrics; nothing without one."""
     if not config.audit_fraction:
@@ -1092,12 +1192,12 @@ def warn_of_wrong_pseudo_labels(asker, step, config):
             "gamma, or lower learning_rate.")
 
 
-def bar_text(row, seen, evaluation, cost):
-    """What stands behind the training bar. seen: pairs seen so far, each once."""
+def bar_text(row, evaluation, cost):
+    """What stands behind the training bar."""
     held_out = f", held-out {evaluation['rewards/accuracies']:.3f}" if evaluation else ""
     price = f", {cost:,.2f} spent" if cost is not None else ""
     return (f"loss {row['loss']:.3f}, acc {row['rewards/accuracies']:.3f}, {row['queries']:,} queries "
-            f"({row['queries'] / seen:.0%} of pairs){price}{held_out}")
+            f"({row['queries'] / row['pairs_seen']:.0%} of pairs){price}{held_out}")
 
 
 def gradient_norm(engine):
@@ -1139,7 +1239,9 @@ def summarise(train, schedule, asker, evaluation, device, config):
     pairs = len({train.ids[row] for step in epoch for row in schedule.rows(step)})
     queries, state, audit = asker.queries(), asker.state, asker.audit()
     return {"pairs": pairs, "queries": queries, "query_fraction": queries / pairs, "pseudo_labels": state["pseudo_labels"],
-            "pseudo_label_accuracy": state["pseudo_right"] / state["pseudo_known"] if state["pseudo_known"] else None,
+            "pseudo_label_accuracy": pseudo_label_accuracy(state),
+            "pseudo_label_interval": (list(oracle.wilson(state["pseudo_right"], state["pseudo_known"]))
+                                      if state["pseudo_known"] else None),
             "audited": audit["audited"] if audit else 0, "audit_accuracy": audit and audit["accuracy"],
             "audit_interval": audit and list(audit["interval"]), "cost": cost(asker, config),
             "budget_spent_at_step": state["budget_spent_at_step"],
@@ -1147,14 +1249,38 @@ def summarise(train, schedule, asker, evaluation, device, config):
             "eval_accuracy": evaluation and evaluation["rewards/accuracies"], "peak_memory_bytes": peak_memory(device)}
 
 
-def push(config, output):
-    """Upload the trained model; checkpoints and the ledger stay here."""
-    from huggingface_hub import HfApi
-    api = HfApi()
-    name = api.create_repo(config.hub_model_id or output.name, exist_ok=True).repo_id
-    api.upload_folder(repo_id=name, folder_path=str(output), revision=config.hub_model_revision,
-                      ignore_patterns=["checkpoint-*", "labels.sqlite*", "tensorboard/*", "csv/*", ".*"])
-    say(f"uploaded to {name}")
+def check_push(config, output):
+    """Refuse, before hours are spent, an upload that cannot succeed."""
+    name = config.hub_model_id or output.resolve().name
+    if not is_repo_id(name):
+        raise UsageError(f"push_to_hub: {name} is no name of a model on the hub: say --hub_model_id=USER/NAME, of letters, "
+                         "digits, -, _ and .")
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        raise UsageError("push_to_hub, but HF_HUB_OFFLINE is set: unset it, or say --push_to_hub=false")
+    if not huggingface_hub.get_token():
+        raise UsageError("push_to_hub: there is no token: log in with `hf auth login`, or set HF_TOKEN")
+
+
+def push(config, output, names):
+    """Upload the trained model and what describes it. Checkpoints, the ledger and whatever else lies in the folder stay
+    here, and so does config.yaml, in whose judge_url a key may stand. All is saved by now: where it does not arrive, returns
+    a line that says why and has the command that sends it.
+
+    names: of the files of the model, and of the pictures of its card.
+    """
+    names = [*names, "README.md", "metrics.jsonl", "summary.json"]
+    api, name, branch = huggingface_hub.HfApi(), config.hub_model_id or output.resolve().name, config.hub_model_revision
+    by_hand = shlex.join(["hf", "upload", name, str(output), ".", f"--revision={branch}",
+                          *(f"--include={file}" for file in names)])
+    try:
+        name = api.create_repo(name, exist_ok=True).repo_id
+        if branch != "main":
+            api.create_branch(name, branch=branch, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=str(output), revision=branch, allow_patterns=names)
+    except Exception as error:  # of the network, of the hub, of a disk that its client fills
+        why = f"{type(error).__name__}: {one_line(error)}" + (f", {one_line(error.__cause__)}" if error.__cause__ else "")
+        return f"{output} is complete, but not uploaded to {name} at {api.endpoint} ({why[:400]}); to upload it: {by_hand}"
+    say(f"uploaded to {api.endpoint}/{name}, branch {branch}")
 
 
 def same_command(argv):
@@ -1187,7 +1313,7 @@ def command(argv):
         print(help_text())
         return 0
     try:
-        main(config := parse_config(argv))
+        main(config := parse_config(argv), same_command(argv))
     except oracle.Waiting as waiting:
         say(f"stopped: {waiting}. All answers so far are in {config.output_dir}/labels.sqlite. Resume with\n"
             f"    {same_command(argv)}")
