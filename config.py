@@ -395,9 +395,29 @@ def check_config(config, path):
         if packages[service] and importlib.util.find_spec(packages[service]) is None:
             raise UsageError(f"{path}, report_to: {service} is not installed: pip install {service}, or --report_to=none")
     if config.push_to_hub:
-        from huggingface_hub import get_token
+        from huggingface_hub import constants, get_token
         if get_token() is None:
             raise UsageError(f"{path}: push_to_hub needs a login: run `hf auth login`, or say --push_to_hub=false")
+        if constants.HF_HUB_OFFLINE:
+            raise UsageError(f"{path}: push_to_hub, but HF_HUB_OFFLINE is set: unset it, or say --push_to_hub=false")
+        if not is_repo_id(hub_name(config)):
+            raise UsageError(f"{path}: push_to_hub: {shown(hub_name(config))} is no name of a model on the hub: say "
+                             "--hub_model_id=USER/NAME, of letters, digits, -, _ and .")
+
+
+def hub_name(config):
+    """The name of the model on the hub; without a user's, it is the one who is logged in."""
+    return config.hub_model_id or Path(config.output_dir).resolve().name
+
+
+def is_repo_id(name):
+    """Whether the hub allows a model or a data set of this name."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def help_text():

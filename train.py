@@ -44,12 +44,10 @@ if torch.accelerator.current_accelerator() is None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed's search for one, and its warnings
 
 import deepspeed
-import huggingface_hub
 import torch.distributed as dist
 import transformers
 import yaml
 from deepspeed.accelerator import get_accelerator
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
@@ -59,7 +57,7 @@ import data
 import judge
 import oracle
 import toy
-from config import FREE_ON_RESUME, HERE, REFUSED, UsageError, help_text, parse_config
+from config import FREE_ON_RESUME, HERE, REFUSED, UsageError, help_text, hub_name, is_repo_id, parse_config
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Ranks, engine, model
@@ -693,14 +691,6 @@ def on_hub(name):
     return is_repo_id(name) and not Path(name).exists()
 
 
-def is_repo_id(name):
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return True
-
-
 def front_matter(config, summary):
     """What the hub reads of a model card, as YAML."""
     front = {"library_name": "transformers", "pipeline_tag": "text-generation",
@@ -970,8 +960,6 @@ def main(config, command_line=None):
         say(f"{output} is finished: {closing_line(read_summary(output / 'summary.json'))}")
         return say("to train again, choose another --output_dir or move that one away")
     check_writable(output)
-    if config.push_to_hub:
-        check_push(config, output)
     resume = find_checkpoint(config, output)
 
     # Data, policy, reference.
@@ -1249,18 +1237,6 @@ def summarise(train, schedule, asker, evaluation, device, config):
             "eval_accuracy": evaluation and evaluation["rewards/accuracies"], "peak_memory_bytes": peak_memory(device)}
 
 
-def check_push(config, output):
-    """Refuse, before hours are spent, an upload that cannot succeed."""
-    name = config.hub_model_id or output.resolve().name
-    if not is_repo_id(name):
-        raise UsageError(f"push_to_hub: {name} is no name of a model on the hub: say --hub_model_id=USER/NAME, of letters, "
-                         "digits, -, _ and .")
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        raise UsageError("push_to_hub, but HF_HUB_OFFLINE is set: unset it, or say --push_to_hub=false")
-    if not huggingface_hub.get_token():
-        raise UsageError("push_to_hub: there is no token: log in with `hf auth login`, or set HF_TOKEN")
-
-
 def push(config, output, names):
     """Upload the trained model and what describes it. Checkpoints, the ledger and whatever else lies in the folder stay
     here, and so does config.yaml, in whose judge_url a key may stand. All is saved by now: where it does not arrive, returns
@@ -1268,8 +1244,9 @@ def push(config, output, names):
 
     names: of the files of the model, and of the pictures of its card.
     """
+    from huggingface_hub import HfApi
     names = [*names, "README.md", "metrics.jsonl", "summary.json"]
-    api, name, branch = huggingface_hub.HfApi(), config.hub_model_id or output.resolve().name, config.hub_model_revision
+    api, name, branch = HfApi(), hub_name(config), config.hub_model_revision
     by_hand = shlex.join(["hf", "upload", name, str(output), ".", f"--revision={branch}",
                           *(f"--include={file}" for file in names)])
     try:
