@@ -1255,8 +1255,10 @@ def push(config, output, names):
             api.create_branch(name, branch=branch, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=str(output), revision=branch, allow_patterns=names)
     except Exception as error:  # of the network, of the hub, of a disk that its client fills
-        why = f"{type(error).__name__}: {one_line(error)}" + (f", {one_line(error.__cause__)}" if error.__cause__ else "")
-        return f"{output} is complete, but not uploaded to {name} at {api.endpoint} ({why[:400]}); to upload it: {by_hand}"
+        error = (type(error) is RuntimeError and error.__cause__) or error  # "Error while uploading …" has its reason there
+        why = one_line(getattr(error, "server_message", None) or error)[:400]
+        return (f"{output} is complete, but not uploaded to {name} at {api.endpoint} ({type(error).__name__}: {why}); "
+                f"to upload it: {by_hand}")
     say(f"uploaded to {api.endpoint}/{name}, branch {branch}")
 
 

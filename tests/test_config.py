@@ -114,6 +114,7 @@ def services(monkeypatch):
     """As if tensorboard and wandb were installed and the user had logged in to the hub."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
 
 
 @pytest.mark.parametrize("text, beta, pairs", [(OFFICIAL_BETA, 0.01, 64), (OFFICIAL_GEMMA, 0.05, 64)])

@@ -24,10 +24,10 @@ from config import parse_config
 
 METRICS = {"step", "epoch", "split", "loss", "rewards/chosen", "rewards/rejected", "rewards/margins",
            "rewards/accuracies", "logps/chosen", "logps/rejected", "learning_rate", "grad_norm", "queries",
-           "pseudo_labels", "tokens_per_second"}
-SUMMARY = {"pairs", "queries", "query_fraction", "pseudo_labels", "pseudo_label_accuracy", "eval_loss", "eval_accuracy",
-           "wall_seconds", "peak_memory_bytes", "audited", "audit_accuracy", "audit_interval", "cost",
-           "budget_spent_at_step"}
+           "pairs_seen", "pseudo_labels", "pseudo_label_accuracy", "tokens_per_second"}
+SUMMARY = {"pairs", "queries", "query_fraction", "pseudo_labels", "pseudo_label_accuracy", "pseudo_label_interval",
+           "eval_loss", "eval_accuracy", "wall_seconds", "peak_memory_bytes", "audited", "audit_accuracy", "audit_interval",
+           "cost", "budget_spent_at_step"}
 
 
 def assert_same_weights(one, other, tolerance):
@@ -68,6 +68,7 @@ def test_queries_reported_are_the_rows_of_the_ledger(launched):
     assert rows[0]["queries"] == 8  # at step 0 every margin is 0, so each pair is asked
     assert [row["queries"] for row in rows] == [sum(step < row["step"] for _, _, step in ledger) for row in rows]
     assert rows[-1]["queries"] == launched.summary()["queries"] == len(ledger)
+    assert [row["pairs_seen"] for row in rows] == [8, 16, 24, 32]
     assert 8 < len(ledger) < 32 and len(ledger) + rows[-1]["pseudo_labels"] == 32 == launched.summary()["pairs"]
 
 
