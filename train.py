@@ -424,13 +424,17 @@ def evaluate(engine, pairs, batches, reference, labels, config, shared):
 
 
 class Log:
-    """metrics.jsonl and DeepSpeed's monitor, from rank 0."""
+    """metrics.jsonl and DeepSpeed's monitor, from rank 0.  step: the last that is kept of what was there; −1: nothing is."""
 
     def __init__(self, output, engine, step):
-        self.path, self.engine = output / "metrics.jsonl", engine
+        self.path, self.monitor = output / "metrics.jsonl", engine.monitor if engine.monitor.enabled else None
+        engine.monitor.enabled = False  # for the engine, which logs against samples: wandb would drop our steps behind those
         if rank() == 0:  # a resumed run writes the steps behind its checkpoint again
             lines = self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []
-            replace_text(self.path, "".join(line + "\n" for n, line in enumerate(lines, 1) if self.stands(n, line, step)))
+            lines = [line for n, line in enumerate(lines, 1) if self.stands(n, line, step)]
+            replace_text(self.path, "".join(line + "\n" for line in lines))
+            if self.monitor:
+                self.catch_up([json.loads(line) for line in lines], step)
 
     def stands(self, n, line, step):
         """Whether a line is a row of an optimiser step up to `step`. One that is no row is dropped, and said so."""
@@ -440,16 +444,31 @@ class Log:
             say(f"{self.path}, line {n}: cut off or damaged, dropped")
             return False
 
+    def catch_up(self, rows, step):
+        """Let the services hold the rows that stand and nothing behind them: TensorBoard is told what to forget, the CSV
+        files are written anew, and a run of wandb, which cannot forget, is a new one that begins with these rows."""
+        if writer := getattr(self.monitor.tb_monitor, "summary_writer", None):
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            writer.file_writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step + 1)
+        if self.monitor.csv_monitor:
+            for path in Path(self.monitor.csv_monitor.log_dir).glob("*.csv"):
+                path.unlink()
+        for service in filter(None, (self.monitor.csv_monitor, self.monitor.wandb_monitor)):
+            for row in rows:
+                service.write_events(self.events(row))
+
+    def events(self, row):
+        return [(f"{row['split']}/{name}", value, row["step"]) for name, value in row.items()
+                if isinstance(value, (int, float)) and name != "step"]
+
     def write(self, row):
         """row: {metric: value}. A number that is not finite becomes null: JSON has no word for it."""
         if rank() == 0:
             row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             with writing(self.path), open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
-            if self.engine.monitor.enabled:
-                self.engine.monitor.write_events([
-                    (f"{row['split']}/{name}", value, row["step"]) for name, value in row.items()
-                    if isinstance(value, (int, float)) and name != "step"])
+            if self.monitor:
+                self.monitor.write_events(self.events(row))
 
 
 @contextlib.contextmanager
@@ -998,7 +1017,7 @@ def main(config, command_line=None):
         skipped = state.get("skipped", 0)  # in a row
         sums += torch.tensor(state["sums"], dtype=torch.float64, device=device) * (rank() == 0)
         say(f"resumed from {resume} at step {step:,} of {schedule.total_steps:,}")
-    log = Log(output, engine, step)
+    log = Log(output, engine, step if resume else -1)
     say(f"{len(train):,} pairs, {schedule.total_steps:,} steps of {schedule.step_pairs} pairs, "
         f"{sum(getattr(p, 'ds_numel', p.numel()) for p in engine.module.parameters()):,} parameters, "
         f"{world} process{'es' if world > 1 else ''} on {device.type}, ZeRO {ds['zero_optimization'].get('stage', 0)}")
