@@ -103,6 +103,7 @@ def test_a_row_that_is_being_written_is_left_out(tmp_path):
     (b'{"split": "eval", "step": 1, "queries": null}\n', "(field queries: no number)"),
     (b'{"split": "eval", "step": 1, "queries": 2, "rewards/margins": "2"}\n', "(field rewards/margins: no number)"),
     (b'{"split": "eval", "step": 1, "queries": true}\n', "(field queries: no number)"),
+    (b'{"split": "eval", "step": 1, "queries": 2, "audit_low": 1e999}\n', "(field audit_low: no number)"),
     (b"\xff\xfe\n", "cannot be read"),
 ])
 def test_metrics_that_cannot_be_drawn_are_named(content, words, tmp_path, capsys):
@@ -111,7 +112,7 @@ def test_metrics_that_cannot_be_drawn_are_named(content, words, tmp_path, capsys
     assert not (tmp_path / "curves.png").exists()
 
 
-def test_what_else_is_refused(tmp_path, capsys):
+def test_what_else_is_refused(tmp_path, capsys, monkeypatch):
     one, other = write(tmp_path / "one", ROWS), write(tmp_path / "other", ROWS)
     (tmp_path / "empty").mkdir()
     fails(capsys, "no such folder", tmp_path / "nowhere")
@@ -120,7 +121,11 @@ def test_what_else_is_refused(tmp_path, capsys):
     fails(capsys, "1 names for 2 runs", one, other, "--labels=A", f"--output={tmp_path}/x")
     fails(capsys, "two runs are called A", one, other, "--labels=A,A", f"--output={tmp_path}/x")
     fails(capsys, "two runs are called", one, one, f"--output={tmp_path}/x")
+    fails(capsys, "--interval nan", one, "--follow", "--interval=nan")
     fails(capsys, "cannot be written", one, f"--output={tmp_path}/nowhere/x")
+    with monkeypatch.context() as patch:
+        patch.setattr(plot.importlib.util, "find_spec", lambda name: None)
+        fails(capsys, "matplotlib is not installed", one)
     (tmp_path / "sub").mkdir()
     twin = write(tmp_path / "sub" / "one", ROWS)
     assert plot.names_of([one, twin], None) == [f"{tmp_path.name}/one", "sub/one"]

@@ -17,8 +17,10 @@ Needs matplotlib (requirements-extra.txt). The official code draws nothing.
 
 import argparse
 import contextlib
+import importlib.util
 import io
 import json
+import math
 import os
 import sys
 import time
@@ -38,7 +40,6 @@ PANELS = [  # title, split, metric (None: of either split), what stands there wh
     ("held-out reward margin", "eval", "rewards/margins", "no evaluation"),
     ("labels bought per pair seen", None, "share", "not in these metrics"),
     ("pseudo-labels right", None, "pseudo_label_accuracy", "none of known truth")]
-
 NUMBERS = ("step", "queries", "pairs_seen", "rewards/accuracies", "rewards/margins", "pseudo_label_accuracy",
            "audit_accuracy", "audit_low", "audit_high")
 
@@ -78,8 +79,9 @@ def checked(row):
     if not isinstance(row, dict) or row.get("split") not in ("train", "eval"):
         raise ValueError("no object with a split, train or eval")
     for name in NUMBERS:
-        missing = row.get(name) is None and name not in ("step", "queries")
-        if not missing and type(row.get(name)) not in (int, float):
+        value = row.get(name)
+        missing = value is None and name not in ("step", "queries")
+        if not missing and (type(value) not in (int, float) or not math.isfinite(value)):
             raise ValueError(f"field {name}: no number")
     return row | {"share": row["queries"] / row["pairs_seen"] if row.get("pairs_seen") else None}
 
@@ -214,6 +216,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     output = args.output or (args.runs[0] / "curves" if len(args.runs) == 1 else "curves")
     try:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise PlotError("matplotlib is not installed: pip install -r requirements-extra.txt")
+        if not 0 < args.interval <= 86400:
+            raise PlotError(f"--interval {args.interval}: give seconds, more than 0 and at most a day")
         labels = names_of(args.runs, args.labels)
         if args.follow:
             follow(args.runs, labels, output, args.interval)
