@@ -6,6 +6,7 @@ double precision, a full log-softmax, a sum.
 
 import copy
 import math
+import re
 import weakref
 
 import datasets
@@ -275,6 +276,27 @@ def test_a_pair_without_a_label_has_no_loss_and_no_gradient(kind):
 def test_a_loss_that_cannot_be_gated_is_refused_with_its_reason(kind, reason):
     with pytest.raises(ValueError, match=f"{kind}.*cannot be gated.*{reason[:20]}"):
         adpo.preference_loss(torch.zeros(1), torch.ones(1), kind)
+
+
+def test_the_worked_example_computes_what_it_prints(capsys):
+    """Each row again from its printed log-probs, with the equations written out; and each case is among the rows."""
+    adpo.worked_example()
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    rows = [line.split(maxsplit=10) for line in printed.splitlines() if re.match(r" +\d ", line)]
+    seen = []
+    for _, y1, y2, ref1, ref2, r1, r2, m, asked, o, rest in rows:
+        source, loss, slope = rest.rsplit(maxsplit=2)
+        rewards = [0.1 * (float(y1) - float(ref1)), 0.1 * (float(y2) - float(ref2))]
+        margin = rewards[0] - rewards[1]
+        assert [float(r1), float(r2), float(m)] == pytest.approx([*rewards, margin])
+        assert asked == ("yes" if abs(margin) <= 1.3 + 1e-6 else "no") and (asked == "yes") == (source == "the annotator")
+        assert asked == "yes" or float(o) == math.copysign(1, margin)
+        assert float(loss) == pytest.approx(math.log1p(math.exp(-float(o) * margin)), abs=6e-4)
+        assert float(slope) == pytest.approx(-float(o) / (1 + math.exp(float(o) * margin)) / len(rows), abs=6e-4)
+        seen.append((source, round(abs(margin), 6) == 1.3))
+    assert seen == [("the annotator", False), ("sign(m)", False), ("sign(m), WRONG", False), ("the annotator", True)]
+    assert f"mean loss = {sum(float(row[-1].split()[-2]) for row in rows) / 4:.3f}, with 2 labels bought" in printed
 
 
 def test_a_micro_step_waits_for_the_device_only_where_the_margins_are_read():

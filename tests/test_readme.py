@@ -36,6 +36,11 @@ def test_the_quickstart_learns_while_buying_well_under_all_labels(tmp_path):
     assert summary["gold_reward_after"] >= summary["gold_reward_before"] + 0.5
 
 
+def test_the_worked_example_is_what_the_command_prints():
+    done = subprocess.run([sys.executable, "adpo.py"], cwd=ROOT, text=True, capture_output=True, timeout=60)
+    assert f"```sh\npython adpo.py\n```\n\n```\n{done.stdout}```\n" in README and done.stderr == ""
+
+
 def test_links_and_paths_exist():
     links = re.findall(r"\]\(([^)#]+)\)", README)
     assert links and all((ROOT / link).exists() for link in links if not link.startswith("http"))
