@@ -16,6 +16,7 @@ import transformers
 
 import adpo
 import data
+import train
 
 V = 97
 SMALL = dict(vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
@@ -82,7 +83,7 @@ def test_logps_and_gradients_agree_with_a_naive_double_precision_forward(name, c
     module = adpo.PairLogps(lm, chunk_size=7)
     assert (module.why_not_shared() is None) == ARCHITECTURES[name][1]
     if checkpointing:
-        lm.train().activation_checkpointing_enable({"use_reentrant": False})
+        train.recompute_activations(lm.train(), {"use_reentrant": False})
         for layer in lm.modules():
             if isinstance(layer, torch.nn.Dropout):
                 layer.p = 0.0
@@ -302,8 +303,6 @@ def test_the_worked_example_computes_what_it_prints(capsys):
 def test_a_micro_step_waits_for_the_device_only_where_the_margins_are_read():
     """No number is read back in the forward, the loss, the backward or the metrics: count what `.item()` is made of."""
     from torch.utils._python_dispatch import TorchDispatchMode
-
-    import train
 
     class Reads(TorchDispatchMode):
         count = 0
