@@ -309,3 +309,46 @@ class PairLogps(torch.nn.Module):
         logps = self.token_logps(batch)  # (N,)
         # unsafe: it would check the lengths, and wait for the device to do so.  (2B,) -> (B, 2)
         return torch.segment_reduce(logps, "sum", lengths=batch.lengths, initial=0.0, unsafe=True).view(-1, 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# python adpo.py
+
+def worked_example():
+    """Print one step of the method on four pairs with made-up log-probs, all by the functions above.
+
+    Pair 1: the policy is unsure. 2: sure, and right. 3: sure, and wrong. 4: a margin of exactly γ, which asks.
+    """
+    beta, gamma = 0.1, 1.3
+    #                        y1     y2
+    logps = torch.tensor([[-42.0, -45.0], [-51.0, -30.0], [-38.0, -58.0], [-43.0, -56.0]], requires_grad=True)  # π_θ
+    ref_logps = torch.tensor([[-43.0, -44.0], [-44.0, -40.0], [-49.0, -51.0], [-50.0, -50.0]])  # π_ref
+    truth = torch.tensor([-1.0, -1.0, -1.0, 1.0])  # o, as an annotator would answer: hidden from the policy until asked
+
+    rewards = implicit_rewards(logps, ref_logps, beta)
+    margin = margins(rewards)
+    ask = gate(margin, gamma)
+    labels = choose_labels(margin, answers=torch.where(ask, truth, 0.0))  # what is not asked is not seen
+    loss = preference_loss(margin, labels)
+    slope, = torch.autograd.grad(loss.mean(), margin)  # −o σ(−o·m) / B
+    dpo = preference_loss(margin, choose_labels(margin, truth)).mean()
+
+    print(f"""\
+r(x, y) = β [log π_θ(y|x) − log π_ref(y|x)]     m = r(x, y1) − r(x, y2)     β = {beta}, γ = {gamma}
+|m| ≤ γ: ask, o is the annotator's answer       |m| > γ: do not ask, o = sign(m)
+
+      log π_θ(y|x)  log π_ref(y|x)     r(x, y)                                −log σ(o·m)
+pair    y1     y2      y1     y2      y1     y2       m  ask?   o  from              loss   ∂L/∂m""")
+    for n in range(len(margin)):
+        numbers = [*logps[n].tolist(), *ref_logps[n].tolist(), *rewards[n].tolist(), margin[n].item()]
+        source = "the annotator" if ask[n] else "sign(m)" if labels[n] == truth[n] else "sign(m), WRONG"
+        print("{:3}  {:5.0f}  {:5.0f}   {:5.0f}  {:5.0f}   {:+5.1f}  {:+5.1f}   {:+5.1f}".format(n + 1, *numbers),
+              f" {'yes' if ask[n] else 'no':4}  {labels[n]:+.0f}  {source:14}  {loss[n]:.3f}  {slope[n]:+.3f}")
+    print(f"""
+L = mean loss = {loss.mean():.3f}, with {ask.sum()} labels bought; with all {len(ask)}, as in plain DPO, it is {dpo:.3f}.
+The step moves each m against ∂L/∂m, that is towards its o. Pair 3 is the price of not asking: its
+loss is small, as if it were learned, and the policy becomes surer of the wrong response.""")
+
+
+if __name__ == "__main__":
+    worked_example()

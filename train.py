@@ -44,6 +44,7 @@ if torch.accelerator.current_accelerator() is None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed's search for one, and its warnings
 
 import deepspeed
+import huggingface_hub
 import torch.distributed as dist
 import transformers
 import yaml
@@ -201,17 +202,22 @@ def load_model(config, name):
             if "dropout" in attribute and isinstance(value, float):
                 setattr(module, attribute, 0.0)
     if config.gradient_checkpointing:
-        lm.activation_checkpointing_enable(config.gradient_checkpointing_kwargs)
+        recompute_activations(lm, config.gradient_checkpointing_kwargs)
         if config.gradient_checkpointing_kwargs.get("use_reentrant"):
             lm.enable_input_require_grads()  # or the reentrant kind sees no input that needs a gradient
     return adpo.PairLogps(lm, config.logits_chunk_size)
 
 
-def weights_fingerprint(module, name):
+def recompute_activations(lm, options):
+    """Activation checkpointing by either of its names: transformers before 5.21 has the older one alone."""
+    new = hasattr(lm, "activation_checkpointing_enable")
+    (lm.activation_checkpointing_enable if new else lm.gradient_checkpointing_enable)(options)
+
+
+def weights_fingerprint(name, revision):
     """Hash of a model's weights: the commit of a hub model, the content of a folder's files."""
-    commit = getattr(module.lm.config, "_commit_hash", None)
-    if commit and not Path(name).exists():
-        return f"{name}@{commit}"
+    if not Path(name).exists():  # loaded before this from the hub's cache, whose folders have the names of commits
+        return f"{name}@{Path(huggingface_hub.try_to_load_from_cache(name, 'config.json', revision=revision)).parent.name}"
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted([*Path(name).glob("*.safetensors"), Path(name) / "config.json"]):
         with open(path, "rb") as file:
@@ -945,7 +951,7 @@ def policy_and_reference(config, ds, parts):
             raise UsageError(f"model {name}: a file of its weights is damaged ({one_line(error)}): fetch it again")
         shared = module.why_not_shared() is None
         optimizer = make_optimizer(config, module, ds) if with_optimizer else None
-        weights = weights_fingerprint(module, name)
+        weights = weights_fingerprint(name, config.model_revision)
         engine = deepspeed.initialize(model=module, optimizer=optimizer, config={**ds, "zero_optimization": zero})[0]
         check_rows(engine, parts["train"][0], shared)
         return engine, weights, shared

@@ -6,6 +6,7 @@ double precision, a full log-softmax, a sum.
 
 import copy
 import math
+import re
 import weakref
 
 import datasets
@@ -15,6 +16,7 @@ import transformers
 
 import adpo
 import data
+import train
 
 V = 97
 SMALL = dict(vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
@@ -81,7 +83,7 @@ def test_logps_and_gradients_agree_with_a_naive_double_precision_forward(name, c
     module = adpo.PairLogps(lm, chunk_size=7)
     assert (module.why_not_shared() is None) == ARCHITECTURES[name][1]
     if checkpointing:
-        lm.train().activation_checkpointing_enable({"use_reentrant": False})
+        train.recompute_activations(lm.train(), {"use_reentrant": False})
         for layer in lm.modules():
             if isinstance(layer, torch.nn.Dropout):
                 layer.p = 0.0
@@ -277,11 +279,30 @@ def test_a_loss_that_cannot_be_gated_is_refused_with_its_reason(kind, reason):
         adpo.preference_loss(torch.zeros(1), torch.ones(1), kind)
 
 
+def test_the_worked_example_computes_what_it_prints(capsys):
+    """Each row again from its printed log-probs, with the equations written out; and each case is among the rows."""
+    adpo.worked_example()
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    rows = [line.split(maxsplit=10) for line in printed.splitlines() if re.match(r" +\d ", line)]
+    seen = []
+    for _, y1, y2, ref1, ref2, r1, r2, m, asked, o, rest in rows:
+        source, loss, slope = rest.rsplit(maxsplit=2)
+        rewards = [0.1 * (float(y1) - float(ref1)), 0.1 * (float(y2) - float(ref2))]
+        margin = rewards[0] - rewards[1]
+        assert [float(r1), float(r2), float(m)] == pytest.approx([*rewards, margin])
+        assert asked == ("yes" if abs(margin) <= 1.3 + 1e-6 else "no") and (asked == "yes") == (source == "the annotator")
+        assert asked == "yes" or float(o) == math.copysign(1, margin)
+        assert float(loss) == pytest.approx(math.log1p(math.exp(-float(o) * margin)), abs=6e-4)
+        assert float(slope) == pytest.approx(-float(o) / (1 + math.exp(float(o) * margin)) / len(rows), abs=6e-4)
+        seen.append((source, round(abs(margin), 6) == 1.3))
+    assert seen == [("the annotator", False), ("sign(m)", False), ("sign(m), WRONG", False), ("the annotator", True)]
+    assert f"mean loss = {sum(float(row[-1].split()[-2]) for row in rows) / 4:.3f}, with 2 labels bought" in printed
+
+
 def test_a_micro_step_waits_for_the_device_only_where_the_margins_are_read():
     """No number is read back in the forward, the loss, the backward or the metrics: count what `.item()` is made of."""
     from torch.utils._python_dispatch import TorchDispatchMode
-
-    import train
 
     class Reads(TorchDispatchMode):
         count = 0

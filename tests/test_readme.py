@@ -36,12 +36,32 @@ def test_the_quickstart_learns_while_buying_well_under_all_labels(tmp_path):
     assert summary["gold_reward_after"] >= summary["gold_reward_before"] + 0.5
 
 
-def test_links_and_paths_exist():
-    links = re.findall(r"\]\(([^)#]+)\)", README)
+def test_the_worked_example_is_what_the_command_prints():
+    done = subprocess.run([sys.executable, "adpo.py"], cwd=ROOT, text=True, capture_output=True, timeout=60)
+    assert f"```sh\npython adpo.py\n```\n\n```\n{done.stdout}```\n" in README and done.stderr == ""
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_and_paths_exist(name):
+    text = (ROOT / name).read_text()
+    links = re.findall(r"\]\(([^)#]+)\)", text)
     assert links and all((ROOT / link).exists() for link in links if not link.startswith("http"))
-    for command in COMMANDS:
-        for path in re.findall(r"(?:configs|benchmarks|tools|tests)/[\w./-]+\.\w+", command):
+    for block in re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL):
+        for path in re.findall(r"(?:configs|benchmarks|tools|tests)/[\w./-]+\.\w+", block):
             assert (ROOT / path).exists(), path
+
+
+def test_what_contributing_names_exists():
+    """Its `names`, but for one-letter ones, are somewhere in the code."""
+    code = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")])
+    for name in re.findall(r"`([A-Za-z_.]+)(?:\([^`]*\))?`", (ROOT / "CONTRIBUTING.md").read_text()):
+        assert name.split(".")[-1] in code, name
+
+
+def test_ruff_is_clean():
+    pytest.importorskip("ruff", reason="needs requirements-extra.txt")
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stdout
 
 
 def test_every_key_that_the_readme_names_exists():

@@ -8,17 +8,21 @@ started by the launcher, the others run the same command in this process.
 
 import json
 import math
+import os
 import shutil
 
+import miniature
 import pytest
 import torch
 import transformers
 import yaml
 from conftest import ROOT
 from safetensors.torch import load_file
-from test_config import OFFICIAL_BETA
+from test_config import OFFICIAL_BETA, OFFICIAL_GEMMA
+from test_data import reply, user
 
 import adpo
+import data
 import oracle
 from config import parse_config
 
@@ -236,32 +240,51 @@ def test_a_margin_that_is_no_number_ends_the_run_and_names_the_pair(train, tiny,
     assert run.ledger() == []  # and no label was bought for it
 
 
-def test_the_official_recipe_runs_end_to_end_in_miniature(train, tiny, tmp_path):
-    """Its file as it is, with the flags of its README; the model and the data are tiny ones of the same shape, and the
-    engine is ZeRO-3 over two processes."""
-    template = "{% for m in messages %}{{ '<s> ' + m['role'] + ' ' + m['content'] + ' </s>\n' }}{% endfor %}" \
-               "{% if add_generation_prompt %}{{ '<s> assistant' }}{% endif %}"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny / "model")
-    tokenizer.chat_template = template
-    shutil.copytree(tiny / "model", tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "ultrafeedback").mkdir()
-    for split in ("train", "test"):
-        with open(tmp_path / "ultrafeedback" / f"{split}_prefs.jsonl", "w") as file:
-            for line in (tiny / "pairs" / f"{split}.jsonl").read_text().splitlines():
-                row = json.loads(line)
-                best, worst = (row[f"response_{side}"].strip() for side in (row["label"], "ba"["ab".index(row["label"])]))
-                said = [[{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": content}]
-                        for content in (best, worst)]
-                file.write(json.dumps({"prompt": row["prompt"], "prompt_id": "x", "chosen": said[0], "rejected": said[1],
-                                       "messages": said[0], "score_chosen": 8.0, "score_rejected": 3.0}) + "\n")
-    (tmp_path / "recipe.yaml").write_text(OFFICIAL_BETA)
-    run = train("official", processes=2, config=tmp_path / "recipe.yaml", deepspeed="configs/zero3.json", beta=0.1,
-                data_selection="true", Gamma=1.3, num_train_epochs=1, push_to_hub="false",
-                model_name_or_path=tmp_path / "model", dataset_mixer=f"{{{tmp_path}/ultrafeedback: 1.0}}")
-    assert run.summary()["pairs"] == 120 and run.rows()[-1]["step"] == 8  # 4 pairs, 2 micro-steps, 2 processes
-    assert abs(run.losses()[0] - math.log(2)) <= 1e-4
-    assert run.summary()["eval_accuracy"] is not None
+@pytest.fixture(scope="module")
+def zephyr(tiny, tmp_path_factory):
+    """Models and data sets of the Zephyr recipes in miniature: in folders, and by their names in the hub's caches."""
+    path = tmp_path_factory.mktemp("zephyr")
+    miniature.folders(path, tiny / "pairs")
+    miniature.hub_cache(path, os.environ["HF_HOME"])
+    return path
+
+
+@pytest.mark.parametrize("recipe, ends", [("zephyr-7b-beta", ("<s>", "</s>")), ("zephyr-7b-gemma", ("<bos>", "<eos>"))])
+def test_the_zephyr_recipes_run_end_to_end_in_miniature(recipe, ends, train, zephyr):
+    """The recipe as it is with the flags of the official README, under ZeRO-3 over two processes. Model and data are found
+    by their names, without a network, in the caches of the hub."""
+    run = train(recipe, processes=2, config=ROOT / "configs" / f"{recipe}.yaml", beta=0.1, data_selection="true", Gamma=1.3,
+                num_train_epochs=1)
+    check_zephyr(run)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run.output)
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ends
+    assert tokenizer("a b").input_ids[0] == tokenizer.bos_token_id and "Hi" in tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False)
+
+
+@pytest.mark.parametrize("processes, official, model, pairs, keys", [
+    (2, OFFICIAL_BETA, "alignment-handbook/zephyr-7b-sft-full", "HuggingFaceH4/ultrafeedback_binarized",
+     {"push_to_hub": "false"}),
+    (None, OFFICIAL_GEMMA, "HuggingFaceH4/zephyr-7b-gemma-sft-v0.1", "argilla/dpo-mix-7k",
+     {"report_to": "none", "chat_template": miniature.GEMMA}),
+], ids=["beta", "gemma, with Gemma's own template"])
+def test_the_official_recipe_files_run_end_to_end_in_miniature(processes, official, model, pairs, keys, train, zephyr,
+                                                               tmp_path):
+    """Their files as they are; the same model and data, in folders."""
+    (tmp_path / "recipe.yaml").write_text(official)
+    run = train("official", processes, config=tmp_path / "recipe.yaml", deepspeed="configs/zero3.json", beta=0.1,
+                data_selection="true", Gamma=1.3, num_train_epochs=1, model_name_or_path=zephyr / model,
+                dataset_mixer=f"{{{zephyr / pairs}: 1.0}}", **keys)
+    check_zephyr(run, processes or 1)
+    if "chat_template" in keys:
+        assert transformers.AutoTokenizer.from_pretrained(run.output).chat_template == miniature.GEMMA
+
+
+def check_zephyr(run, processes=2):
+    """120 pairs in steps of 8 a process, evaluation on 40, a model in bf16 as it was."""
+    assert run.summary()["pairs"] == 120 and run.rows()[-1]["step"] == math.ceil(120 / (8 * processes))
+    assert abs(run.losses()[0] - math.log(2)) <= 1e-4 and run.rows()[0]["queries"] == 8 * processes
+    assert run.summary()["eval_accuracy"] is not None and run.summary()["queries"] == len(run.ledger())
     assert transformers.AutoModelForCausalLM.from_pretrained(run.output).dtype == torch.bfloat16
 
 
@@ -309,6 +332,27 @@ def test_the_monitor_holds_each_number_of_the_metrics_once(service, points, lost
     again = train("monitor-again", output_dir=run.output, **keys)
     assert ("resumed from" in again.stdout) == (len(lost) == 2)
     check(again)
+
+
+@pytest.mark.parametrize("model, template, prompt, response", [
+    ("alignment-handbook/zephyr-7b-sft-full", None, "<s> <|system|>\n</s> \n<|user|>\nHi, café 你好</s> \n<|assistant|>\n",
+     "Yes. </s>"),
+    ("HuggingFaceH4/zephyr-7b-gemma-sft-v0.1", None,
+     "<bos><|im_start|>system\n<|im_end|>\n<|im_start|>user\nHi, café 你好<|im_end|>\n<|im_start|>assistant\n",
+     "Yes. <|im_end|>\n<eos>"),
+    ("HuggingFaceH4/zephyr-7b-gemma-sft-v0.1", miniature.GEMMA,
+     "<bos><start_of_turn>user\nHi, café 你好<end_of_turn>\n<start_of_turn>model\n", "Yes.<end_of_turn>\n<eos>"),
+], ids=["Zephyr", "ChatML with BOS", "Gemma"])
+def test_what_the_zephyr_models_read(model, template, prompt, response, zephyr):
+    """One BOS, one EOS, no system message where the template knows none, and no byte of the text is lost."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    prompt_ids, responses = data.Renderer(tokenizer, 512, 1024)(
+        [user("Hi, café 你好")], [[reply("Yes. ")], [reply("No")]])
+    assert tokenizer.decode(prompt_ids) == prompt and tokenizer.decode(responses[0]) == response
+    assert tokenizer.unk_token_id not in prompt_ids and tokenizer.convert_tokens_to_ids("<0xE4>") in prompt_ids
+
+
 
 
 def test_the_default_output_is_the_runs_own(launched):
