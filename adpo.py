@@ -7,12 +7,13 @@ One step of ADPO, in the order of this file:
     logps    (B, 2)  log π_θ(y|x) of both responses                       PairLogps
     rewards  (B, 2)  r(x, y) = β [log π_θ(y|x) − log π_ref(y|x)]          implicit_rewards
     margin   (B,)    m = r(x, y1) − r(x, y2)                              margins
-    ask      (B,)    |m| ≤ γ                                              gate
+    ask      (B,)    |m| ≤ γ, or with a calibrated gate a·|m| ≤ γ         gate, fit_scale
     labels   (B,)    o: the annotator's answer where asked, else sign(m)  choose_labels
     loss     (B,)    −log σ(o · m)                                        preference_loss
 
 Departures from the paper: none in the rule; a margin of exactly ±γ asks, and an answer that is known already is used
-whatever the margin. Departures from the official code: the label of a pair that is not asked is unknown here (there, the
+whatever the margin. Additions, off by default: a gate that is calibrated by the labels bought (fit_scale), and soft
+pseudo-labels. Departures from the official code: the label of a pair that is not asked is unknown here (there, the
 gate only flips the signs of labels that every batch carries); log-probs are fp32 sums whatever the model's dtype; every
 response token is scored (there, the last token of the longest rows is cut off); a prompt is computed once for both
 responses, in one row `[prompt | y1 | y2]`.
@@ -77,11 +78,13 @@ def margins(rewards):
     return rewards[:, 0] - rewards[:, 1]
 
 
-def gate(margin, gamma, ids=None):
+def gate(margin, gamma, ids=None, scale=1.0):
     """Algorithm 2, the query: True where |m| ≤ γ, so that the annotator is to be asked.
 
     margin: (B,), in units of reward; γ is in the same unit, so it means something only together with β.
     ids: names of the pairs, for the error alone.
+    scale: a of the calibrated gate, which asks where a·|m| ≤ γ: where the chance that the annotator would agree with the
+    policy, σ(a·|m|), is at most σ(γ).
     Returns (B,) bool.  Raises FloatingPointError where a margin is not finite: neither asking nor not asking is right.
     """
     margin = margin.detach()
@@ -91,19 +94,47 @@ def gate(margin, gamma, ids=None):
         names = ", ".join(str(ids[i]) if ids else f"row {i}" for i in bad)
         raise FloatingPointError(f"the margin of pair {names} is {margin[bad[0]].item()}, not a finite number: "
                                  "lower learning_rate, or look at the model's weights")
-    return margin.abs() <= gamma
+    return scale * margin.abs() <= gamma
 
 
-def choose_labels(margin, answers, unsure=None, pseudo_labels=True):
+def fit_scale(margin, answers, weights):
+    """Calibration: (a, its standard error), where σ(a·m) is the chance that the annotator prefers y1.
+
+    a maximises Σ w log σ(a·m·o), the weighted log-likelihood of the labels bought (logistic regression through the origin),
+    and is at least 0. A policy that is surer than it has a right to be gets a < 1, a timid one a > 1.
+
+    margin: (n,), the policy's when it asked.  answers: (n,), ±1.  weights: (n,), one over the chance with which such a pair
+    was asked, so that the audited pairs stand for all the confident ones.
+    """
+    z, w = (margin * answers).double(), weights.double()  # (n,)  m·o
+    a = torch.zeros((), dtype=torch.float64)
+    for _ in range(50):  # Newton's method; the likelihood is concave
+        wrong = torch.sigmoid(-a * z)  # (n,)
+        slope, curvature = (w * z * wrong).sum(), (w * z * z * wrong * (1 - wrong)).sum() + 1e-9
+        step = (slope / curvature).clamp(-1, 1)
+        a = (a + step).clamp(min=0)
+        if step.abs() < 1e-6:
+            break
+    wrong = torch.sigmoid(-a * z)
+    curvature = (w * z * z * wrong * (1 - wrong)).sum() + 1e-9
+    return a.item(), ((w * z * wrong).square().sum().sqrt() / curvature).item()  # sandwich estimate: w are no counts
+
+
+def choose_labels(margin, answers, unsure=None, pseudo_labels="true", scale=1.0):
     """Algorithm 2, the label: o = the annotator's answer where there is one, else sign(m) or none.
 
     margin: (B,).  answers: (B,), +1 (y1 preferred), −1 (y2 preferred), 0 (no answer, now or from before).
     unsure: (B,) bool, the gate's verdict: a pair to be asked that got no answer (the budget is spent) gets 0, no label.
-    pseudo_labels: False is the paper's ablation "ADPO without pseudo-labels": a pair without an answer gets 0.
+    pseudo_labels: of a pair without an answer: "true" sign(m);  "soft" 2σ(a·m) − 1, the expected label (a: scale);
+    else 0, which with "false" is the paper's ablation "ADPO without pseudo-labels".
     Returns (B,) in margin's dtype, detached: o carries no gradient.
     """
     margin = margin.detach()
-    pseudo = margin.sign() if pseudo_labels else torch.zeros_like(margin)
+    pseudo = torch.zeros_like(margin)
+    if pseudo_labels == "true":
+        pseudo = margin.sign()
+    elif pseudo_labels == "soft":
+        pseudo = torch.tanh(scale * margin / 2)  # 2σ(a·m) − 1
     if unsure is not None:
         pseudo = pseudo.masked_fill(unsure, 0)
     return torch.where(answers != 0, answers.to(margin.dtype), pseudo)
@@ -112,16 +143,18 @@ def choose_labels(margin, answers, unsure=None, pseudo_labels=True):
 def preference_loss(margin, labels, loss_type="sigmoid", beta=0.1, label_smoothing=0.0):
     """Loss of each pair; take the mean over all B pairs, those without a label included.
 
-    sigmoid  −(1 − ε) log σ(o·m) − ε log σ(−o·m)    DPO, arXiv 2305.18290, eq. 7; ε = label_smoothing
+    sigmoid  −p log σ(m) − (1 − p) log σ(−m)         DPO, arXiv 2305.18290, eq. 7, with p = (1 + (1 − 2ε) o) / 2 the
+                                                     chance that y1 is preferred; ε = label_smoothing
     ipo      (o·m/β − 1/(2β))²                       arXiv 2310.12036, eq. 17, with summed log-probs as in the paper
     hinge    max(0, 1 − o·m)                         SLiC, arXiv 2305.10425
 
-    margin, labels: (B,); labels in {+1, −1, 0}.  Returns (B,), 0 where the label is 0.
+    margin, labels: (B,); labels +1, −1, 0, or for sigmoid anything between.  Returns (B,), 0 where the label is 0.
     Raises ValueError for another kind of loss, with the reason where it is known.
     """
     z = labels.detach() * margin  # (B,) o·m
     if loss_type == "sigmoid":
-        loss = -(1 - label_smoothing) * logsigmoid(z) - label_smoothing * logsigmoid(-z)
+        p = (1 + (1 - 2 * label_smoothing) * labels.detach()) / 2
+        loss = -p * logsigmoid(margin) - (1 - p) * logsigmoid(-margin)
     elif loss_type == "ipo":
         loss = (z / beta - 1 / (2 * beta)) ** 2
     elif loss_type == "hinge":

@@ -63,7 +63,14 @@ class Config:
     beta: float = key(0.1, "β: strength of the pull towards the reference", low=1e-6)
     gamma: float = key(1.3, "γ: a pair with |margin| ≤ γ is asked; in units of reward, so it goes with beta", low=0)
     data_selection: bool = key(True, "the gate; false asks for every pair, which is plain DPO")
-    pseudo_labels: bool = key(True, "train a pair that is not asked on sign(margin); false gives it no loss")
+    gate: str = key("paper", "paper: ask where |margin| ≤ γ; calibrated: where a·|margin| ≤ γ, a fitted to the labels "
+                             "bought", choices=("paper", "calibrated"))
+    target_query_fraction: float | None = key(None, "share of the pairs to ask, in place of gamma: the least sure of each "
+                                                    "step", low=1e-6, high=1)
+    target_queries: int | None = key(None, "the same as a number of labels, spread over the whole run", low=1)
+    pseudo_labels: str = key("true", "a pair that is not asked is trained on sign(margin) (true) or on the chance that y1 is "
+                                     "preferred (soft), has no loss (false), or gives its place to a pair whose label is "
+                                     "known (replay)", choices=("true", "soft", "false", "replay"))
     loss_type: str = key("sigmoid", "sigmoid (DPO), ipo or hinge")
     label_smoothing: float = key(0.0, "ε of the sigmoid loss", low=0, high=0.5)
     # Who answers
@@ -371,6 +378,13 @@ def check_config(config, path):
         raise UsageError(f"{path}, dataset_splits: no name contains `train`")
     if refusal := adpo.why_not_gated(shown(config.loss_type)):
         raise UsageError(f"{path}: {refusal}")
+    if config.gate == "calibrated" and not config.audit_fraction:
+        raise UsageError(f"{path}: gate calibrated needs an audit_fraction (0.05 is a good one): only audited pairs tell "
+                         "whether the confident ones are right")
+    if config.target_query_fraction is not None and config.target_queries is not None:
+        raise UsageError(f"{path}: target_query_fraction and target_queries are two ways to say the same; keep one")
+    if config.pseudo_labels == "soft" and config.loss_type != "sigmoid":
+        raise UsageError(f"{path}: pseudo_labels soft is defined for loss_type sigmoid, not {config.loss_type}")
     if config.label_smoothing and config.loss_type != "sigmoid":
         raise UsageError(f"{path}: label_smoothing is defined for loss_type sigmoid, not {config.loss_type}")
     if config.torch_dtype == "bfloat16" and not config.bf16:

@@ -141,11 +141,13 @@ class Ledger:
                 self.db.execute(f"UPDATE answers SET used = 1 WHERE used = 0 AND pair IN ({marks})", some)
         return found
 
-    def unanswered(self, ids):
-        """Those of the ids that have no answer, in order. Unlike `take` it leaves the answers free to be taken back."""
+    def unanswered(self, ids, before=2**62):
+        """Those of the ids that have no answer (to a question of a step before `before`), in order. Unlike `take` it leaves
+        the answers free to be taken back."""
         answered = set()
         for some, marks in portions(ids):
-            answered.update(pair for pair, in self.db.execute(f"SELECT pair FROM answers WHERE pair IN ({marks})", some))
+            answered.update(pair for pair, in self.db.execute(
+                f"SELECT pair FROM answers WHERE step < ? AND pair IN ({marks})", (before, *some)))
         return [id for id in ids if id not in answered]
 
     def add(self, source, labelled):
@@ -182,10 +184,16 @@ class Ledger:
         return self.db.execute("SELECT COUNT(*) FROM answers WHERE step BETWEEN 0 AND ?",
                                (2**62 if step is None else step,)).fetchone()[0]
 
-    def audits(self, step=None):
-        """[(margin, label)] of the audited pairs up to and including an optimiser step (or all)."""
-        return self.db.execute("SELECT margin, label FROM answers WHERE audit AND step BETWEEN 0 AND ?",
-                               (2**62 if step is None else step,)).fetchall()
+    def audits(self, step=None, first=0):
+        """[(margin, label)] of the audited pairs from optimiser step `first` up to and including `step` (or all)."""
+        return self.db.execute("SELECT margin, label FROM answers WHERE audit AND step BETWEEN ? AND ?",
+                               (first, 2**62 if step is None else step)).fetchall()
+
+    def labels(self, first, last):
+        """(pair, label, margin, step, audit) of the answers to questions of the optimiser steps from `first` to `last`, in
+        an order that does not depend on when they came. Step −1 is what came from other runs, without a margin."""
+        return self.db.execute("SELECT pair, label, margin, step, audit FROM answers WHERE step BETWEEN ? AND ? "
+                               "ORDER BY step, pair", (first, last))
 
     def cost(self):
         """(money spent, number of answers whose cost is not known). A judge's verdicts cost, whether or not they settled
@@ -414,8 +422,9 @@ class Oracle:
         self.interrupt = Interrupt()
         # What was trained on unasked and how much of it was right; the step at which the budget was first too small; whether
         # the audit has been complained of.
+        # What a calibrated gate's γ is multiplied by, and the step whose audits it counts from (gate.py).
         self.state = {"pseudo_labels": 0, "pseudo_right": 0, "pseudo_known": 0, "budget_spent_at_step": None,
-                      "warned": False}
+                      "warned": False, "guard": 1.0, "guarded_until": 0}
 
     def answer(self, ids, margins, ask, step, audit=None):
         """Labels of some pairs. All ranks call it together, each with pairs of its own.
@@ -426,7 +435,7 @@ class Oracle:
         Raises Waiting, on all ranks, where the annotator has not answered.
         """
         mine = list(zip(ids, margins, ask, audit or [False] * len(ids)))
-        gathered = self._gather(mine)
+        gathered = self.gather(mine)
         answers = None
         if self.rank == 0:
             try:
@@ -444,13 +453,21 @@ class Oracle:
             raise received[0]
         return received[0]
 
-    def _gather(self, value):
+    def gather(self, value):
         """Every rank's value, on rank 0; elsewhere None."""
         if self.world == 1:
             return [value]
         gathered = [None] * self.world if self.rank == 0 else None
         dist.gather_object(value, gathered, dst=0, group=self.group)
         return gathered
+
+    def from_rank_0(self, value):
+        """Rank 0's value, on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
 
     def _answers(self, items, step):
         known = self.ledger.take([item[0] for item in items])
@@ -486,7 +503,7 @@ class Oracle:
         unasked: [(pair id, ±1)]. All ranks call it together, once an optimiser step. Nothing comes back: the loop learns
         no label by it.
         """
-        for part in self._gather(unasked) or ():
+        for part in self.gather(unasked) or ():
             right, known = self.annotator.grade(part)
             self.state["pseudo_labels"] += len(part)
             self.state["pseudo_right"] += right

@@ -55,6 +55,7 @@ from tqdm import tqdm
 
 import adpo
 import data
+import gate
 import judge
 import oracle
 import toy
@@ -269,13 +270,34 @@ class Schedule:
                                                    self.config.group_by_length))
         return self._order[1][within * self.step_pairs:(within + 1) * self.step_pairs]
 
-    def micro_batches(self, step):
-        """This rank's micro-batches of a step: a list of lists of indices, some of them empty; as many on each rank."""
-        return my_batches(self.rows(step), self.pairs, self.config.per_device_train_batch_size, self.world, self.config)
+    def micro_batches(self, step, rows=None):
+        """This rank's micro-batches of a step (or of these rows): lists of indices, some empty; as many on each rank."""
+        rows = self.rows(step) if rows is None else rows
+        return my_batches(rows, self.pairs, self.config.per_device_train_batch_size, self.world, self.config)
+
+    def visits(self, step):
+        """How many pairs come before a step, each as often as it comes."""
+        epoch, within = divmod(step, self.epoch_steps)
+        return epoch * len(self.pairs) + within * self.step_pairs
+
+    def pairs_seen(self):
+        """How many different pairs the run comes to."""
+        return min(len(self.pairs), self.total_steps * self.step_pairs)
+
+    def unlabelled_left(self, step, bought):
+        """About how often the run still comes to a pair without a label. bought: labels so far."""
+        end, total = (step // self.epoch_steps + 1) * self.epoch_steps, self.total_steps
+        here = self.visits(min(end, total)) - self.visits(step)
+        later = self.visits(total) - self.visits(min(end, total))
+        unlabelled = 1 - bought / len(self.pairs)
+        return here * (1 if step < self.epoch_steps else unlabelled) + later * unlabelled
 
     def engine_batches(self):
         """The batch sizes as the engine is to know them: a long step has more micro-steps than the config says."""
         most = max(len(self.micro_batches(step)) for step in range(self.total_steps))
+        if self.config.pseudo_labels == "replay":  # any pairs may meet in a step
+            longest = sorted(range(len(self.pairs)), key=lambda row: -self.pairs.lengths[row])[:self.step_pairs]
+            most = max(most, len(self.micro_batches(None, longest)))
         micro = self.config.per_device_train_batch_size
         return {"gradient_accumulation_steps": most, "train_batch_size": micro * most * self.world}
 
@@ -1047,6 +1069,7 @@ def main(config, command_line=None):
         save_checkpoint(engine, output, state, config.save_total_limit)
 
     # The loop.
+    threshold = gate.Gate(config, asker, train.ids, schedule, step)
     if test and config.eval_on_start and step == 0:
         evaluation = run_evaluation()
     progress = bar(schedule.total_steps, "train", initial=step)
@@ -1058,8 +1081,13 @@ def main(config, command_line=None):
     while step < schedule.total_steps:
         try:
             asker.stop_if_asked()
-            if asker.asks_together:
-                ask_ahead(engine, asker, train, schedule.micro_batches(step), reference["train"], step, config, shared)
+            if notice := threshold.advance(step):
+                say(f"WARNING: {notice}")
+            rows = schedule.rows(step)
+            if threshold.looks_ahead:
+                ask_ahead(engine, asker, threshold, train, schedule.micro_batches(step), reference["train"], step, config,
+                          shared)
+                rows = threshold.rows_to_train(rows, train.ids, step)
         except oracle.Waiting:
             progress.close()
             if step and step not in checkpoints(output):
@@ -1071,42 +1099,43 @@ def main(config, command_line=None):
         lr = learning_rate(step, schedule.total_steps, config)
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
-        step_pairs = len(schedule.rows(step))
         unasked = []  # (pair id, pseudo-label)
 
-        micro_batches = schedule.micro_batches(step)
-        for n, rows in enumerate(micro_batches, 1):
+        micro_batches = schedule.micro_batches(step, rows)
+        for n, micro_batch in enumerate(micro_batches, 1):
             engine.set_gradient_accumulation_boundary(n == len(micro_batches))
-            batch = data.collate(train, rows, shared).to(device)
+            batch = data.collate(train, micro_batch, shared).to(device)
             logps = engine(batch)  # (B, 2)  log π_θ(y|x)
             rewards = adpo.implicit_rewards(logps, reference["train"][batch.rows], config.beta)  # (B, 2)
             margin = adpo.margins(rewards)  # (B,)
 
             # Algorithm 2: ask where |m| ≤ γ, else o = sign(m). The one wait for the device in a micro-step.
-            m, unsure, audited = consult_gate(margin, batch.ids, config)
+            m, unsure, audited = consult_gate(margin, batch.ids, threshold, config)
             answers = torch.tensor(asker.answer(batch.ids, m.tolist(), (unsure | audited).tolist(), step, audited.tolist()))
-            o = adpo.choose_labels(m, answers, unsure if config.after_budget == "none" else None, config.pseudo_labels)
-            unasked += [(id, int(label)) for id, label, answer in zip(batch.ids, o, answers) if id and label and not answer]
+            o = adpo.choose_labels(m, answers, unsure if config.after_budget == "none" else None, config.pseudo_labels,
+                                   threshold.scale)
+            unasked += [(id, 1 if label > 0 else -1)
+                        for id, label, answer in zip(batch.ids, o, answers) if id and label and not answer]
 
             o = o.to(device)
             losses = adpo.preference_loss(margin, o, config.loss_type, config.beta, config.label_smoothing)  # (B,)
             losses = losses * (1 + 0 * losses.detach())  # times 1; an infinite loss gets a gradient of NaN, never a step
             # The step's loss is the mean over its pairs, however they are cut; DeepSpeed divides by micro-steps and ranks.
-            engine.backward((losses * batch.weights).sum() * (engine.gradient_accumulation_steps() * world / step_pairs))
+            engine.backward((losses * batch.weights).sum() * (engine.gradient_accumulation_steps() * world / len(rows)))
             if engine.is_gradient_accumulation_boundary():
                 grad_norm = gradient_norm(engine)
             engine.step()
             sums += metric_sums(losses, rewards, logps, o, batch.weights, batch.tokens)
 
         asker.report_pseudo(unasked)
-        skipped = skipped_in_a_row(skipped, engine, grad_norm, step, [train.ids[row] for row in schedule.rows(step)])
+        skipped = skipped_in_a_row(skipped, engine, grad_norm, step, [train.ids[row] for row in rows])
         step += 1
         epoch_end, last = step % schedule.epoch_steps == 0, step == schedule.total_steps
         if step % config.logging_steps == 0 or last or (step == 1 and config.logging_first_step):
             metrics, tokens = means(reduced(sums))
             row = {"step": step, "epoch": step / schedule.epoch_steps, "split": "train", **metrics, "learning_rate": lr,
                    "grad_norm": float(engine.get_global_grad_norm() if grad_norm is None else grad_norm),
-                   **labels_so_far(), "tokens_per_second": tokens / (time.time() - window_start)}
+                   **labels_so_far(), **threshold.metrics(), "tokens_per_second": tokens / (time.time() - window_start)}
             log.write(row)
             warn_of_wrong_pseudo_labels(asker, step - 1, config)
             progress.set_postfix_str(bar_text(row, evaluation, cost(asker, config)), refresh=False)
@@ -1145,28 +1174,29 @@ def main(config, command_line=None):
         raise UsageError(failure)
 
 
-def consult_gate(margin, ids, config):
+def consult_gate(margin, ids, threshold, config):
     """(margins, who is unsure, who is audited), each (B,) on the CPU. ids: None for a filler."""
     m = margin.detach().cpu()
-    unsure = adpo.gate(m, config.gamma if config.data_selection else math.inf, ids)
+    unsure = adpo.gate(m, threshold.gamma, ids, threshold.scale)
     drawn = [id is not None and oracle.is_audited(id, config.audit_fraction, config.seed) for id in ids]
     return m, unsure, torch.tensor(drawn) & ~unsure
 
 
 @torch.no_grad()
-def ask_ahead(engine, asker, pairs, micro_batches, reference, step, config, shared):
-    """Put all questions of a step at once, over all micro-steps and ranks, so that people and judges are not waited for
-    again and again. The loop then finds the answers in the ledger. Costs one more forward pass of the step; nothing
-    changes between the two, so that they agree on who is asked."""
+def ask_ahead(engine, asker, threshold, pairs, micro_batches, reference, step, config, shared):
+    """Put all questions of a step at once, over all micro-steps and ranks: so that people and judges are not waited for
+    again and again, and so that a budget can go to the least sure pairs of the step. The loop then finds the answers in the
+    ledger. Costs one more forward pass of the step; nothing changes between the two, so that they agree on who is asked."""
     engine.eval()
-    items = []
+    ids, margins = [], []
     for rows in micro_batches:
         batch = data.collate(pairs, rows, shared).to(engine.device)
-        margin = adpo.margins(adpo.implicit_rewards(engine(batch), reference[batch.rows], config.beta))
-        m, unsure, audited = consult_gate(margin, batch.ids, config)
-        items += zip(batch.ids, m.tolist(), (unsure | audited).tolist(), audited.tolist())
-    ids, m, ask, audited = (list(column) for column in zip(*items))
-    asker.answer(ids, m, ask, step, audited)
+        margins.append(adpo.margins(adpo.implicit_rewards(engine(batch), reference[batch.rows], config.beta)))
+        ids += batch.ids
+    margins = torch.cat(margins)
+    threshold.follow(ids, margins.tolist(), step)
+    m, unsure, audited = consult_gate(margins, ids, threshold, config)
+    asker.answer(ids, m.tolist(), (unsure | audited).tolist(), step, audited.tolist())
 
 
 def cost(asker, config):

@@ -237,7 +237,7 @@ def test_labels_by_hand():
     margin = torch.tensor([2.0, -2.0, 2.0, 0.1])
     answers = torch.tensor([0, 0, -1, 1])
     assert adpo.choose_labels(margin, answers).tolist() == [1, -1, -1, 1]
-    assert adpo.choose_labels(margin, answers, pseudo_labels=False).tolist() == [0, 0, -1, 1]
+    assert adpo.choose_labels(margin, answers, pseudo_labels="false").tolist() == [0, 0, -1, 1]
     unsure = torch.tensor([True, False, False, True])  # the first was to be asked, but the budget was spent
     assert adpo.choose_labels(margin, answers, unsure).tolist() == [0, -1, -1, 1]
 

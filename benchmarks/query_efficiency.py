@@ -1,0 +1,244 @@
+"""Accuracy and reward against labels bought: DPO, random subsets, the paper's ADPO, and what gate.py adds to it.
+
+    python benchmarks/query_efficiency.py             5 seeds, two levels of label noise; about three hours on two cores
+    python benchmarks/query_efficiency.py --short     2 seeds of a smaller task; five minutes, writes to outputs/ alone
+
+Each run is `python train.py` with one thread on the controlled task (toy.py: 16,384 pairs, 4,096 test pairs with noiseless
+labels), several side by side. A seed is a task of its own: its model, pairs, labels and order. The learning rate is the best
+for DPO on all labels of three (rows "DPO, learning rate …"), so that the strongest baseline sets it. "Equal compute" trains a
+random subset for as many steps as DPO takes on all pairs. Gold reward is the mean of 512 generations, one a test prompt.
+
+A run that is finished is not run again; --report writes the results from those that are there. Writes
+benchmarks/results/query_efficiency.md, .json and .png.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import toy  # noqa: E402
+
+NOISES = (0.05, 0.2)
+BASE = {"max_length": 96, "max_prompt_length": 32, "beta": 0.1, "per_device_train_batch_size": 64,
+        "per_device_eval_batch_size": 256, "learning_rate": 2e-3, "num_threads": 1, "save_strategy": "no",
+        "logging_steps": 16, "eval_strategy": "steps", "eval_steps": 64, "preprocessing_num_workers": 1}
+DPO = {"data_selection": "false"}
+BUDGET = {"pseudo_labels": "replay"}
+CALIBRATED = {"gate": "calibrated", "audit_fraction": 0.05}
+
+# method: (line of the figure, or None; flags). In the order in which they are run: what the targets need comes first.
+METHODS = {
+    "DPO, all labels": ("DPO, random subset, one epoch", DPO),
+    "DPO, random 50 %, equal compute": ("DPO, random subset, equal compute", DPO | {"share": 0.5}),
+    "budget 33 %, replay": ("budget, replay", BUDGET | {"target_query_fraction": 0.33}),
+    "budget 25 %, replay": ("budget, replay", BUDGET | {"target_query_fraction": 0.25}),
+    "DPO, random 25 %, equal compute": ("DPO, random subset, equal compute", DPO | {"share": 0.25}),
+    "budget 50 %, replay": ("budget, replay", BUDGET | {"target_query_fraction": 0.5}),
+    "calibrated gate, γ = 1.3, replay": ("calibrated gate, replay", CALIBRATED | BUDGET | {"gamma": 1.3}),
+    "paper, γ = 1.3": ("ADPO of the paper", {"gamma": 1.3}),
+    "paper, γ = 0.7": ("ADPO of the paper", {"gamma": 0.7}),
+    "calibrated gate, γ = 0.3, replay": ("calibrated gate, replay", CALIBRATED | BUDGET | {"gamma": 0.3}),
+    "calibrated gate, γ = 3, replay": ("calibrated gate, replay", CALIBRATED | BUDGET | {"gamma": 3.0}),
+    "calibrated gate, γ = 0.7, replay": ("calibrated gate, replay", CALIBRATED | BUDGET | {"gamma": 0.7}),
+    "paper, γ = 3": ("ADPO of the paper", {"gamma": 3.0}),
+    "paper without pseudo-labels, γ = 1.3": ("ADPO without pseudo-labels", {"gamma": 1.3, "pseudo_labels": "false"}),
+    "paper without pseudo-labels, γ = 0.7": ("ADPO without pseudo-labels", {"gamma": 0.7, "pseudo_labels": "false"}),
+    "DPO, random 12.5 %, equal compute": ("DPO, random subset, equal compute", DPO | {"share": 0.125}),
+    "DPO, random 50 %, one epoch": ("DPO, random subset, one epoch", DPO | {"share": 0.5, "num_train_epochs": 1}),
+    "DPO, random 25 %, one epoch": ("DPO, random subset, one epoch", DPO | {"share": 0.25, "num_train_epochs": 1}),
+    "DPO, random 12.5 %, one epoch": ("DPO, random subset, one epoch", DPO | {"share": 0.125, "num_train_epochs": 1}),
+    "calibrated gate, γ = 1.3, pseudo-labels": (None, CALIBRATED | {"gamma": 1.3}),
+    "calibrated gate, γ = 1.3, soft pseudo-labels": (None, CALIBRATED | {"gamma": 1.3, "pseudo_labels": "soft"}),
+    "calibrated gate, γ = 1.3, no pseudo-labels": (None, CALIBRATED | {"gamma": 1.3, "pseudo_labels": "false"}),
+    "budget 33 %, no pseudo-labels": (None, {"target_query_fraction": 0.33, "pseudo_labels": "false"}),
+    "DPO, learning rate 1e-3": (None, DPO | {"learning_rate": 1e-3}),
+    "DPO, learning rate 4e-3": (None, DPO | {"learning_rate": 4e-3}),
+}
+SHORT = ["DPO, all labels", "DPO, random 50 %, equal compute", "DPO, random 25 %, equal compute", "budget 33 %, replay",
+         "budget 25 %, replay", "paper, γ = 1.3", "calibrated gate, γ = 1.3, replay"]
+STYLES = {"DPO, random subset, one epoch": ("0.6", "o", ":"), "DPO, random subset, equal compute": ("0.35", "s", "--"),
+          "ADPO of the paper": ("tab:red", "v", "-."), "ADPO without pseudo-labels": ("tab:orange", "^", "-."),
+          "calibrated gate, replay": ("tab:blue", "D", "-"), "budget, replay": ("black", "*", "-")}
+STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 95 %, by n
+
+
+def run(folder, task, noise, name, seed, train_pairs):
+    """One run, unless it is there: {"labels", "accuracy", "reward"}."""
+    name_on_disk = "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
+    output = folder / f"noise-{noise:g}" / name_on_disk / f"seed-{seed}"
+    result = output / "result.json"
+    if not result.exists():
+        flags = dict(METHODS[name][1])
+        share = flags.pop("share", 1)
+        if share < 1:
+            flags = {"max_train_samples": round(share * train_pairs), "num_train_epochs": 1 / share} | flags
+        config = output.with_suffix(".yaml")
+        config.parent.mkdir(parents=True, exist_ok=True)
+        config.write_text(json.dumps(BASE | flags | {
+            "model_name_or_path": str(task / "model"), "dataset_mixer": {str(task / f"pairs-noise-{noise:g}"): 1.0},
+            "seed": seed, "output_dir": str(output)}))
+        done = subprocess.run([sys.executable, "train.py", "--config", config], cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{config}: exit code {done.returncode}: {done.stderr[-1000:]}")
+        summary = json.loads((output / "summary.json").read_text())
+        prompts = [row["prompt"] for row in toy.read_jsonl(task / f"pairs-noise-{noise:g}" / "test.jsonl")][:512]
+        found = {"labels": summary["queries"] / train_pairs, "accuracy": summary["eval_accuracy"],
+                 "reward": toy.mean_gold_reward(output, prompts)}
+        result.write_text(json.dumps(found))
+    return json.loads(result.read_text())
+
+
+def interval(values):
+    """(mean, half of its 95 % interval by Student's t)."""
+    if len(values) < 2:
+        return values[0], math.nan
+    return statistics.mean(values), STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def random_accuracy(runs, labels):
+    """Accuracy of a random subset of this size at equal compute: linear in the logarithm of the size between those measured."""
+    points = sorted((interval([r["labels"] for r in runs[name].values()])[0],
+                     interval([r["accuracy"] for r in runs[name].values()])[0])
+                    for name in runs if "equal compute" in name or name == "DPO, all labels")
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if x0 <= labels <= x1:
+            return y0 + (y1 - y0) * math.log(labels / x0) / math.log(x1 / x0)
+    return points[0][1] if labels < points[0][0] else points[-1][1]
+
+
+def targets(runs, noise):
+    """[(what, reached, numbers)] of the aims of this noise level, from {method: {seed: result}}."""
+    def of(name, key="accuracy"):
+        return interval([r[key] for r in runs[name].values()])
+
+    def text(name):
+        mean, half = of(name)
+        return f"{mean:.4f} ± {half:.4f}"
+
+    found, share = [], 0.33 if noise < 0.1 else 0.5
+    ours, half, everything = f"budget {share:.0%}, replay".replace("%", " %"), "DPO, random 50 %, equal compute", "DPO, all labels"
+    found.append((f"{share:.0%} of the labels: within 1 point of DPO on all", of(ours)[0] >= of(everything)[0] - 0.01,
+                  f"{text(ours)} against {text(everything)}"))
+    if noise < 0.1:
+        for ours, random, what in ((ours, half, "33 % of the labels: above a random half"),
+                                   ("budget 25 %, replay", "DPO, random 25 %, equal compute", "25 %: above a random quarter")):
+            (a, da), (b, db) = of(ours), of(random)
+            pairs = [runs[ours][seed]["accuracy"] - runs[random][seed]["accuracy"] for seed in runs[ours] if seed in runs[random]]
+            mean, wide = interval(pairs)
+            found.append((f"{what} of equal compute beyond both intervals", a - da > b + db,
+                          f"{text(ours)} against {text(random)}; seed by seed {mean:+.4f} ± {wide:.4f}"))
+    else:
+        found.append(("50 % of the labels: not below a random half of equal compute", of(ours)[0] >= of(half)[0],
+                      f"{text(ours)} against {text(half)}"))
+    for name in runs:
+        if name.startswith("calibrated") and name.endswith("replay"):
+            labels, expected = of(name, "labels")[0], random_accuracy(runs, of(name, "labels")[0])
+            found.append((f"{name}: not under a random subset of its size", of(name)[0] >= expected,
+                          f"{text(name)} against {expected:.4f} with {labels:.1%} of the labels"))
+    for name in runs:
+        if name.startswith("budget"):
+            asked, worst = METHODS[name][1]["target_query_fraction"], [r["labels"] for r in runs[name].values()]
+            off = max(abs(labels / asked - 1) for labels in worst)
+            found.append((f"{name}: the share asked within 10 % of the target", off <= 0.1, f"at most {off:.1%} off"))
+    return found
+
+
+def draw(results, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(2, len(results), figsize=(6.4 * len(results), 8.4), sharex=True, squeeze=False)
+    for column, (noise, runs) in enumerate(results.items()):
+        for row, (key, label) in enumerate((("accuracy", "held-out accuracy"), ("reward", "gold reward of generations"))):
+            axis = axes[row][column]
+            for line, (colour, marker, style) in STYLES.items():
+                points = sorted((interval([r["labels"] for r in runs[name].values()])[0],
+                                 *interval([r[key] for r in runs[name].values()]))
+                                for name in runs if METHODS[name][0] == line or
+                                (line == "DPO, random subset, equal compute" and name == "DPO, all labels"))
+                if points:
+                    x, y, wide = zip(*points)
+                    axis.errorbar([100 * v for v in x], y, wide, color=colour, marker=marker, linestyle=style, capsize=2,
+                                  markersize=8 if marker == "*" else 5, label=line)
+            axis.set_ylabel(label)
+            axis.grid(alpha=0.3)
+        axes[0][column].set_title(f"{float(noise):.0%} of the labels wrong")
+        axes[1][column].set_xlabel("labels bought, % of the pairs")
+    axes[1][0].legend(fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def write_up(results, path, seeds):
+    lines = ["# Query efficiency", "", "Made by `python benchmarks/query_efficiency.py`.", "",
+             "![Accuracy and gold reward against labels bought](query_efficiency.png)", "",
+             f"Controlled task (toy.py), up to {seeds} seeds, each with a model, pairs, labels and order of its own; means ± 95 % "
+             "intervals by Student's t. β = 0.1, AdamW, learning rate 2e-3 where nothing else is said, 64 pairs a step, 256 steps. "
+             "Accuracy is that of the implicit reward against the noiseless truth of 4,096 test pairs.", ""]
+    for noise, runs in results.items():
+        lines += [f"## {float(noise):.0%} of the labels wrong", "",
+                  "| method | seeds | labels | accuracy | gold reward |", "| --- | --: | --: | --: | --: |"]
+        for name in METHODS:
+            if name in runs:
+                cells = []
+                for key, form in (("labels", "{:.1%}"), ("accuracy", "{:.4f}"), ("reward", "{:.2f}")):
+                    mean, wide = interval([r[key] for r in runs[name].values()])
+                    cells.append(form.format(mean) + ("" if key == "labels" else f" ± {form.format(wide)}"))
+                lines.append(f"| {name} | {len(runs[name])} | {' | '.join(cells)} |")
+        lines += ["", "| aim | reached | |", "| --- | --- | --- |"]
+        lines += [f"| {what} | {'yes' if reached else '**no**'} | {numbers} |" for what, reached, numbers in targets(runs, float(noise))]
+        lines.append("")
+    path.write_text("\n".join(lines), encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--short", action="store_true", help="2 seeds of a smaller task, some of the methods")
+    parser.add_argument("--report", action="store_true", help="run nothing: write the results of what is finished")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side; default: one a core")
+    parser.add_argument("--outputs", type=Path, default=ROOT / "outputs", help="where to work; default: outputs")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    seeds, names, sizes = range(args.seeds), list(METHODS), (16384, 4096)
+    if args.short:
+        seeds, names, sizes = range(2), SHORT, (4096, 1024)
+    folder = args.outputs / ("query_efficiency_short" if args.short else "query_efficiency")
+    results = {f"{noise:g}": {} for noise in NOISES}
+    jobs = [(noise, name, seed) for name in names for noise in NOISES for seed in seeds]
+
+    def work(job):
+        noise, name, seed = job
+        return job, run(folder.resolve(), folder.resolve() / f"task-{seed}", noise, name, seed, sizes[0])
+
+    if args.report:
+        done = [(job, json.loads(path.read_text())) for job in jobs for path in folder.glob(
+            f"noise-{job[0]:g}/{''.join(c if c.isalnum() or c in '.-' else '_' for c in job[1])}/seed-{job[2]}/result.json")]
+    else:
+        for seed in seeds:
+            for noise in NOISES:
+                toy.build(folder / f"task-{seed}", noise, *sizes, seed=seed)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            done = list(tqdm(pool.map(work, jobs), total=len(jobs), desc="runs"))
+    for (noise, name, seed), found in done:
+        results[f"{noise:g}"].setdefault(name, {})[str(seed)] = found
+    target = folder if args.short else ROOT / "benchmarks" / "results"
+    (target / "query_efficiency.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(results, target / "query_efficiency.png")
+    write_up(results, target / "query_efficiency.md", len(seeds))
+    print((target / "query_efficiency.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

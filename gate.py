@@ -1,0 +1,134 @@
+"""The threshold of the gate, where it is not the paper's fixed γ: calibrated by the labels bought, or led by a budget.
+
+    gate: paper                 ask where |m| ≤ γ                                       Algorithm 2; nothing here is used
+    gate: calibrated            ask where a·|m| ≤ γ: where the annotator would agree with a chance of at most σ(γ)
+    target_query_fraction,      ask the least sure pairs of each step, so many that the budget lasts to the end
+    target_queries
+    pseudo_labels: replay       a pair that is not asked gives its place in the step to one whose label is there already
+
+a is fitted online (adpo.fit_scale) to the last 1,024 labels that the run bought. Audited pairs, the random share of the
+confident ones that is asked anyway, count for all that were not asked; a is taken one standard error lower than the fit.
+Where the audited pairs agree clearly less than σ(a·|m|) says (the collapse guard), γ is raised by half and the run says so.
+
+Departures from the paper and from the official code: all of it; docs/method.md tells why, and what it brings. Every number
+comes from the ledger and is a function of the optimiser step, so that a resumed run decides as the undisturbed one did.
+"""
+
+import random
+from collections import deque
+
+import torch
+
+import adpo
+from oracle import wilson
+
+WINDOW = 1024  # labels that the scale is fitted to
+FEWEST = 64  # labels before which everything is asked
+AUDITS = 20  # audited pairs before which the guard says nothing
+
+
+class Gate:
+    """All ranks make one and call its methods together; what it learns from is on rank 0.
+
+    scale, gamma: of adpo.gate, the same on all ranks, set by `advance` and `follow`.
+    """
+
+    def __init__(self, config, asker, pairs, schedule, step):
+        """pairs: ids of the training pairs.  step: optimiser step that the run begins with."""
+        self.config, self.asker, self.schedule = config, asker, schedule
+        self.calibrated = config.data_selection and config.gate == "calibrated"
+        self.budget = None  # labels to buy in all
+        if config.data_selection and config.target_query_fraction is not None:
+            self.budget = round(config.target_query_fraction * schedule.pairs_seen())
+        elif config.data_selection:
+            self.budget = config.target_queries
+        self.replays = config.pseudo_labels == "replay" and config.data_selection
+        self.looks_ahead = asker.asks_together or self.budget is not None or self.replays
+        self.scale, self.gamma = 1.0, config.gamma if config.data_selection else float("inf")
+        self.rows = {id: row for row, id in enumerate(pairs)}
+        self.recent, self.pool = deque(maxlen=WINDOW), []  # (margin, label, audited); rows that have a label
+        if asker.ledger and (self.calibrated or self.replays):
+            for bought in asker.ledger.labels(-1, max(-1, step - 2)):  # `advance` adds those of step − 1
+                self._learn(*bought)
+
+    def _learn(self, pair, label, margin, step, audit):
+        if pair in self.rows:
+            self.pool.append(self.rows[pair])
+        if step >= 0:
+            self.recent.append((margin, label, audit))
+
+    def advance(self, step):
+        """Before a step: learn from what the step before bought. Returns what is to be said of it, or None."""
+        notice = None
+        if self.asker.ledger and step and (self.calibrated or self.replays):
+            for bought in self.asker.ledger.labels(step - 1, step - 1):
+                self._learn(*bought)
+        if self.calibrated:
+            if self.asker.ledger:
+                self.scale = self._fit()
+                notice = self._guard(step)
+                self.gamma = self.config.gamma * self.asker.state["guard"]
+            self.scale, self.gamma = self.asker.from_rank_0((self.scale, self.gamma))
+        return notice
+
+    def _fit(self):
+        """a, one standard error lower than the fit; 0, so that everything is asked, while there is too little to fit."""
+        if len(self.recent) < FEWEST:
+            return 0.0
+        margin, label, audit = (torch.tensor(column) for column in zip(*self.recent))
+        weights = torch.where(audit > 0, 1 / self.config.audit_fraction, 1.0)
+        a, error = adpo.fit_scale(margin, label, weights)
+        return max(0.0, a - error)
+
+    def _guard(self, step):
+        """The collapse guard: raise γ by half where the pairs audited since the last time agree less than the gate expects,
+        beyond their 95 % interval."""
+        state = self.asker.state
+        audits = self.asker.ledger.audits(step - 1, state["guarded_until"])
+        if not self.scale or len(audits) < AUDITS:
+            return None
+        right = sum((margin > 0) == (label > 0) for margin, label in audits)
+        expected = torch.sigmoid(self.scale * torch.tensor([margin for margin, _ in audits]).abs()).mean().item()
+        if wilson(right, len(audits))[1] >= expected:
+            return None
+        state["guard"], state["guarded_until"] = 1.5 * state["guard"], step
+        return (f"step {step:,}: of {len(audits)} audited pairs {right / len(audits):.1%} agree with the annotator, where "
+                f"the gate expects {expected:.1%}: gamma is raised to {self.config.gamma * state['guard']:.3g}")
+
+    def follow(self, ids, margins, step):
+        """With a budget: set γ so that this step's share of what is left of it is asked.
+
+        ids, margins: this rank's pairs of the step.
+        """
+        if self.budget is None:
+            return
+        gathered = self.asker.gather(list(zip(ids, margins)))
+        if gathered is not None:
+            items = {pair: abs(margin) for part in gathered for pair, margin in part if pair is not None}
+            unsure = sorted(items[pair] for pair in self.asker.ledger.unanswered(list(items), before=step))
+            bought = self.asker.queries(step - 1)
+            share = min(1.0, (self.budget - bought) / max(1.0, self.schedule.unlabelled_left(step, bought)))
+            audited = self.config.audit_fraction  # of those that are not asked, which costs too
+            asked = round((share - audited) / (1 - audited) * len(unsure)) if audited < 1 else 0
+            asked = max(asked, 1) if not bought else asked  # a step needs something to train on
+            self.gamma = unsure[asked - 1] if unsure and asked > 0 else -1.0
+        self.gamma = self.asker.from_rank_0(self.gamma)
+
+    def rows_to_train(self, rows, ids, step):
+        """The step's rows, those without a label replaced by others that have one, drawn at random (seeded)."""
+        if not self.replays:
+            return rows
+        chosen = None
+        if self.asker.ledger:
+            known = set(self.asker.ledger.unanswered([ids[row] for row in rows]))
+            chosen = [row for row in rows if ids[row] not in known]
+            others = [row for row in self.pool if row not in set(chosen)]
+            draw = random.Random(f"replay {self.config.seed} {step}")
+            chosen += draw.sample(others, min(len(rows) - len(chosen), len(others)))
+        return self.asker.from_rank_0(chosen)
+
+    def metrics(self):
+        """What a row of metrics says of the threshold, where it is not the paper's."""
+        if not self.calibrated and self.budget is None:
+            return {}
+        return {"gate_gamma": self.gamma, "gate_scale": self.scale}

@@ -1,0 +1,226 @@
+"""gate.py and what adpo.py has for it: `python -m pytest tests/test_gate.py` (half a minute)."""
+
+import math
+import types
+
+import pytest
+import torch
+
+import adpo
+import gate
+from oracle import DatasetAnnotator, Oracle, Question
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The equations
+
+def test_the_scale_is_the_weighted_maximum_likelihood():
+    """Against a brute-force search over a, on labels whose true scale is 0.6."""
+    generator = torch.Generator().manual_seed(0)
+    margin = 3 * torch.randn(4000, generator=generator)
+    answers = torch.where(torch.rand(4000, generator=generator) < torch.sigmoid(0.6 * margin), 1, -1)
+    weights = torch.where(margin.abs() > 2, 20.0, 1.0)
+    a, error = adpo.fit_scale(margin, answers, weights)
+    grid = torch.linspace(0, 2, 20001, dtype=torch.float64)[:, None]
+    likelihood = (weights * torch.nn.functional.logsigmoid(grid * (margin * answers))).sum(1)
+    assert a == pytest.approx(grid[likelihood.argmax()].item(), abs=1e-4)
+    assert abs(a - 0.6) < 3 * error and 0.01 < error < 0.1
+
+
+def test_the_standard_error_is_the_spread_of_the_fit():
+    generator = torch.Generator().manual_seed(1)
+    fits = []
+    for _ in range(300):
+        margin = 2 * torch.randn(500, generator=generator)
+        answers = torch.where(torch.rand(500, generator=generator) < torch.sigmoid(margin), 1, -1)
+        asked = (margin.abs() < 1) | (torch.rand(500, generator=generator) < 0.2)
+        weights = torch.where(margin.abs() < 1, 1.0, 5.0)
+        fits.append(adpo.fit_scale(margin[asked], answers[asked], weights[asked]))
+    a, errors = torch.tensor(fits).T
+    assert a.mean().item() == pytest.approx(1, abs=0.05)
+    assert errors.mean().item() == pytest.approx(a.std().item(), rel=0.15)
+
+
+@pytest.mark.parametrize("margin, answers, low, high", [
+    ([1.0, 2.0, -3.0], [-1, -1, 1], 0, 0),  # all against the policy
+    ([1.0, 2.0, -3.0], [1, 1, -1], 5, math.inf),  # all with it: the likelihood has no maximum
+    ([0.0, 0.0], [1, -1], 0, 0)])
+def test_the_scale_at_its_ends(margin, answers, low, high):
+    a, error = adpo.fit_scale(torch.tensor(margin), torch.tensor(answers), torch.ones(len(margin)))
+    assert low <= a <= high and math.isfinite(a) and error >= 0
+
+
+def test_the_calibrated_gate_asks_where_the_scaled_margin_is_small():
+    margin = torch.tensor([0.5, -1.0, 2.0])
+    assert adpo.gate(margin, 1.0, scale=0.5).tolist() == [True, True, True]
+    assert adpo.gate(margin, 1.0, scale=2.0).tolist() == [True, False, False]
+    assert adpo.gate(margin, 1.0, scale=0.0).all()
+
+
+def test_soft_labels_are_the_expected_label_and_their_loss_is_cross_entropy():
+    margin = torch.tensor([2.0, -0.5, 1.0], requires_grad=True)
+    labels = adpo.choose_labels(margin, torch.tensor([0, 0, -1]), pseudo_labels="soft", scale=0.5)
+    chance = torch.sigmoid(0.5 * margin.detach())
+    assert torch.allclose(labels, torch.tensor([2 * chance[0] - 1, 2 * chance[1] - 1, -1.0]))
+    target = torch.tensor([chance[0], chance[1], 0.0])
+    loss = adpo.preference_loss(margin, labels)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(margin, target, reduction="none")
+    assert torch.allclose(loss, expected)
+    loss.sum().backward()  # σ(m) − σ(a·m): an overconfident margin is pulled back
+    assert torch.allclose(margin.grad, torch.sigmoid(margin.detach()) - target)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The threshold, from a real ledger
+
+PAIRS = [f"p{n:03}" for n in range(400)]
+
+
+def make(tmp_path, step=0, **keys):
+    """A Gate over 400 pairs, 10 a step, with the ledger in tmp_path."""
+    config = types.SimpleNamespace(**{
+        "data_selection": True, "gate": "paper", "gamma": 1.0, "audit_fraction": 0.05, "target_query_fraction": None,
+        "target_queries": None, "pseudo_labels": "true", "seed": 0, **keys})
+    schedule = types.SimpleNamespace(pairs_seen=lambda: 400, unlabelled_left=lambda step, bought: 400 - 10 * step)
+    asker = Oracle(DatasetAnnotator(dict.fromkeys(PAIRS, 1)), tmp_path / "labels.sqlite")
+    return gate.Gate(config, asker, PAIRS, schedule, step)
+
+
+def buy(threshold, step, labelled, audit=False):
+    """labelled: {pair: (margin, label)}."""
+    threshold.asker.ledger.add("dataset", [(Question(pair, margin, step, audit), label, "", None, None)
+                                           for pair, (margin, label) in labelled.items()])
+
+
+def test_the_papers_gate_is_gamma_and_reads_nothing(tmp_path):
+    threshold = make(tmp_path)
+    threshold.advance(0)
+    assert (threshold.scale, threshold.gamma, threshold.looks_ahead, threshold.metrics()) == (1.0, 1.0, False, {})
+    assert make(tmp_path, data_selection=False, gate="calibrated", target_queries=3).gamma == math.inf
+
+
+def test_a_calibrated_gate_asks_all_until_it_knows_enough_and_then_fits(tmp_path):
+    threshold = make(tmp_path, gate="calibrated")
+    buy(threshold, 0, {pair: (2.0, 1 if n % 4 else -1) for n, pair in enumerate(PAIRS[:63])})
+    threshold.advance(1)
+    assert threshold.scale == 0.0  # 63 labels
+    buy(threshold, 1, {PAIRS[63]: (2.0, 1)})
+    threshold.advance(2)
+    margins, labels = torch.full((64,), 2.0), torch.tensor([1 if n % 4 else -1 for n in range(63)] + [1])
+    a, error = adpo.fit_scale(margins, labels, torch.ones(64))
+    assert threshold.scale == pytest.approx(a - error) and 0.2 < threshold.scale < 0.6  # σ(2a) = 3/4 at 0.55
+
+
+def test_audited_pairs_stand_for_all_the_confident_ones(tmp_path):
+    """Unsure pairs agree, the few audited ones do not: weighted by 20, they bring the scale down."""
+    scales = []
+    for n, audit in enumerate((False, True)):
+        threshold = make(tmp_path / str(n) if (tmp_path / str(n)).mkdir() is None else None, gate="calibrated")
+        buy(threshold, 0, {pair: (0.5, 1) for pair in PAIRS[:80]})
+        buy(threshold, 0, {pair: (4.0, 1 if k % 2 else -1) for k, pair in enumerate(PAIRS[80:96])}, audit)
+        threshold.advance(1)
+        scales.append(threshold.scale)
+    assert scales[1] < 0.3 * scales[0]
+
+
+def test_the_guard_raises_gamma_where_audited_pairs_disagree_and_counts_anew(tmp_path):
+    threshold = make(tmp_path, gate="calibrated")
+    buy(threshold, 0, {pair: (3.0, 1) for pair in PAIRS[:100]})
+    buy(threshold, 0, {pair: (0.1, 1) for pair in PAIRS[100:110]})
+    buy(threshold, 1, {pair: (8.0, 1 if n % 3 else -1) for n, pair in enumerate(PAIRS[110:140])}, audit=True)
+    assert threshold.advance(1) is None and threshold.gamma == 1.0
+    threshold._fit = lambda: 1.0  # as if the fit could not see it
+    notice = threshold.advance(2)
+    assert threshold.gamma == 1.5 and "30 audited pairs 66.7% agree" in notice and "raised to 1.5" in notice
+    assert threshold.advance(3) is None and threshold.gamma == 1.5  # the same audits do not count twice
+    again = make(tmp_path, step=3, gate="calibrated")
+    again.asker.state = dict(threshold.asker.state)  # a checkpoint keeps it
+    again.advance(3)
+    assert again.gamma == 1.5
+
+
+def test_a_resumed_run_has_the_threshold_of_the_undisturbed_one(tmp_path):
+    """Though answers of the step that was cut short, and of other runs, are in the ledger already."""
+    threshold = make(tmp_path, gate="calibrated", pseudo_labels="replay")
+    threshold.asker.ledger.add("reused", [(Question("p399", None, -1), 1, "", None, None)])
+    threshold = make(tmp_path, gate="calibrated", pseudo_labels="replay")
+    for step in range(12):
+        threshold.advance(step)
+        buy(threshold, step, {pair: (0.3 * (n - 3), 1 if n > 4 else -1) for n, pair in
+                              enumerate(PAIRS[10 * step:10 * step + 10])}, audit=step % 3 == 0)
+    again = make(tmp_path, step=11, gate="calibrated", pseudo_labels="replay")
+    again.advance(11)
+    assert again.scale == threshold.scale > 0 and again.pool == threshold.pool and len(again.pool) == 111
+    rows = list(range(200, 210))
+    assert again.rows_to_train(rows, PAIRS, 11) == threshold.rows_to_train(rows, PAIRS, 11)
+
+
+def test_a_budget_asks_the_least_sure_and_lasts_to_the_end(tmp_path):
+    threshold = make(tmp_path, target_query_fraction=0.3, audit_fraction=0.0)
+    generator = torch.Generator().manual_seed(0)
+    assert threshold.looks_ahead
+    for step in range(40):
+        ids, margins = PAIRS[10 * step:10 * step + 10], torch.randn(10, generator=generator) * (1 + step)
+        threshold.advance(step)
+        threshold.follow(ids, margins.tolist(), step)
+        asked = adpo.gate(margins, threshold.gamma)
+        if asked.any() and not asked.all():
+            assert margins[asked].abs().max() < margins[~asked].abs().min()
+        before = threshold.gamma
+        buy(threshold, step, {id: (m, 1) for id, m, ask in zip(ids, margins.tolist(), asked) if ask})
+        threshold.follow(ids, margins.tolist(), step)  # again, after a kill in this step
+        assert threshold.gamma == before
+    assert threshold.asker.queries() == 120
+
+
+def test_with_audits_a_budget_holds_too(tmp_path):
+    """A quarter of the confident pairs is asked as well: fewer unsure ones are."""
+    threshold = make(tmp_path, target_queries=200, audit_fraction=0.25)
+    threshold.follow(PAIRS[:200], [0.01 * n for n in range(200)], 0)
+    unsure = int(adpo.gate(torch.tensor([0.01 * n for n in range(200)]), threshold.gamma).sum())
+    assert unsure == 67 and unsure + 0.25 * (200 - unsure) == pytest.approx(100, abs=1)
+
+
+def test_replay_takes_pairs_that_have_a_label_and_no_other(tmp_path):
+    threshold = make(tmp_path, pseudo_labels="replay")
+    buy(threshold, 0, {pair: (0.1, 1) for pair in PAIRS[:20]})
+    threshold.advance(1)
+    buy(threshold, 1, {pair: (0.1, 1) for pair in PAIRS[20:25]})
+    rows = threshold.rows_to_train(list(range(20, 40)), PAIRS, 1)
+    assert rows[:5] == [20, 21, 22, 23, 24] and len(set(rows)) == 20 and set(rows[5:]) <= set(range(20))
+    assert rows != threshold.rows_to_train(list(range(20, 40)), PAIRS, 2)  # another draw
+    assert threshold.rows_to_train(list(range(20, 60)), PAIRS, 1)[25:] == []  # no more than there are
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole runs
+
+@pytest.mark.parametrize("keys", [
+    {"target_query_fraction": 0.4, "pseudo_labels": "replay"},
+    {"gate": "calibrated", "audit_fraction": 0.3, "pseudo_labels": "replay"},
+    {"target_queries": 40, "pseudo_labels": "soft", "audit_fraction": 0.1}], ids=["budget", "calibrated", "soft"])
+def test_a_run_in_two_processes_and_a_resumed_one_are_the_whole_one(keys, train, tmp_path):
+    keys = dict(keys, max_steps=12, save_strategy="steps", save_steps=5)
+    whole = train("gate", **keys)
+    two = train("gate-2", 2, **keys | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})
+    assert two.ledger() == whole.ledger() and two.losses() == pytest.approx(whole.losses(), rel=1e-4)
+    train("gate-cut", output_dir=tmp_path / "run", oracle="dataset", **keys)
+    for path in (tmp_path / "run").iterdir():  # as if killed behind step 10, with all its answers
+        if path.is_file() and not path.name.startswith("labels.sqlite") and path.name != "config.yaml":
+            path.unlink()
+    resumed = train("gate-resumed", output_dir=tmp_path / "run", **keys)
+    assert "resumed from" in resumed.stdout and resumed.ledger() == whole.ledger()
+    assert all(torch.equal(value, whole.weights()[name]) for name, value in resumed.weights().items())
+    if share := keys.get("target_query_fraction"):
+        assert whole.summary()["query_fraction"] == pytest.approx(share, rel=0.1)
+        assert whole.summary()["pseudo_labels"] == 0
+    assert ("gate_scale" in whole.rows()[-1]) and whole.rows()[-1]["gate_gamma"] is not None
+
+
+@pytest.mark.parametrize("keys, message", [
+    ({"gate": "calibrated"}, "needs an audit_fraction"),
+    ({"target_queries": 5, "target_query_fraction": 0.5}, "two ways to say the same"),
+    ({"pseudo_labels": "soft", "loss_type": "hinge"}, "pseudo_labels soft"),
+    ({"pseudo_labels": "perhaps"}, "true, soft, false, replay")])
+def test_what_does_not_go_together_is_refused(keys, message, train):
+    run = train("refused", check=2, **keys)
+    assert message in run.stderr and run.stderr.count("\n") == 1
