@@ -68,8 +68,8 @@ class Config:
     target_query_fraction: float | None = key(None, "share of the pairs to ask, in place of gamma: the least sure of each "
                                                     "step", low=1e-6, high=1)
     target_queries: int | None = key(None, "the same as a number of labels, spread over the whole run", low=1)
-    pseudo_labels: str = key("true", "a pair that is not asked is trained on sign(margin) (true) or on the chance that y1 is "
-                                     "preferred (soft), has no loss (false), or gives its place to a pair whose label is "
+    pseudo_labels: str = key("true", "a pair that is not asked is trained on sign(margin) (true) or on the chance that y1 "
+                                     "is preferred (soft), has no loss (false), or gives its place to a pair whose label is "
                                      "known (replay)", choices=("true", "soft", "false", "replay"))
     loss_type: str = key("sigmoid", "sigmoid (DPO), ipo or hinge")
     label_smoothing: float = key(0.0, "ε of the sigmoid loss", low=0, high=0.5)

@@ -5,8 +5,8 @@
 
 Each run is `python train.py` with one thread on the controlled task (toy.py: 16,384 pairs, 4,096 test pairs with noiseless
 labels), several side by side. A seed is a task of its own: its model, pairs, labels and order. The learning rate is the best
-for DPO on all labels of three (rows "DPO, learning rate …"), so that the strongest baseline sets it. "Equal compute" trains a
-random subset for as many steps as DPO takes on all pairs. Gold reward is the mean of 512 generations, one a test prompt.
+for DPO on all labels of three (rows "DPO, learning rate …"), so that the strongest baseline sets it. "Equal compute" trains
+a random subset for as many steps as DPO takes on all pairs. Gold reward is the mean of 512 generations, one a test prompt.
 
 A run that is finished is not run again; --report writes the results from those that are there. Writes
 benchmarks/results/query_efficiency.md, .json and .png.
@@ -73,10 +73,13 @@ STYLES = {"DPO, random subset, one epoch": ("0.6", "o", ":"), "DPO, random subse
 STUDENT = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 95 %, by n
 
 
+def run_folder(folder, noise, name, seed):
+    return folder / f"noise-{noise:g}" / "".join(c if c.isalnum() or c in ".-" else "_" for c in name) / f"seed-{seed}"
+
+
 def run(folder, task, noise, name, seed, train_pairs):
     """One run, unless it is there: {"labels", "accuracy", "reward"}."""
-    name_on_disk = "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
-    output = folder / f"noise-{noise:g}" / name_on_disk / f"seed-{seed}"
+    output = run_folder(folder, noise, name, seed)
     result = output / "result.json"
     if not result.exists():
         flags = dict(METHODS[name][1])
@@ -107,7 +110,7 @@ def interval(values):
 
 
 def random_accuracy(runs, labels):
-    """Accuracy of a random subset of this size at equal compute: linear in the logarithm of the size between those measured."""
+    """Accuracy of a random subset of this size at equal compute, interpolated over the logarithm of the size."""
     points = sorted((interval([r["labels"] for r in runs[name].values()])[0],
                      interval([r["accuracy"] for r in runs[name].values()])[0])
                     for name in runs if "equal compute" in name or name == "DPO, all labels")
@@ -126,21 +129,24 @@ def targets(runs, noise):
         mean, half = of(name)
         return f"{mean:.4f} ± {half:.4f}"
 
-    found, share = [], 0.33 if noise < 0.1 else 0.5
-    ours, half, everything = f"budget {share:.0%}, replay".replace("%", " %"), "DPO, random 50 %, equal compute", "DPO, all labels"
-    found.append((f"{share:.0%} of the labels: within 1 point of DPO on all", of(ours)[0] >= of(everything)[0] - 0.01,
-                  f"{text(ours)} against {text(everything)}"))
-    if noise < 0.1:
-        for ours, random, what in ((ours, half, "33 % of the labels: above a random half"),
-                                   ("budget 25 %, replay", "DPO, random 25 %, equal compute", "25 %: above a random quarter")):
+    half, everything = "DPO, random 50 %, equal compute", "DPO, all labels"
+    share = 33 if noise < 0.1 else 50
+    best = f"budget {share} %, replay"
+    found = []
+    if {best, everything} <= runs.keys():
+        found.append((f"{share} % of the labels: within 1 point of DPO on all", of(best)[0] >= of(everything)[0] - 0.01,
+                      f"{text(best)} against {text(everything)}"))
+    if noise >= 0.1 and {best, half} <= runs.keys():
+        found.append(("50 % of the labels: not below a random half of equal compute", of(best)[0] >= of(half)[0],
+                      f"{text(best)} against {text(half)}"))
+    for ours, random, what in ((best, half, "33 % of the labels: above a random half"), (
+            "budget 25 %, replay", "DPO, random 25 %, equal compute", "25 % of the labels: above a random quarter")):
+        if noise < 0.1 and {ours, random} <= runs.keys():
             (a, da), (b, db) = of(ours), of(random)
-            pairs = [runs[ours][seed]["accuracy"] - runs[random][seed]["accuracy"] for seed in runs[ours] if seed in runs[random]]
-            mean, wide = interval(pairs)
+            mean, wide = interval([runs[ours][seed]["accuracy"] - runs[random][seed]["accuracy"]
+                                   for seed in runs[ours] if seed in runs[random]])
             found.append((f"{what} of equal compute beyond both intervals", a - da > b + db,
                           f"{text(ours)} against {text(random)}; seed by seed {mean:+.4f} ± {wide:.4f}"))
-    else:
-        found.append(("50 % of the labels: not below a random half of equal compute", of(ours)[0] >= of(half)[0],
-                      f"{text(ours)} against {text(half)}"))
     for name in runs:
         if name.startswith("calibrated") and name.endswith("replay"):
             labels, expected = of(name, "labels")[0], random_accuracy(runs, of(name, "labels")[0])
@@ -183,9 +189,9 @@ def draw(results, path):
 def write_up(results, path, seeds):
     lines = ["# Query efficiency", "", "Made by `python benchmarks/query_efficiency.py`.", "",
              "![Accuracy and gold reward against labels bought](query_efficiency.png)", "",
-             f"Controlled task (toy.py), up to {seeds} seeds, each with a model, pairs, labels and order of its own; means ± 95 % "
-             "intervals by Student's t. β = 0.1, AdamW, learning rate 2e-3 where nothing else is said, 64 pairs a step, 256 steps. "
-             "Accuracy is that of the implicit reward against the noiseless truth of 4,096 test pairs.", ""]
+             f"Controlled task (toy.py), up to {seeds} seeds, each with a model, pairs, labels and order of its own; mean ± "
+             "95 % interval by Student's t. β = 0.1, AdamW, learning rate 2e-3 where nothing else is said, 64 pairs a step; "
+             "256 steps. Accuracy is that of the implicit reward against the noiseless truth of 4,096 test pairs.", ""]
     for noise, runs in results.items():
         lines += [f"## {float(noise):.0%} of the labels wrong", "",
                   "| method | seeds | labels | accuracy | gold reward |", "| --- | --: | --: | --: | --: |"]
@@ -197,7 +203,8 @@ def write_up(results, path, seeds):
                     cells.append(form.format(mean) + ("" if key == "labels" else f" ± {form.format(wide)}"))
                 lines.append(f"| {name} | {len(runs[name])} | {' | '.join(cells)} |")
         lines += ["", "| aim | reached | |", "| --- | --- | --- |"]
-        lines += [f"| {what} | {'yes' if reached else '**no**'} | {numbers} |" for what, reached, numbers in targets(runs, float(noise))]
+        lines += [f"| {what} | {'yes' if reached else '**no**'} | {numbers} |"
+                  for what, reached, numbers in targets(runs, float(noise))]
         lines.append("")
     path.write_text("\n".join(lines), encoding="utf-8")
 
@@ -223,8 +230,8 @@ def main():
         return job, run(folder.resolve(), folder.resolve() / f"task-{seed}", noise, name, seed, sizes[0])
 
     if args.report:
-        done = [(job, json.loads(path.read_text())) for job in jobs for path in folder.glob(
-            f"noise-{job[0]:g}/{''.join(c if c.isalnum() or c in '.-' else '_' for c in job[1])}/seed-{job[2]}/result.json")]
+        done = [(job, json.loads(path.read_text())) for job in jobs
+                for path in run_folder(folder, *job).glob("result.json")]
     else:
         for seed in seeds:
             for noise in NOISES:
