@@ -131,7 +131,7 @@ def side_by_side(a, b, width, questions=None):
             lines += beside(harmless(left), harmless(right) if left != right else "(the same)", width)
     alone = [f"{len(mine) - len(both):,} only in {name}" for name, mine in ((name_a, answers_a), (name_b, answers_b))
              if len(mine) > len(both)]
-    lines += ["", "; ".join([f"{len(both):,} questions in both, {same:,} answers the same", *alone])]
+    lines += ["", *wrap("; ".join([f"{len(both):,} questions in both, {same:,} answers the same", *alone]), width)]
     return lines
 
 

@@ -60,10 +60,12 @@ ALL = 10**9  # tokens: nothing is cut
 
 @dataclass
 class Question:
-    """key: tells it from the others.  turns: texts of the user, in order, or one list of messages.  row: as it was read."""
+    """key: tells it from the others.  turns: texts of the user, in order, or one list of messages.  row: as it was read.
+    place: where."""
     key: tuple
     turns: list
     row: dict
+    place: str
     temperature: float = 0.0
     chat: bool = True  # whether a text is a user's message, for the chat template
 
@@ -89,7 +91,7 @@ class Jsonl:
     @staticmethod
     def question(row, place):
         prompt = data._text_or_messages(row.get("prompt"), f"{place}, field prompt")
-        return Question(Jsonl.key({"prompt": prompt}), [prompt], {"prompt": prompt}, chat=False)
+        return Question(Jsonl.key({"prompt": prompt}), [prompt], {"prompt": prompt}, place, chat=False)
 
     @staticmethod
     def answer(question, turns, name):
@@ -116,7 +118,7 @@ class AlpacaEval:
         instruction = text_field(row, "instruction", place)
         if row.get("input"):
             raise data.DataError(f"{place}, field input: AlpacaEval asks by the instruction alone; put the input into it")
-        return Question(instruction, [instruction], row)
+        return Question(instruction, [instruction], row, place)
 
     @staticmethod
     def answer(question, turns, name):
@@ -148,7 +150,7 @@ class MtBench:
         if not isinstance(turns, list) or not turns:
             raise data.DataError(f"{place}, field turns: expected a list of texts, found {data._short(repr(turns))}")
         turns = [text_field({"turns": turn}, "turns", place) for turn in turns]
-        return Question(id, turns, row, TEMPERATURES.get(category, OTHER_TEMPERATURE))
+        return Question(id, turns, row, place, TEMPERATURES.get(category, OTHER_TEMPERATURE))
 
     @staticmethod
     def answer(question, turns, name):
@@ -228,7 +230,12 @@ class Prompts:
         else:
             prompt = "\n\n".join([text for pair in zip(turns, answers) for text in pair] + turns[-1:])
         reply = "a" if isinstance(prompt, str) else [{"role": "assistant", "content": "a"}]
-        ids, _ = self.renderer(prompt, [reply, reply])
+        try:
+            ids, _ = self.renderer(prompt, [reply, reply])
+        except data.DataError as error:
+            raise data.DataError(f"{question.place}: {error}")
+        except Exception as error:  # a template's own raise_exception, among others
+            raise data.DataError(f"{question.place}: the chat template failed ({type(error).__name__}: {error})")
         if len(ids) > self.room:
             self.cut.add((question.key, len(answers)))
             first = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
