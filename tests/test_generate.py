@@ -218,20 +218,21 @@ def test_long_prompts_keep_their_beginning_of_sequence_and_their_end(model, tmp_
 # Stopped, and gone on.
 
 def test_a_killed_run_leaves_a_whole_file_and_goes_on(model, tmp_path):
-    questions = write(tmp_path / "question.jsonl", [{**MT_BENCH[n % 5], "question_id": n} for n in range(400)])
-    flags = ["--questions", str(questions), "--format", "mt_bench", "--max_new_tokens", "40", "--batch_size", "2"]
+    questions = write(tmp_path / "question.jsonl", [{**MT_BENCH[n % 5], "question_id": n} for n in range(100)])
+    flags = ["--questions", str(questions), "--format", "mt_bench", "--max_new_tokens", "40"]
     path = model / "data/mt_bench/model_answer/model.jsonl"
-    process = subprocess.Popen([sys.executable, "tools/generate.py", str(model), *flags], cwd=ROOT, stderr=subprocess.PIPE)
+    command = [sys.executable, "tools/generate.py", str(model), *flags, "--batch_size", "1"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
     deadline = time.time() + 120
     while not path.exists() and time.time() < deadline and process.poll() is None:
         time.sleep(0.02)
     process.kill()
     assert process.wait() == -signal.SIGKILL, process.stderr.read()
     before = lines(path)
-    assert 0 < len(before) < 400
+    assert 0 < len(before) < 100
     assert generate.main([str(model), *flags]) == 0
     after = lines(path)
-    assert [row["question_id"] for row in after] == list(range(400))
+    assert [row["question_id"] for row in after] == list(range(100))
     assert [row for row in after if row["question_id"] in {row["question_id"] for row in before}] == before
     assert generate.main([str(model), *flags, "--output", str(tmp_path / "unkilled.jsonl")]) == 0
     assert turns(path) == turns(tmp_path / "unkilled.jsonl")
