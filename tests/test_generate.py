@@ -14,6 +14,8 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import toy
+from benchmarks import harnesses
 from tools import compare, generate
 
 SHORT = ("--max_new_tokens", "12")
@@ -97,6 +99,14 @@ def test_jsonl_is_the_default_and_takes_the_rows_of_a_test_split(tiny, model):
     found, asked = lines(model / "responses.jsonl"), lines(tiny / "pairs" / "test.jsonl")
     assert [row["prompt"] for row in found] == [row["prompt"] for row in asked]
     assert all(list(row) == ["prompt", "response"] for row in found)
+
+
+def test_the_task_of_the_harnesses_is_the_committed_one():
+    rows = lines(harnesses.TASK / "reviews.jsonl")
+    assert rows == harnesses.reviews() and len(rows) == 100
+    for row in rows:
+        gold = [toy.gold_reward(choice) for choice in row["choices"]]
+        assert gold[row["better"]] > gold[1 - row["better"]]
 
 
 # What is answered.
@@ -300,10 +310,11 @@ def test_answers_of_other_settings_weights_or_questions_are_refused(model, tmp_p
 def test_bad_questions_are_refused_with_their_row_and_field(model, tmp_path, capsys, format, row, words):
     first = {"alpaca_eval": ALPACA[0], "mt_bench": MT_BENCH[0], "jsonl": {"prompt": "the"}}[format]
     questions = write(tmp_path / "q.jsonl", [first, row])
-    run(model, questions, "--format", format, "--output", tmp_path / "out.jsonl", code=2)
+    out = tmp_path / ("out.json" if format == "alpaca_eval" else "out.jsonl")
+    run(model, questions, "--format", format, "--output", out, code=2)
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert line.startswith(f"tools/generate.py: {questions}, {words}")
-    assert not (tmp_path / "out.jsonl").exists()
+    assert not out.exists()
 
 
 def one_line(capsys):
@@ -320,6 +331,8 @@ def test_models_that_cannot_answer_are_refused(model, tmp_path, capsys):
     assert one_line(capsys).endswith("none.jsonl: there is no such file")
     run(model, questions, "--max_new_tokens", 128, code=2)
     assert "--max_new_tokens 128: the model has 128 positions" in one_line(capsys)
+    run(model, questions, "--output", "answers.txt", code=2)
+    assert "--output answers.txt: a file of the format jsonl ends in .jsonl" in one_line(capsys)
     run(model, questions, "--bf16", "perhaps", code=2)
     assert "command line, --bf16: expected true or false" in one_line(capsys)
     run(model, questions, "--output", "/proc/x/y.jsonl", code=2)

@@ -186,7 +186,7 @@ def read_answers(format, path, settings, questions):
         return {}
     if not beside.is_file():
         raise UsageError(f"{path} exists and was not made by this command ({beside.name} is not there): {other}")
-    before = rows_of(beside)[0][1]
+    before = dict(row for _, line in rows_of(beside) for row in line.items())
     for name in settings:
         if before.get(name) != settings[name]:
             raise UsageError(f"{path} holds answers of another {name} ({data._short(before.get(name))}; now "
@@ -194,6 +194,7 @@ def read_answers(format, path, settings, questions):
     found, seen, known = {}, Counter(), {question.key for question in questions}
     for place, row in rows_of(path):
         key = format.key(row)
+        key = key if isinstance(key, (str, int)) else None  # of no question
         seen[key] += 1
         if (key, seen[key]) not in known:
             raise UsageError(f"{place}: answers a question that is not asked: {other}")
@@ -310,7 +311,10 @@ def generate(options):
     folder = Path(options.model)
     if not folder.is_dir() and not options.output:
         raise UsageError(f"{options.model}: is no folder here; for a model of the hub say --output FILE too")
-    path = Path(options.output) if options.output else format.path(folder, name)
+    usual = format.path(folder, name)
+    path = Path(options.output) if options.output else usual
+    if path.suffix != usual.suffix:
+        raise UsageError(f"--output {path}: a file of the format {options.format} ends in {usual.suffix}")
     questions = read_questions(format, options.questions)
     if options.temperature is not None:
         for question in questions:
@@ -327,14 +331,14 @@ def generate(options):
     answers = read_answers(format, path, settings, questions)
     kept, todo = len(answers), [question for question in questions if question.key not in answers]
     if todo:
+        first = {question.key: len(prompts(question, [])) for question in todo}
+        todo.sort(key=lambda question: -first[question.key])  # what does not fit into memory is known at once
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(settings_path(path), json.dumps(settings) + "\n")
         lm = train.load_model(config, options.model).lm.eval().to(device)
         ends = prompts.ends(lm)
         train.say(f"{len(todo):,} questions to {options.model} on {device} in {'bf16' if config.bf16 else 'fp32'}, "
                   f"{said(prompts, questions)}")
-        first = {question.key: len(prompts(question, [])) for question in todo}
-        todo.sort(key=lambda question: -first[question.key])  # what does not fit into memory is known at once
     unfinished = 0
     with train.bar(len(questions), "answers", initial=kept) as bar:
         for start in range(0, len(todo), options.batch_size):
@@ -446,7 +450,6 @@ def main(argv=None):
             parser.error(f"--{flag} {getattr(options, flag)}: expected {what}")
     if options.name and not (options.name.isprintable() and "/" not in options.name):
         parser.error(f"--name {options.name!r}: is no name of a file")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         generate(options)
     except KeyboardInterrupt:
@@ -459,5 +462,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a letter shows ? for it
     sys.exit(main())
