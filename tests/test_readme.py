@@ -47,7 +47,8 @@ def test_links_and_paths_exist():
 def test_every_key_that_the_readme_names_exists():
     ours = {field.name for field in dataclasses.fields(Config)} | {"config", "Gamma", "help", "key"}
     launchers = {"num_gpus", "master_port", "hostfile"}
-    tools = {"host", "export", "import", "format", "csv", "reuse", "kills", "smollm2", "hh", "profile"}
+    tools = {"host", "export", "import", "format", "csv", "reuse", "kills", "smollm2", "hh", "profile",
+             "questions", "compare", "model", "model_args", "tasks"}
     named = set(re.findall(r"--(\w+)", README))
     assert named and named <= ours | launchers | tools
 
