@@ -68,7 +68,7 @@ def test_every_key_that_the_readme_names_exists():
     ours = {field.name for field in dataclasses.fields(Config)} | {"config", "Gamma", "help", "key"}
     launchers = {"num_gpus", "master_port", "hostfile"}
     tools = {"host", "export", "import", "format", "csv", "reuse", "kills", "smollm2", "hh", "profile", "labels", "output",
-             "follow"}
+             "follow", "questions", "compare", "model", "model_args", "tasks"}
     named = set(re.findall(r"--(\w+)", README))
     assert named and named <= ours | launchers | tools
 

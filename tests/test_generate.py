@@ -1,0 +1,411 @@
+"""tools/generate.py and tools/compare.py, on a tiny random model: `python -m pytest tests/test_generate.py`. That AlpacaEval
+and FastChat read the files is shown by benchmarks/harnesses.py, which needs those packages."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import toy
+from benchmarks import harnesses
+from tools import compare, generate
+
+SHORT = ("--max_new_tokens", "12")
+TEMPLATE = ("{% for m in messages %}{% if m.role == 'user' %}the {{ m.content }} {% else %}was {{ m.content }}<end>"
+            "{% endif %}{% endfor %}{% if add_generation_prompt %}was {% endif %}")
+ALPACA = [{"instruction": f"review of the {place} in {city} :", "dataset": "helpful_base", "output": "not this"}
+          for place in ("hotel", "bar in the park in the garden") for city in ("paris", "rome")]
+PLACES = [("writing", "hotel in rome"), ("math", "bar"), ("stem", "zoo in the park"), ("of one's own", "spa"),
+          ("coding", "pub in oslo")]
+MT_BENCH = [{"question_id": n, "category": category, "turns": [f"review of the {place} :", "the view in the morning was"]}
+            for n, (category, place) in enumerate(PLACES, 81)]
+
+
+@pytest.fixture
+def model(tiny, tmp_path):
+    """A copy of the tiny model's folder."""
+    return shutil.copytree(tiny / "model", tmp_path / "model")
+
+
+@pytest.fixture
+def chat_model(model):
+    """The same with a chat template whose turns end in <end>, which is not its EOS."""
+    tokenizer, lm = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
+    tokenizer.chat_template = TEMPLATE
+    lm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    lm.save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    return model
+
+
+def write(path, rows, lines=True):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows), encoding="utf-8")
+    return path
+
+
+def run(model, questions, *flags, code=0):
+    assert generate.main([str(model), "--questions", str(questions), *SHORT, *map(str, flags)]) == code
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def turns(path):
+    return [row["choices"][0]["turns"] for row in lines(path)]
+
+
+# What is written.
+
+@pytest.mark.parametrize("as_lines", [True, False])
+def test_alpaca_eval(model, tmp_path, capsys, as_lines):
+    rows = [*ALPACA, {"instruction": "the music"}, ALPACA[0]]  # one without a data set, one twice
+    run(model, write(tmp_path / "q.json", rows, as_lines), "--format", "alpaca_eval", "--name", "mine")
+    found = json.loads((model / "model_outputs.json").read_text())
+    assert [list(row) for row in found] == [["instruction", "output", "generator"] if "dataset" not in row else
+                                            ["dataset", "instruction", "output", "generator"] for row in rows]
+    for field in ("dataset", "instruction"):
+        assert [row.get(field) for row in found] == [row.get(field) for row in rows]
+    assert {row["generator"] for row in found} == {"mine"} and found[0]["output"] == found[-1]["output"]
+    assert all(row["output"] and row["output"] == row["output"].strip() for row in found)
+    assert "as plain text, for the model has no chat template\n6 answers in" in capsys.readouterr().out
+
+
+def test_mt_bench(model, tmp_path):
+    began = time.time()
+    run(model, write(tmp_path / "question.jsonl", MT_BENCH), "--format", "mt_bench")
+    found = lines(model / "data/mt_bench/model_answer/model.jsonl")
+    assert [row["question_id"] for row in found] == [81, 82, 83, 84, 85]
+    assert len({row["answer_id"] for row in found}) == 5
+    for row in found:
+        assert list(row) == ["question_id", "answer_id", "model_id", "choices", "tstamp"]
+        assert row["model_id"] == "model" and began <= row["tstamp"] <= time.time()
+        (choice,) = row["choices"]
+        assert list(choice) == ["index", "turns"] and choice["index"] == 0
+        assert len(choice["turns"]) == 2 and all(type(turn) is str for turn in choice["turns"])
+
+
+def test_jsonl_is_the_default_and_takes_the_rows_of_a_test_split(tiny, model):
+    run(model, tiny / "pairs" / "test.jsonl")
+    found, asked = lines(model / "responses.jsonl"), lines(tiny / "pairs" / "test.jsonl")
+    assert [row["prompt"] for row in found] == [row["prompt"] for row in asked]
+    assert all(list(row) == ["prompt", "response"] for row in found)
+
+
+def test_the_task_of_the_harnesses_is_the_committed_one():
+    rows = lines(harnesses.TASK / "reviews.jsonl")
+    assert rows == harnesses.reviews() and len(rows) == 100
+    for row in rows:
+        gold = [toy.gold_reward(choice) for choice in row["choices"]]
+        assert gold[row["better"]] > gold[1 - row["better"]]
+
+
+# What is answered.
+
+def greedy(model, text, new=12, ends=("</s>",)):
+    """The answer to one text, token by token, without padding, cache or generate()."""
+    tokenizer, lm = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model).eval()
+    ids, answer = tokenizer(text).input_ids, []
+    with torch.no_grad():
+        while len(answer) < new:
+            answer.append(lm(torch.tensor([ids + answer])).logits[0, -1].argmax().item())
+            if answer[-1] in tokenizer.convert_tokens_to_ids(list(ends)):
+                break
+    return tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+
+def test_greedy_answers_are_those_of_a_plain_loop_and_the_second_turn_sees_the_first(model, tmp_path):
+    run(model, write(tmp_path / "question.jsonl", MT_BENCH), "--format", "mt_bench", "--temperature", 0)
+    for row, (first, second) in zip(MT_BENCH, turns(model / "data/mt_bench/model_answer/model.jsonl")):
+        assert first == greedy(model, row["turns"][0])
+        assert second == greedy(model, "\n\n".join([row["turns"][0], first, row["turns"][1]]))
+        assert second != greedy(model, row["turns"][1])
+
+
+@pytest.mark.parametrize("flags", [[], ["--temperature", "1", "--top_p", "0.9"]], ids=["by category", "sampled"])
+def test_the_batch_size_changes_nothing(model, tmp_path, flags):
+    questions = write(tmp_path / "question.jsonl", [*MT_BENCH, {**MT_BENCH[0], "question_id": 9, "turns": ["the view was"]}])
+    for size in (1, 2, 16):
+        run(model, questions, "--format", "mt_bench", "--batch_size", size, "--output", tmp_path / f"{size}.jsonl", *flags)
+    assert turns(tmp_path / "1.jsonl") == turns(tmp_path / "2.jsonl") == turns(tmp_path / "16.jsonl")
+    assert list(map(len, turns(tmp_path / "16.jsonl"))) == [2, 2, 2, 2, 2, 1]
+
+
+def test_temperature_follows_the_category_and_the_seed(model, tmp_path):
+    questions = write(tmp_path / "question.jsonl", MT_BENCH)
+    found = {}
+    for name, flags in {"1": (), "again": (), "2": ("--seed", 2), "cold": ("--temperature", 0)}.items():
+        seed = () if "--seed" in flags else ("--seed", 1)
+        run(model, questions, "--format", "mt_bench", "--output", tmp_path / f"{name}.jsonl", *seed, *flags)
+        found[name] = turns(tmp_path / f"{name}.jsonl")
+    assert found["1"] == found["again"]
+    changed = [row["category"] for row, a, b in zip(MT_BENCH, found["1"], found["2"]) if a != b]
+    assert changed == ["writing", "stem", "of one's own"]  # math and coding are greedy
+    assert [found["1"][n] for n in (1, 4)] == [found["cold"][n] for n in (1, 4)] and found["1"][0] != found["cold"][0]
+
+
+def test_temperatures_are_those_of_fastchat():
+    assert generate.TEMPERATURES == {
+        "writing": 0.7, "roleplay": 0.7, "extraction": 0, "math": 0, "coding": 0, "reasoning": 0, "stem": 0.1,
+        "humanities": 0.1, "arena-hard-200": 0}
+    asked = [generate.MtBench.question(row, "here").temperature for row in MT_BENCH]
+    assert asked == [0.7, 0, 0.1, 0.7, 0]
+
+
+@pytest.mark.parametrize("cut, kept", [({}, 5), ({"top_k": 2}, 2), ({"top_p": 0.6}, 2)])
+def test_draws_follow_the_softmax_of_each_row(cut, kept):
+    count, scores = 4000, torch.tensor([1.0, 3.0, 0.0, 2.5, -2.0])
+    temperatures = torch.tensor([2.0, 0.0]).repeat_interleave(count)
+    even = ((torch.arange(count) + 0.5) / count).repeat(2)[:, None]  # as uniform as numbers can be
+    left = generate.Draw(temperatures, even, **cut)(None, scores.repeat(2 * count, 1))
+    assert ((left == 0).sum(1) == 1).all() and left.isinf().sum() == 2 * count * 4
+    drawn = left.argmax(1)
+    likely = (scores / 2).softmax(0)
+    likely[likely.argsort(descending=True)[kept:]] = 0
+    shares = drawn[:count].bincount(minlength=5) / count
+    assert torch.allclose(shares, likely / likely.sum(), atol=2 / count)
+    assert (drawn[count:] == 1).all()
+
+
+def test_uniform_numbers_belong_to_seed_question_and_turn():
+    all_different = [(0, ("a", 1), 0), (1, ("a", 1), 0), (0, ("a", 2), 0), (0, ("a", 1), 1)]
+    first, *others = [generate.uniforms(*which, 50) for which in all_different]
+    assert torch.equal(first, generate.uniforms(*all_different[0], 50))
+    assert not any(torch.isclose(first, other).any() for other in others)
+
+
+def test_a_chat_template_is_used_and_its_end_of_turn_ends_an_answer(chat_model, tmp_path, capsys):
+    lm = AutoModelForCausalLM.from_pretrained(chat_model)
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    prompts = generate.Prompts(tokenizer, 100, True)
+    assert tokenizer.convert_ids_to_tokens(prompts.ends(lm)) == ["</s>", "<end>"]
+    question = generate.MtBench.question(MT_BENCH[1], "here")
+    ids = prompts(question, ["food <end> food"])  # text of a special token is no special token
+    words = "<s> the review of the bar : was food <unk> <unk> <unk> food <end> the the view in the morning was was".split()
+    assert [word if word in tokenizer.vocab else "<unk>" for word in words] == tokenizer.convert_ids_to_tokens(ids)
+    run(chat_model, write(tmp_path / "question.jsonl", MT_BENCH), "--format", "mt_bench", "--temperature", 0)
+    first, second = turns(chat_model / "data/mt_bench/model_answer/model.jsonl")[1]
+    ends = ("</s>", "<end>")
+    assert first == greedy(chat_model, "the review of the bar : was", ends=ends)
+    assert second == greedy(chat_model, f"the review of the bar : was {first} <end> the the view in the morning was was",
+                            ends=ends)
+    assert "through the model's chat template" in capsys.readouterr().out
+
+
+def test_an_answer_ends_at_its_first_end_token(model):
+    lm, tokenizer = AutoModelForCausalLM.from_pretrained(model).eval(), AutoTokenizer.from_pretrained(model)
+    prompts = [tokenizer(text).input_ids for text in ("the view in rome", "review of the bar :")]
+
+    def ask(ends):
+        return generate.respond(lm, tokenizer, prompts, generate.Draw(torch.zeros(2), torch.rand(2, 12)), ends)
+    whole = [(text.split(), ended) for text, ended in ask([3])]
+    end = whole[1][0][4]
+    found = ask([3, tokenizer.convert_tokens_to_ids(end)])
+    for (words, _), (text, ended) in zip(whole, found):
+        assert text.split() == words[:words.index(end)] if end in words else words
+        assert ended == (end in words)
+    assert found[1][1]
+
+
+def test_long_prompts_keep_their_beginning_of_sequence_and_their_end(model, tmp_path, capsys):
+    words = " ".join(["the view was lovely"] * 40)  # the model has 128 positions
+    run(model, write(tmp_path / "q.jsonl", [{"prompt": words}, {"prompt": "the view"}]))
+    assert "1 prompts were cut to their last 116 tokens" in capsys.readouterr().out
+    prompts = generate.Prompts(AutoTokenizer.from_pretrained(model), 7, True)
+    ids = prompts(generate.Jsonl.question({"prompt": words}, "here"), [])
+    assert prompts.tokenizer.decode(ids) == "<s> was lovely the view was lovely"
+
+
+# Stopped, and gone on.
+
+def test_a_killed_run_leaves_a_whole_file_and_goes_on(model, tmp_path):
+    questions = write(tmp_path / "question.jsonl", [{**MT_BENCH[n % 5], "question_id": n} for n in range(100)])
+    flags = ["--questions", str(questions), "--format", "mt_bench", "--max_new_tokens", "40"]
+    path = model / "data/mt_bench/model_answer/model.jsonl"
+    command = [sys.executable, "tools/generate.py", str(model), *flags, "--batch_size", "1"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    deadline = time.time() + 120
+    while not path.exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    before = lines(path)
+    assert 0 < len(before) < 100
+    assert generate.main([str(model), *flags]) == 0
+    after = lines(path)
+    assert [row["question_id"] for row in after] == list(range(100))
+    assert [row for row in after if row["question_id"] in {row["question_id"] for row in before}] == before
+    assert generate.main([str(model), *flags, "--output", str(tmp_path / "unkilled.jsonl")]) == 0
+    assert turns(path) == turns(tmp_path / "unkilled.jsonl")
+
+
+def test_ctrl_c_stops_with_75_and_nothing_is_asked_twice(model, tmp_path, capsys, monkeypatch):
+    questions = write(tmp_path / "q.json", ALPACA, lines=False)
+    real, calls = generate.respond, []
+
+    def respond(*args):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(args)
+        return real(*args)
+    monkeypatch.setattr(generate, "respond", respond)
+    run(model, questions, "--format", "alpaca_eval", "--batch_size", 1, code=75)
+    assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.setattr(generate, "respond", lambda *args: calls.append(args) or real(*args))
+    run(model, questions, "--format", "alpaca_eval", "--batch_size", 1)
+    assert len(calls) == 4 and "4 answers in" in (out := capsys.readouterr().out) and "of which 2 were there" in out
+    run(model, questions, "--format", "alpaca_eval")
+    assert len(calls) == 4
+
+
+def test_answers_of_other_settings_weights_or_questions_are_refused(model, tmp_path, capsys):
+    questions = write(tmp_path / "q.json", ALPACA, lines=False)
+    command = [questions, "--format", "alpaca_eval"]
+    run(model, *command)
+    capsys.readouterr()
+
+    def refused(*flags, questions=questions):
+        run(model, questions, *command[1:], *flags, code=2)
+        return capsys.readouterr().err
+    path = model / "model_outputs.json"
+    before = path.read_bytes()
+    assert refused("--seed", 5) == (f"tools/generate.py: {path} holds answers of another seed (42; now 5): choose another "
+                                    "--output, or delete it\n")
+    assert "another temperature (None; now 0.5)" in refused("--temperature", 0.5)
+    assert "row 3: answers a question that is not asked" in refused(
+        questions=write(tmp_path / "fewer.json", ALPACA[:2], lines=False))
+    weights = model / "model.safetensors"
+    os.utime(weights, ns=(1, 1))
+    assert "another weights" in refused()
+    (model / "model_outputs.settings.json").unlink()
+    assert "was not made by this command" in refused()
+    assert path.read_bytes() == before
+
+
+# What is refused.
+
+@pytest.mark.parametrize("format, row, words", [
+    ("alpaca_eval", {"instruction": 3}, "row 2, field instruction: expected a text, found 3"),
+    ("alpaca_eval", {"instruction": " "}, "row 2, field instruction: expected a text"),
+    ("alpaca_eval", {"instruction": "a", "input": "b"}, "row 2, field input: AlpacaEval asks by the instruction alone"),
+    ("alpaca_eval", ["a"], "row 2: expected an object with fields, found list"),
+    ("alpaca_eval", {"instruction": "\ud800"}, "row 2, field instruction: not valid Unicode"),
+    ("mt_bench", {"turns": ["a"]}, "row 2, field question_id: expected a number or a text, found None"),
+    ("mt_bench", {"question_id": 82, "turns": ["a"]}, "row 2, field category: expected a text"),
+    ("mt_bench", {**MT_BENCH[0], "turns": []}, "row 2, field turns: expected a list of texts"),
+    ("mt_bench", {**MT_BENCH[1], "turns": ["a", None]}, "row 2, field turns: expected a text, found None"),
+    ("mt_bench", MT_BENCH[0], "row 2, field question_id: 81 stands there twice"),
+    ("jsonl", {"prompt": None}, "row 2, field prompt: expected a string or a list of messages, found nothing"),
+    ("jsonl", {"prompt": [{"role": "user", "content": "a"}]}, "row 2: messages need a chat template"),
+], ids=str)
+def test_bad_questions_are_refused_with_their_row_and_field(model, tmp_path, capsys, format, row, words):
+    first = {"alpaca_eval": ALPACA[0], "mt_bench": MT_BENCH[0], "jsonl": {"prompt": "the"}}[format]
+    questions = write(tmp_path / "q.jsonl", [first, row])
+    out = tmp_path / ("out.json" if format == "alpaca_eval" else "out.jsonl")
+    run(model, questions, "--format", format, "--output", out, code=2)
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith(f"tools/generate.py: {questions}, {words}")
+    assert not out.exists()
+
+
+def one_line(capsys):
+    """The error, which is the only line but for progress bars."""
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tools/generate.py: ")]
+    return line
+
+
+def test_models_that_cannot_answer_are_refused(model, tmp_path, capsys):
+    questions = write(tmp_path / "q.jsonl", [{"prompt": "the view"}])
+    run(tmp_path / "nowhere", questions, code=2)
+    assert "is no folder here; for a model of the hub say --output FILE too" in one_line(capsys)
+    run(model, tmp_path / "none.jsonl", code=2)
+    assert one_line(capsys).endswith("none.jsonl: there is no such file")
+    run(model, questions, "--max_new_tokens", 128, code=2)
+    assert "--max_new_tokens 128: the model has 128 positions" in one_line(capsys)
+    run(model, questions, "--output", "answers.txt", code=2)
+    assert "--output answers.txt: a file of the format jsonl ends in .jsonl" in one_line(capsys)
+    run(model, questions, "--bf16", "perhaps", code=2)
+    assert "command line, --bf16: expected true or false" in one_line(capsys)
+    run(model, questions, "--output", "/proc/x/y.jsonl", code=2)
+    assert "/proc/x" in one_line(capsys)
+    (model / "model.safetensors").unlink()
+    run(model, questions, code=2)
+    assert "cannot be loaded" in one_line(capsys) and not (model / "responses.jsonl").exists()
+    for flags in (["--temperature", "-1"], ["--top_p", "0"], ["--batch_size", "0"], ["--name", "a/b"], ["--format", "csv"]):
+        with pytest.raises(SystemExit) as stop:
+            run(model, questions, *flags)
+        assert stop.value.code == 2
+
+
+# Side by side.
+
+HOSTILE = ("first\r\n    indented\n\ttab \x1b[2J\x1b]0;title\x07 \x9b31m \u202eright to left 日本語の文章" + "長" * 50
+           + "x" * 99)
+
+
+def sides(tmp_path, *answers):
+    paths = []
+    for name, rows in zip("ab", answers):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "responses.jsonl", [{"prompt": p, "response": r} for p, r in rows])
+        paths.append(str(tmp_path / name))
+    return paths
+
+
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_side_by_side_keeps_the_width_and_obeys_no_text(tmp_path, width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    a, b = sides(tmp_path, [(HOSTILE, f"{HOSTILE} \ud800"), ("same", "yes"), ("only a", "z")],
+                 [("same", "yes"), (HOSTILE, "word " * 60)])
+    assert generate.main(["--compare", a, b]) == 0
+    out = capsys.readouterr().out
+    assert all(c == "\n" or c.isprintable() for c in out) and "\\x1b[2J\\x1b]0;title\\x07" in out.replace("\n", "")
+    shown = out.splitlines()
+    assert max(map(compare.columns, shown)) <= width
+    assert shown[1].startswith("══ 1 of 2 ══") and compare.columns(shown[1]) == width
+    assert " ".join(shown).endswith("  2 questions in both, 1 answers the same; 1 only in a")
+    rows = [line.split(" │ ") for line in shown if " │" in line]
+    assert {line.index("│") for line in shown if "│" in line and line.isascii()} <= {(width - 3) // 2 + 1}
+    assert "".join(row[1].replace(" ", "") for row in rows if len(row) > 1).count("word") == 60
+    assert any(line.startswith("    indented") for line in shown) and any("(the same)" in line for line in shown)
+
+
+def test_wrap():
+    assert compare.wrap("one two  three", 7) == ["one two", "three"]
+    assert compare.wrap("  ab cd\n\nabcdefgh i", 4) == ["  ab", "cd", "", "abcd", "efgh", "i"]
+    assert compare.wrap("日本語e\u0301", 4) == ["日本", "語e\u0301"]
+    assert compare.wrap("", 4) == [""]
+
+
+def test_every_format_is_compared_and_folders_are_looked_into(model, tmp_path, capsys):
+    asked = {"alpaca_eval": write(tmp_path / "q.json", ALPACA, lines=False),
+             "mt_bench": write(tmp_path / "question.jsonl", MT_BENCH)}
+    for format, questions in asked.items():
+        for name, seed in (("a", 1), ("b", 2)):
+            folder = shutil.copytree(model, tmp_path / format / name)
+            run(folder, questions, "--format", format, "--temperature", 1, "--seed", seed)
+        capsys.readouterr()
+        flags = ["--questions", str(questions)] if format == "mt_bench" else []
+        assert generate.main(["--compare", str(tmp_path / format / "a"), str(tmp_path / format / "b"), *flags]) == 0
+        out = capsys.readouterr().out
+        prompt = ALPACA[0]["instruction"] if format == "alpaca_eval" else MT_BENCH[0]["turns"][1]
+        assert f"\n{prompt}\n\na " in out and f"\n{4 if format == 'alpaca_eval' else 5} questions in both" in out
+    assert "══ 1 of 5, turn 2 ══" in out
+    assert generate.main(["--compare", str(tmp_path / "mt_bench" / "a"), str(tmp_path)]) == 2
+    assert "holds no responses.jsonl or model_outputs.json" in one_line(capsys)
+
+
+def test_a_pipe_that_is_closed_early_is_no_error(tmp_path):
+    a, b = sides(tmp_path, [(f"prompt {n}", "word " * 99) for n in range(999)], [(f"prompt {n}", "x") for n in range(999)])
+    done = subprocess.run(f"{sys.executable} tools/generate.py --compare {a} {b} | head -n 2; exit ${{PIPESTATUS[0]}}",
+                          shell=True, executable="/bin/bash", cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("\n══ 1 of 999 ═")

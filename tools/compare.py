@@ -1,0 +1,159 @@
+"""Two models' answers side by side in a terminal: what tools/generate.py does at --compare.
+
+    python tools/generate.py --compare A B [--questions FILE]
+
+A, B: files of tools/generate.py (responses.jsonl, AlpacaEval's model_outputs.json, FastChat's NAME.jsonl), or folders that
+hold one. Answers meet by their question. FastChat's files have no questions: --questions question.jsonl shows them.
+
+In a terminal the text goes through $PAGER (or less); piped, it is printed, as wide as $COLUMNS (80 without). What could
+steer a terminal is written out, as \\x1b.
+"""
+
+import os
+import pydoc
+import re
+import shutil
+import sys
+import unicodedata
+from pathlib import Path
+
+import data
+from tools.exchange import as_text
+
+FOLDER = ("responses.jsonl", "model_outputs.json", "data/mt_bench/model_answer/*.jsonl")  # where answers lie in a folder
+
+
+def harmless(text):
+    """A text without anything that a terminal obeys but line feeds: blanks are spaces, the rest is written out."""
+    text = text.replace("\r\n", "\n").expandtabs(4)
+    return "".join(c if c.isprintable() or c == "\n" else " " if c.isspace() else ascii(c)[1:-1] for c in text)
+
+
+def columns(text):
+    """Columns that a text takes in a terminal."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.category(c) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+               for c in text)
+
+
+def wrap(text, width):
+    """Lines of at most `width` columns, broken at spaces, or inside a word that is longer than a line."""
+    lines = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for piece in re.findall(" +|[^ ]+", paragraph.rstrip()):
+            if line.strip() and columns(line) + columns(piece) > width:
+                lines.append(line.rstrip())
+                line = ""
+                if piece.isspace():
+                    continue
+            if columns(line) + columns(piece) <= width:
+                line += piece
+                continue
+            for c in piece:
+                if columns(line) + columns(c) > width:
+                    lines.append(line)
+                    line = ""
+                line += c
+        lines.append(line.rstrip())
+    return lines
+
+
+def beside(left, right, width):
+    """Two texts in two columns."""
+    half = (width - 3) // 2
+    left, right = wrap(left, half), wrap(right, half)
+    height = max(len(left), len(right))
+    left, right = (lines + [""] * (height - len(lines)) for lines in (left, right))
+    return [f"{a}{' ' * (half - columns(a))} │ {b}".rstrip() for a, b in zip(left, right)]
+
+
+def find(path):
+    """The answer file that a path means. Raises DataError."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    found = [file for pattern in FOLDER for file in sorted(path.glob(pattern))]
+    if len(found) != 1:
+        held = f"holds {len(found)} answer files ({', '.join(str(f.relative_to(path)) for f in found)}): name one"
+        raise data.DataError(f"{path}: {held if found else 'holds no ' + ' or '.join(FOLDER)}")
+    return found[0]
+
+
+def rows_of(path):
+    """[(place, row)] of a file of questions or answers; its suffix says how it is read. Raises DataError."""
+    if not Path(path).is_file():
+        raise data.DataError(f"{path}: there is no such file")
+    rows = list(data.read_file(data.find_file(path, "train")))
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise data.DataError(f"{place}: expected an object with fields, found {type(row).__name__}")
+    return rows
+
+
+def read(path):
+    """(the model's name, {question: its answers, one a turn}) of an answer file. Raises DataError."""
+    name, answers = None, {}
+    for place, row in rows_of(path):
+        if "choices" in row:
+            key, name = row.get("question_id"), row.get("model_id")
+            turns = row["choices"][0].get("turns") if is_list_of(row["choices"], dict) else None
+        elif "output" in row:
+            key, name, turns = row.get("instruction"), row.get("generator"), [row["output"]]
+        else:
+            key, turns = row.get("prompt"), [row.get("response")]
+            key = as_text(data._text_or_messages(key, f"{place}, field prompt"))
+        if not isinstance(key, (str, int)) or not is_list_of(turns, str):
+            raise data.DataError(f"{place}: is no answer as tools/generate.py writes it")
+        answers.setdefault(key, turns)
+    return harmless(name if isinstance(name, str) and name else str(path.parent.name or path)), answers
+
+
+def is_list_of(value, kind):
+    return isinstance(value, list) and value != [] and all(isinstance(item, kind) for item in value)
+
+
+def side_by_side(a, b, width, questions=None):
+    """The comparison as lines. a, b: (name, {question: answers}).  questions: {id: the turns that it stands for}."""
+    (name_a, answers_a), (name_b, answers_b) = a, b
+    both = [key for key in answers_a if key in answers_b]
+    lines, same = [], 0
+    for n, key in enumerate(both, 1):
+        prompts = (questions or {}).get(key, [key if isinstance(key, str) else f"question {key}"])
+        pairs = list(zip(answers_a[key], answers_b[key]))
+        for turn, (left, right) in enumerate(pairs):
+            same += left == right
+            title = f" {n:,} of {len(both):,}" + (f", turn {turn + 1}" if len(pairs) > 1 else "") + " "
+            lines += ["", "══" + title + "═" * (width - 2 - len(title)), ""]
+            lines += wrap(harmless(prompts[turn]), width) if turn < len(prompts) else []
+            lines += ["", *beside(name_a, name_b, width), "─" * ((width - 3) // 2 + 1) + "┼" + "─" * ((width - 3) // 2 + 1)]
+            lines += beside(harmless(left), harmless(right) if left != right else "(the same)", width)
+    alone = [f"{len(mine) - len(both):,} only in {name}" for name, mine in ((name_a, answers_a), (name_b, answers_b))
+             if len(mine) > len(both)]
+    lines += ["", *wrap("; ".join([f"{len(both):,} questions in both, {same:,} answers the same", *alone]), width)]
+    return lines
+
+
+def main(a, b, question_file=None):
+    """Print or page the comparison of two files or folders. Returns the exit code."""
+    try:
+        paths = [find(path) for path in (a, b)]
+        sides = [read(path) for path in paths]
+        if sides[0][0] == sides[1][0]:
+            sides = [(harmless(str(path)), answers) for path, (_, answers) in zip(paths, sides)]
+        questions = None
+        if question_file:
+            questions = {row.get("question_id"): row.get("turns") for _, row in rows_of(question_file)}
+    except data.DataError as error:
+        print(f"tools/generate.py: {error}", file=sys.stderr)
+        return 2
+    text = "\n".join(side_by_side(*sides, max(20, shutil.get_terminal_size().columns), questions))
+    if sys.stdout.isatty():
+        pydoc.pager(text)
+        return 0
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
