@@ -151,7 +151,7 @@ def do_anything(ledger, draw):
     """One random deed of a run, a judge, an annotator or an import; the same pair over and over."""
     pair, step, cost = f"p{draw.randrange(40)}", draw.randrange(-1, 5), draw.choice([None, 0.25, 3.0])
     question, label, who = Question(pair, 0.5, step), draw.choice([1, -1]), draw.choice(["ann", "bob"])
-    kind = draw.randrange(5)
+    kind = draw.randrange(6)
     if kind == 0:
         ledger.add("x", [(question, label, who, None, cost), (Question(pair + "'", 0.5, step), label, who, None, None)])
     elif kind == 1:
@@ -162,6 +162,8 @@ def do_anything(ledger, draw):
     elif kind == 3:
         for done in ledger.db.execute("SELECT pair, annotator FROM answers WHERE source = 'human' LIMIT 1").fetchall():
             ledger.retract(*done)
+    elif kind == 4:  # by hand
+        ledger.db.execute(f"DELETE FROM {draw.choice(['answers', 'verdicts'])} WHERE pair = ?", (pair,))
     else:
         with contextlib.suppress(KeyboardInterrupt), ledger.transaction():
             ledger.add("x", [(question, label, who, None, cost)])
