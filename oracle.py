@@ -132,6 +132,7 @@ class Ledger:
             if tables and (version not in (1, self.VERSION) or not tables >= {"answers", "questions", "verdicts"}):
                 raise LedgerError(f"{path}: not a ledger of this version ({version}, not {self.VERSION}): move it away")
             self.db.execute("PRAGMA synchronous = FULL")  # a committed answer survives a power cut
+            self.db.execute("PRAGMA cache_size = -100000")  # 100 MB at most: a pair's id is a hash, and may be on any page
             if version != self.VERSION:  # made, or brought up to date; a second process that does so too changes nothing
                 self._keep_trying("PRAGMA journal_mode = WAL", timeout)  # others may read and write while a run is on
                 self.db.executescript(f"BEGIN IMMEDIATE; {self.SCHEMA} {self.TOTALS} PRAGMA user_version = {self.VERSION}; "
@@ -202,8 +203,8 @@ class Ledger:
         then the ledger is that of a run on other data, and counts of it would say nothing.
         """
         ids = set(ids)
-        answers = self.db.execute("SELECT pair, step FROM answers ORDER BY step, pair").fetchall()
-        bought, reused = ([pair for pair, step in answers if (step >= 0) == here] for here in (True, False))
+        bought, reused = ([pair for pair, in self.db.execute(f"SELECT pair FROM answers WHERE step {here}")]
+                          for here in (">= 0", "< 0"))
         foreign = [pair for pair in bought if pair not in ids]
         if foreign:
             raise LedgerError(
