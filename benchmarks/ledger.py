@@ -1,6 +1,6 @@
 """What a million labels cost in time and disk, and what ten million pairs cost a run before its first step.
 
-    python benchmarks/ledger.py                             a million answers, a million tiny pairs: ten minutes on two cores
+    python benchmarks/ledger.py                             a million answers, 100,000 tiny pairs: ten minutes on two cores
     python benchmarks/ledger.py --answers N --pairs N --outputs DIR --results FILE
 
 Answers come in as a run brings them, `Oracle.answer` of a step of 64 or 128 questions to the data set's annotator, each step
@@ -231,8 +231,8 @@ def main(options):
         assert db.execute("SELECT COUNT(*) FROM answers WHERE step = -1").fetchone()[0] == options.answers
     measured = [pairs_in_a_process(n, work) for n in (options.pairs // 10, options.pairs)]
     shutil.rmtree(work)
-    text = ["# A million labels, ten million pairs", "", "Made by `python benchmarks/ledger.py`"
-            + f" on {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, "
+    text = ["# A million labels, ten million pairs", "", "Made by `python benchmarks/ledger.py "
+            f"--answers {options.answers} --pairs {options.pairs}` on {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, "
             f"SQLite {sqlite3.sqlite_version}. Load of the machine at the end: {os.getloadavg()[1]:.1f} (the benchmark "
             "alone is 1.0; where it is higher, times are too long).", ""]
     options.results.write_text("\n".join([*text, *ledger_part(runs, tools), *pairs_part(measured)]) + "\n")
@@ -242,7 +242,7 @@ def main(options):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--answers", type=int, default=1_000_000)
-    parser.add_argument("--pairs", type=int, default=1_000_000)
+    parser.add_argument("--pairs", type=int, default=100_000)
     parser.add_argument("--outputs", type=Path, default=ROOT / "outputs" / "ledger")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "ledger.md")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
