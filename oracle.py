@@ -69,7 +69,8 @@ class Ledger:
             cost REAL,                                        -- what it cost, where that is known
             used INTEGER NOT NULL DEFAULT 0                   -- the run has taken it: it cannot be taken back
         ) WITHOUT ROWID;
-        CREATE INDEX IF NOT EXISTS answers_by_step ON answers (step);
+        DROP INDEX IF EXISTS answers_by_step;                 -- of version 1
+        CREATE INDEX IF NOT EXISTS audits ON answers (step, margin, label, audit) WHERE audit;
         CREATE TABLE IF NOT EXISTS questions (                -- for people: open where there is no answer of the pair
             pair TEXT PRIMARY KEY,
             prompt TEXT NOT NULL, first TEXT NOT NULL, second TEXT NOT NULL,  -- JSON: a string or a list of messages
@@ -85,7 +86,41 @@ class Ledger:
         CREATE INDEX IF NOT EXISTS verdicts_by_pair ON verdicts (pair);
     """
 
-    VERSION = 1  # of the schema
+    # What is counted at every step, so that nobody has to read a million rows for it. Kept by triggers, for whichever
+    # process writes; the statements behind them count a ledger of version 1 anew.
+    TOTALS = """
+        CREATE TABLE IF NOT EXISTS totals (step INTEGER PRIMARY KEY, answers INTEGER NOT NULL, unpriced INTEGER NOT NULL);
+        CREATE TRIGGER IF NOT EXISTS answer_counted AFTER INSERT ON answers WHEN NEW.step >= 0 BEGIN
+            INSERT INTO totals VALUES (NEW.step, 1, NEW.cost IS NULL)
+                ON CONFLICT (step) DO UPDATE SET answers = answers + 1, unpriced = unpriced + excluded.unpriced;
+        END;
+        CREATE TRIGGER IF NOT EXISTS answer_uncounted AFTER DELETE ON answers WHEN OLD.step >= 0 BEGIN
+            UPDATE totals SET answers = answers - 1, unpriced = unpriced - (OLD.cost IS NULL) WHERE step = OLD.step;
+        END;
+        INSERT OR REPLACE INTO totals SELECT step, COUNT(*), SUM(cost IS NULL) FROM answers WHERE step >= 0 GROUP BY step;
+
+        CREATE TABLE IF NOT EXISTS money (id INTEGER PRIMARY KEY CHECK (id = 1), spent REAL NOT NULL);
+        CREATE VIEW IF NOT EXISTS own_costs AS                -- of answers whose cost is not that of verdicts
+            SELECT pair, cost FROM answers WHERE step >= 0 AND cost IS NOT NULL
+            AND NOT EXISTS (SELECT 1 FROM verdicts WHERE verdicts.pair = answers.pair);
+        CREATE TRIGGER IF NOT EXISTS answer_paid AFTER INSERT ON answers WHEN NEW.cost IS NOT NULL BEGIN
+            UPDATE money SET spent = spent + (SELECT TOTAL(cost) FROM own_costs WHERE pair = NEW.pair);
+        END;
+        CREATE TRIGGER IF NOT EXISTS answer_refunded BEFORE DELETE ON answers WHEN OLD.cost IS NOT NULL BEGIN
+            UPDATE money SET spent = spent - (SELECT TOTAL(cost) FROM own_costs WHERE pair = OLD.pair);
+        END;
+        CREATE TRIGGER IF NOT EXISTS verdict_paid BEFORE INSERT ON verdicts BEGIN
+            UPDATE money SET spent = spent + COALESCE(NEW.cost, 0)
+                - (SELECT TOTAL(cost) FROM own_costs WHERE pair = NEW.pair);
+        END;
+        CREATE TRIGGER IF NOT EXISTS verdict_refunded AFTER DELETE ON verdicts BEGIN
+            UPDATE money SET spent = spent - COALESCE(OLD.cost, 0)
+                + (SELECT TOTAL(cost) FROM own_costs WHERE pair = OLD.pair);
+        END;
+        INSERT OR REPLACE INTO money SELECT 1, (SELECT TOTAL(cost) FROM verdicts) + (SELECT TOTAL(cost) FROM own_costs);
+    """
+
+    VERSION = 2  # of the schema; 1 had no totals
 
     def __init__(self, path, timeout=60):
         """path: the file, made where there is none.  timeout: seconds to wait for another process that holds it."""
@@ -93,13 +128,15 @@ class Ledger:
         try:
             self.db = sqlite3.connect(path, timeout=timeout, isolation_level=None)  # transactions are written out below
             version = self.db.execute("PRAGMA user_version").fetchone()[0]
-            tables = self.db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
-            if tables and version != self.VERSION:
+            tables = {name for name, in self.db.execute("SELECT name FROM sqlite_master")}
+            if tables and (version not in (1, self.VERSION) or not tables >= {"answers", "questions", "verdicts"}):
                 raise LedgerError(f"{path}: not a ledger of this version ({version}, not {self.VERSION}): move it away")
             self.db.execute("PRAGMA synchronous = FULL")  # a committed answer survives a power cut
-            if not tables:
+            self.db.execute("PRAGMA cache_size = -100000")  # 100 MB at most: a pair's id is a hash, and may be on any page
+            if version != self.VERSION:  # made, or brought up to date; a second process that does so too changes nothing
                 self._keep_trying("PRAGMA journal_mode = WAL", timeout)  # others may read and write while a run is on
-                self.db.executescript(f"BEGIN IMMEDIATE; {self.SCHEMA} PRAGMA user_version = {self.VERSION}; COMMIT;")
+                self.db.executescript(f"BEGIN IMMEDIATE; {self.SCHEMA} {self.TOTALS} PRAGMA user_version = {self.VERSION}; "
+                                      "COMMIT;")
         except sqlite3.Error as error:
             raise LedgerError(in_words(path, error))
 
@@ -150,16 +187,16 @@ class Ledger:
                 f"SELECT pair FROM answers WHERE step < ? AND pair IN ({marks})", (before, *some)))
         return [id for id in ids if id not in answered]
 
-    def add(self, source, labelled):
+    def add(self, source, labelled, used=False):
         """Commit answers: (Question, label, annotator, seconds, cost) each. Where a pair has one already, that stands.
-        Returns how many were new."""
+        used: whether they count as taken at once, which spares `take` a second commit. Returns how many were new."""
         now = time.time()
-        rows = [(q.pair, label, source, annotator, q.margin, q.step, q.audit, now, seconds, cost)
+        rows = [(q.pair, label, source, annotator, q.margin, q.step, q.audit, now, seconds, cost, used)
                 for q, label, annotator, seconds, cost in labelled]
         with self.transaction():
             return self.db.executemany(
-                "INSERT INTO answers (pair, label, source, annotator, margin, step, audit, answered_at, seconds, cost) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (pair) DO NOTHING", rows).rowcount
+                "INSERT INTO answers (pair, label, source, annotator, margin, step, audit, answered_at, seconds, cost, "
+                "used) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (pair) DO NOTHING", rows).rowcount
 
     def check_pairs(self, ids):
         """(answers that came from other runs by `tools/ledger.py --reuse`, how many of them are of these pairs).
@@ -168,8 +205,8 @@ class Ledger:
         then the ledger is that of a run on other data, and counts of it would say nothing.
         """
         ids = set(ids)
-        answers = self.db.execute("SELECT pair, step FROM answers ORDER BY step, pair").fetchall()
-        bought, reused = ([pair for pair, step in answers if (step >= 0) == here] for here in (True, False))
+        bought, reused = ([pair for pair, in self.db.execute(f"SELECT pair FROM answers WHERE step {here}")]
+                          for here in (">= 0", "< 0"))
         foreign = [pair for pair in bought if pair not in ids]
         if foreign:
             raise LedgerError(
@@ -181,7 +218,7 @@ class Ledger:
     def count(self, step=None):
         """Answers bought up to and including an optimiser step (or all). Counted by step, not by row, so that a run that
         is resumed from an earlier step reports again what it reported then."""
-        return self.db.execute("SELECT COUNT(*) FROM answers WHERE step BETWEEN 0 AND ?",
+        return self.db.execute("SELECT COALESCE(SUM(answers), 0) FROM totals WHERE step <= ?",
                                (2**62 if step is None else step,)).fetchone()[0]
 
     def audits(self, step=None, first=0):
@@ -198,10 +235,7 @@ class Ledger:
     def cost(self):
         """(money spent, number of answers whose cost is not known). A judge's verdicts cost, whether or not they settled
         their pair; an answer's own cost is that of its verdicts."""
-        spent = self.db.execute("SELECT COALESCE(SUM(cost), 0) FROM verdicts").fetchone()[0]
-        spent += self.db.execute("SELECT COALESCE(SUM(cost), 0) FROM answers WHERE step >= 0 "
-                                 "AND pair NOT IN (SELECT pair FROM verdicts)").fetchone()[0]
-        return spent, self.db.execute("SELECT COUNT(*) FROM answers WHERE step >= 0 AND cost IS NULL").fetchone()[0]
+        return self.db.execute("SELECT spent, (SELECT COALESCE(SUM(unpriced), 0) FROM totals) FROM money").fetchone()
 
     # For people and their tools. A question is open while its pair has no answer.
 
@@ -341,7 +375,7 @@ class DatasetAnnotator:
         missing = [q.pair for q in questions if q.pair not in self.labels]
         if missing:
             raise LookupError(f"pair {missing[0]} has no label in the data set ({len(missing)} of {len(questions)} asked)")
-        ledger.add(self.name, [(q, self.labels[q.pair], "", None, None) for q in questions])
+        ledger.add(self.name, [(q, self.labels[q.pair], "", None, None) for q in questions], used=True)
 
     def grade(self, labelled):
         """(right, known): of these (pair id, label), how many agree with the truth, and of how many the truth is known."""

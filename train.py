@@ -858,13 +858,43 @@ def peak_memory(device):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def rank_0_first(work):
-    """Run `work` on rank 0, then on the others, who find its result in a cache."""
-    if rank() == 0:
-        result = work()
-    dist.barrier()
-    if rank() != 0:
-        result = work()
+    """Run `work` on rank 0, then on the first rank of each other host, whose caches may be its own, then on the others, who
+    find its result in a cache."""
+    turn = 0 if rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+    for n in range(3):
+        if n == turn:
+            result = work()
+        dist.barrier()
     return result
+
+
+def several_hosts():
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1) < int(os.environ["WORLD_SIZE"])
+
+
+def is_shared(output):
+    """Whether output_dir is one folder for all ranks: what rank 0 writes there, they all see. Makes it."""
+    if not several_hosts():
+        return True
+    probe = [output.absolute() / f".seen-by-all-{os.getpid()}"]
+    dist.broadcast_object_list(probe, src=0)
+    if rank() == 0:
+        with writing(probe[0]):
+            output.mkdir(parents=True, exist_ok=True)
+            probe[0].touch()
+    dist.barrier()
+    seen = all(all_gather(probe[0].exists()))
+    if rank() == 0:
+        probe[0].unlink()
+    return seen
+
+
+def check_same_pairs(*splits):
+    """Refuse to train where the ranks have read different pairs, as hosts with files of their own may."""
+    for name, found in zip(("train", "test"), splits):
+        if found and len(set(all_gather(found.fingerprint))) > 1:
+            raise UsageError(f"the {name} pairs are not the same on all hosts: copy data set and tokenizer from one to the "
+                             "others, or put them on a file system that all share")
 
 
 def setup(config):
@@ -886,6 +916,7 @@ def setup(config):
     except dist.DistNetworkError as error:
         raise UsageError(f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
                          f"({one_line(error)}): is another run on? Say `deepspeed --master_port PORT train.py …`")
+    get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # or ranks that exchange objects would all take GPU 0
     if rank() != 0:
         transformers.utils.logging.disable_progress_bar()
         data.datasets.disable_progress_bars()
@@ -1002,17 +1033,23 @@ def main(config, command_line=None):
     world = dist.get_world_size()
     ds = engine_config(config, world)
     output = Path(config.output_dir)
+    shared_output = is_shared(output)
     check_same_run(config, output)
-    if (output / "summary.json").is_file():
-        say(f"{output} is finished: {closing_line(read_summary(output / 'summary.json'))}")
+    if all_gather((output / "summary.json").is_file())[0]:
+        if rank() == 0:
+            say(f"{output} is finished: {closing_line(read_summary(output / 'summary.json'))}")
         return say("to train again, choose another --output_dir or move that one away")
     check_writable(output)
-    resume = find_checkpoint(config, output)
+    if not shared_output and config.save_strategy != "no":
+        raise UsageError(f"output_dir {output}: is not the same folder on all hosts, and each rank writes its part of a "
+                         "checkpoint there: put it on a file system that all share, or say --save_strategy=no")
+    resume = find_checkpoint(config, output) if shared_output else None
 
     # Data, policy, reference.
     tokenizer = load_tokenizer(config)
     check_models(config, tokenizer)
     train, test, annotator, test_labels = load_data(config, tokenizer)
+    check_same_pairs(train, test)
     schedule = Schedule(config, train, world)
     parts = {"train": (train, schedule.training_batches())}
     ds |= schedule.engine_batches()
@@ -1090,7 +1127,7 @@ def main(config, command_line=None):
                 rows = threshold.rows_to_train(rows, train.ids, step)
         except oracle.Waiting:
             progress.close()
-            if step and step not in checkpoints(output):
+            if step and shared_output and step not in checkpoints(output):
                 checkpoint()
             asker.interrupt.remove()
             asker.close()
@@ -1320,7 +1357,8 @@ def push(config, output, names):
 def same_command(argv):
     """The command line that started this run."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
-    launcher = ["deepspeed", *(["--num_gpus", str(local)] if local > 1 else [])] if local else ["python"]
+    where = ["--hostfile", "HOSTFILE"] if several_hosts() else ["--num_gpus", str(local)] if local > 1 else []
+    launcher = ["deepspeed", *where] if local else ["python"]
     return shlex.join([*launcher, "train.py", *(arg for arg in argv if not arg.startswith("--local_rank"))])
 
 

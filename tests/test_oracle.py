@@ -1,7 +1,9 @@
 """oracle.py: the ledger, the annotator, and answers over several ranks: `python -m pytest tests/test_oracle.py`."""
 
+import contextlib
 import math
 import os
+import random
 import signal
 import sqlite3
 import subprocess
@@ -98,6 +100,7 @@ def test_what_is_no_ledger_of_ours_is_refused_and_left_alone(tmp_path):
     (tmp_path / "text").write_text("not a database, but long enough to look like a file of some kind" * 20)
     other = sqlite3.connect(tmp_path / "other")
     other.execute("CREATE TABLE answers (pair TEXT)")
+    other.execute("PRAGMA user_version = 1")
     other.close()
     before = [(tmp_path / name).read_bytes() for name in ("text", "other")]
     with pytest.raises(LedgerError, match="text: cannot be used as a ledger .*not a database.*move it away"):
@@ -109,6 +112,158 @@ def test_what_is_no_ledger_of_ours_is_refused_and_left_alone(tmp_path):
     held.execute("BEGIN EXCLUSIVE")
     with pytest.raises(LedgerError, match="held: cannot be used as a ledger .*locked.*another process holds it"):
         Ledger(tmp_path / "held", timeout=0.1)
+
+
+def commits(wal):
+    """How many commits that changed something a write-ahead log holds: its frames that end one say how long the file is."""
+    content = wal.read_bytes()
+    frame = 24 + int.from_bytes(content[8:12], "big")  # a header and a page
+    return sum(content[at + 4:at + 8] != bytes(4) for at in range(32, len(content), frame))
+
+
+def test_a_question_that_is_answered_at_once_costs_one_commit(asker, tmp_path):
+    asker.answer(["a"], [0.1], [True], step=0)
+    before = commits(tmp_path / "labels.sqlite-wal")
+    asker.answer(["b", "c"], [0.1, 0.1], [True, True], step=1)
+    assert commits(tmp_path / "labels.sqlite-wal") == before + 1
+    asker.answer(["a", "b", "c"], [0.1] * 3, [True] * 3, step=2)  # known, and taken for good
+    assert commits(tmp_path / "labels.sqlite-wal") == before + 1
+
+
+# The totals, against sums over all rows.
+
+def counted(ledger):
+    """(answers up to each step, (money spent, answers of unknown cost)) as the ledger's rows say."""
+    def one(query, *values):
+        return ledger.db.execute(query, values).fetchone()[0]
+    counts = [one("SELECT COUNT(*) FROM answers WHERE step BETWEEN 0 AND ?", step) for step in range(5)]
+    spent = one("SELECT TOTAL(cost) FROM verdicts") + one(
+        "SELECT TOTAL(cost) FROM answers WHERE step >= 0 AND pair NOT IN (SELECT pair FROM verdicts)")
+    return counts, (pytest.approx(spent), one("SELECT COUNT(*) FROM answers WHERE step >= 0 AND cost IS NULL"))
+
+
+def totals(ledger):
+    assert ledger.count() == ledger.count(4)
+    return [ledger.count(step) for step in range(5)], ledger.cost()
+
+
+def do_anything(ledger, draw):
+    """One random deed of a run, a judge, an annotator or an import; the same pair over and over."""
+    pair, step, cost = f"p{draw.randrange(40)}", draw.randrange(-1, 5), draw.choice([None, 0.25, 3.0])
+    question, label, who = Question(pair, 0.5, step), draw.choice([1, -1]), draw.choice(["ann", "bob"])
+    kind = draw.randrange(6)
+    if kind == 0:
+        ledger.add("x", [(question, label, who, None, cost), (Question(pair + "'", 0.5, step), label, who, None, None)])
+    elif kind == 1:
+        ledger.add_verdict(pair, who, label, cost=cost)
+    elif kind == 2:
+        ledger.put_questions([Question(pair, 0.5, max(step, 0))], {pair: ("", "", "")})
+        ledger.answer_question(pair, label, who, cost=cost)
+    elif kind == 3:
+        for done in ledger.db.execute("SELECT pair, annotator FROM answers WHERE source = 'human' LIMIT 1").fetchall():
+            ledger.retract(*done)
+    elif kind == 4:  # by hand
+        ledger.db.execute(f"DELETE FROM {draw.choice(['answers', 'verdicts'])} WHERE pair = ?", (pair,))
+    else:
+        with contextlib.suppress(KeyboardInterrupt), ledger.transaction():
+            ledger.add("x", [(question, label, who, None, cost)])
+            raise KeyboardInterrupt
+
+
+def test_totals_are_those_of_the_rows_whatever_is_done_by_whom(tmp_path):
+    draw = random.Random(0)
+    ledgers = [Ledger(tmp_path / "labels.sqlite") for _ in range(2)]  # as two processes have them
+    for _ in range(400):
+        do_anything(draw.choice(ledgers), draw)
+        assert totals(ledgers[0]) == counted(ledgers[0])
+    assert ledgers[0].count() > 5 and ledgers[0].cost()[0] > 5  # something was left to count
+    ledgers[1].close()
+    assert totals(Ledger(tmp_path / "labels.sqlite")) == counted(ledgers[0])
+
+
+def test_totals_hold_while_several_processes_write(tmp_path):
+    script = ("import random, sys; from test_oracle import Ledger, do_anything; draw = random.Random(sys.argv[2])\n"
+              "ledger = Ledger(sys.argv[1])\n"
+              "for _ in range(150): do_anything(ledger, draw)\n")
+    writers = [subprocess.Popen([sys.executable, "-c", script, tmp_path / "labels.sqlite", str(n)],
+                                env={**os.environ, "PYTHONPATH": f".{os.pathsep}tests"}) for n in range(2)]
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    ledger = Ledger(tmp_path / "labels.sqlite")
+    assert ledger.count() and totals(ledger) == counted(ledger)
+
+
+def version_1(path):
+    """A connection to a ledger as version 1 of the schema made it."""
+    db = sqlite3.connect(path, isolation_level=None)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.executescript("""
+        CREATE TABLE answers (
+            pair TEXT PRIMARY KEY, label INTEGER NOT NULL CHECK (label IN (1, -1)), source TEXT NOT NULL,
+            annotator TEXT NOT NULL DEFAULT '', margin REAL, step INTEGER NOT NULL, audit INTEGER NOT NULL DEFAULT 0,
+            answered_at REAL NOT NULL, seconds REAL, cost REAL, used INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
+        CREATE INDEX answers_by_step ON answers (step);
+        CREATE TABLE questions (
+            pair TEXT PRIMARY KEY, prompt TEXT NOT NULL, first TEXT NOT NULL, second TEXT NOT NULL, margin REAL,
+            step INTEGER NOT NULL, audit INTEGER NOT NULL, asked_at REAL NOT NULL, leased_to TEXT,
+            leased_until REAL) WITHOUT ROWID;
+        CREATE TABLE verdicts (
+            id INTEGER PRIMARY KEY, pair TEXT NOT NULL, annotator TEXT NOT NULL,
+            verdict INTEGER NOT NULL CHECK (verdict IN (1, 0, -1)), seconds REAL, cost REAL, detail TEXT, at REAL NOT NULL);
+        CREATE INDEX verdicts_by_pair ON verdicts (pair);
+        PRAGMA user_version = 1;""")
+    return db
+
+
+def test_a_ledger_of_version_1_is_brought_up_to_date_in_place(tmp_path):
+    """Even under a process of the version before that still has it open."""
+    old = version_1(tmp_path / "labels.sqlite")
+    insert = ("INSERT INTO answers (pair, label, source, step, cost, answered_at, margin, audit) "
+              "VALUES (?, 1, 'x', ?, ?, 0, 1, ?)")
+    old.executemany(insert, [("a", 0, None, 1), ("b", 3, 0.5, 0), ("c", -1, 7.0, 0), ("d", 3, 0.5, 1)])
+    old.execute("INSERT INTO verdicts (pair, annotator, verdict, cost, at) VALUES ('d', 'j', 1, 0.25, 0)")
+    rows = old.execute("SELECT * FROM answers").fetchall()
+    ledgers = [Ledger(tmp_path / "labels.sqlite") for _ in range(2)]
+    assert ledgers[0].db.execute("SELECT * FROM answers").fetchall() == rows
+    assert totals(ledgers[1]) == counted(ledgers[0]) == ([1, 1, 1, 3, 3], (0.75, 1)) and ledgers[0].audits(2) == [(1, 1)]
+    old.execute(insert, ("e", 1, None, 0))
+    assert totals(ledgers[0]) == counted(ledgers[0])
+    assert ledgers[0].take(["e", "a"]) == {"e": 1, "a": 1}
+
+
+def test_a_ledger_that_many_bring_up_to_date_at_once_loses_nothing(tmp_path):
+    version_1(tmp_path / "labels.sqlite").execute(
+        "INSERT INTO answers (pair, label, source, step, answered_at) VALUES ('a', 1, 'x', 0, 0)")
+    failed = []
+
+    def open_and_add(n):
+        try:
+            ledger = Ledger(tmp_path / "labels.sqlite")
+            ledger.add("x", answers(**{str(n): 1}))
+            ledger.close()
+        except (LedgerError, sqlite3.Error) as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=open_and_add, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ledger = Ledger(tmp_path / "labels.sqlite")
+    assert not failed and totals(ledger) == counted(ledger) and ledger.count() == 9
+
+
+def test_counting_reads_no_answers(tmp_path):
+    """What is done at every step does not grow with the ledger: SQLite's own plan names no table but the totals."""
+    ledger = Ledger(tmp_path / "labels.sqlite")
+    asked = []
+    ledger.db.set_trace_callback(asked.append)
+    ledger.count(3), ledger.cost(), ledger.audits(3)
+    ledger.db.set_trace_callback(None)
+    assert len(asked) == 3
+    for query in asked:
+        plan = " ".join(row[3] for row in ledger.db.execute(f"EXPLAIN QUERY PLAN {query}"))
+        assert "totals" in plan or "USING COVERING INDEX audits" in plan
+        assert "answers" not in plan.replace("answers USING COVERING INDEX audits", "") and "verdicts" not in plan
 
 
 def test_lookup_of_many_ids(tmp_path):
@@ -197,9 +352,9 @@ def test_ctrl_c_leaves_an_annotator_that_answers_at_once_to_its_end(asker, monke
     """A step of which some micro-batches are done is not broken off: the run stops at its end."""
     add = asker.ledger.add
 
-    def pressed_meanwhile(*args):
+    def pressed_meanwhile(*args, **how):
         os.kill(os.getpid(), signal.SIGINT)
-        add(*args)
+        add(*args, **how)
 
     monkeypatch.setattr(asker.ledger, "add", pressed_meanwhile)
     asker.interrupt.install()

@@ -592,3 +592,72 @@ def test_fit_counts_the_activations_that_autograd_keeps(tiny):
 def test_the_readmes_table_of_what_fits_is_fits_own():
     from tools import fit
     assert fit.table() in (ROOT / "README.md").read_text()
+
+
+COUNTING = """
+import json, os, sys
+import torch.distributed as dist
+
+sent, marks = [0.0], []
+for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "broadcast", "all_gather", "reduce_scatter"):
+    def counted(*args, name=name, collective=getattr(dist, name), **kwargs):
+        world, parts = dist.get_world_size(), args[1] if name in ("reduce_scatter_tensor", "reduce_scatter") else args[0]
+        size = sum(part.numel() * part.element_size() for part in (parts if isinstance(parts, list) else [parts]))
+        sent[0] += size * (world - 1) / world * (2 if name == "all_reduce" else 1)  # as a ring passes it on
+        return collective(*args, **kwargs)
+    setattr(dist, name, counted)
+
+import deepspeed
+import train
+
+step = deepspeed.DeepSpeedEngine.step
+def marked(engine, *args):
+    step(engine, *args)
+    marks.append(sent[0])
+deepspeed.DeepSpeedEngine.step = marked
+
+code = train.command([arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")])
+if os.environ["RANK"] == "0":
+    n = train.load_file(sys.argv[1].removeprefix("--output_dir=") + "/model.safetensors")
+    print("COUNTED", json.dumps([sum(p.numel() for p in n.values()), (marks[-1] - marks[1]) / (len(marks) - 2)]), flush=True)
+sys.exit(code)
+"""
+
+
+def test_fit_counts_the_bytes_that_two_ranks_send_under_zero_3(tiny, tmp_path):
+    """Of collectives of a real run that keeps no gathered weight, as a model that is large does not."""
+    from conftest import free_port, launcher_environment
+
+    from tools import fit
+    ds = json.loads((ROOT / "configs" / "zero3.json").read_text())
+    ds["zero_optimization"] |= {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0,
+                                "stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0}
+    (tmp_path / "zero3.json").write_text(json.dumps(ds))
+    (tmp_path / "count.py").write_text(COUNTING)
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), str(tmp_path / "count.py"),
+               f"--output_dir={tmp_path}/run", "--config", str(ROOT / "configs" / "quickstart.yaml"),
+               f"--model_name_or_path={tiny}/model", f"--dataset_mixer={{{tiny}/pairs: 1.0}}", "--max_steps=5",
+               "--per_device_train_batch_size=8", "--logging_steps=5", "--do_eval=false", "--save_strategy=no",
+               "--num_threads=1", "--max_prompt_length=16", "--max_length=64", f"--deepspeed={tmp_path}/zero3.json"]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=240,
+                          env={**launcher_environment(), "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    parameters, sent = json.loads(done.stdout.partition("COUNTED ")[2].splitlines()[0])
+    assert sent == pytest.approx(fit.wire_bytes(parameters, 2, width=4), rel=0.15)
+
+
+def test_a_plan_is_made_of_the_tables_memory_and_of_what_is_assumed():
+    from tools import fit
+    config = fit.transformers.LlamaConfig(**fit.SHAPES["Zephyr-7B"])
+    assumed = dict(fp32=False, no_checkpointing=False, tokens=8192, micro_steps=2, gpus_a_host=8, tflops=400, nvlink=200,
+                   wire=25, pcie=25, host_memory=200)
+    found = fit.plan(config, 8, SimpleNamespace(**assumed))
+    assert found["GPU memory"] == sum(fit.rank_memory(config, 8, 3, offload=True).values())
+    n = fit.parameters(config)
+    assert n == 7_241_732_096 and found["host memory"] == 2 * n
+    assert found["compute"] == pytest.approx(8 * n * 2 * 8192 / 400e12)
+    across = fit.plan(config, 16, SimpleNamespace(**assumed))  # two hosts: the slower wire
+    assert across["wire"] / found["wire"] == pytest.approx(8 * (15 / 16) / (7 / 8))
+    assert found["least"] < found["most"] <= found["least"] + min(found["compute"], found["wire"]) + 1e-9
+    once = fit.plan(config, 8, SimpleNamespace(**assumed | {"micro_steps": 1}))
+    assert found["bytes on the wire"] == 2 * once["bytes on the wire"] and found["Adam"] == once["Adam"]

@@ -3,6 +3,9 @@
     python tools/fit.py                                    the README's table
     python tools/fit.py MODEL_DIR --gpus 8 --zero 3        one model, part by part
     python tools/fit.py MODEL_DIR --fp32 --no-checkpointing --tokens 1024
+    python tools/fit.py --plan                             the 7B shape on 8 and 64 GPUs, ZeRO-3, optimiser on the CPU:
+                                                           memory, time and bytes a step (the table of docs/scale.md)
+    python tools/fit.py MODEL_DIR --plan --gpus 16 --tflops 300 --wire 12.5
 
 An estimate from the shapes alone, of what train.py holds at the height of a step; benchmarks/results/speed.md compares it
 with measured peaks. It leaves out what the CUDA context, NCCL and fragmentation take: leave 10 to 20 % free.
@@ -77,6 +80,64 @@ def activation_bytes(config, width, checkpointing):
     return layers * h * width + layer if checkpointing else layers * layer
 
 
+def wire_bytes(parameters, gpus, width=2, micro_steps=1, gathers=2):
+    """Bytes that one rank sends in an optimiser step under ZeRO-3 (and as many that it receives).
+
+    Each micro-step, every weight is gathered for the forward and again for the backward (`gathers` times), and every
+    gradient is reduced to the rank that keeps it (ZeRO, section 7.2); a ring passes (gpus − 1)/gpus of it through each rank.
+    width: bytes of a weight and of a gradient under way. What a small model does not release (DeepSpeed's
+    stage3_max_reuse_distance and stage3_param_persistence_threshold) is gathered less often: an upper bound there.
+    """
+    return micro_steps * (gathers + 1) * width * parameters * (gpus - 1) / gpus
+
+
+def plan(config, gpus, options):
+    """{what: number} of a step under ZeRO-3 with the optimiser in host memory: bytes a rank and seconds.
+
+    Compute: 6 FLOPs a weight and token, 8 with checkpointing, which runs the forward again; attention's own are left out.
+    PCIe: fp32 gradients down, weights up, of the rank's share, once a step. Adam: 16 bytes read and 14 written a weight,
+    over the memory of a host, which its ranks share.
+    """
+    n, width = parameters(config), 4 if options.fp32 else 2
+    share, per_host = n / gpus, min(gpus, options.gpus_a_host)
+    tokens = options.tokens * options.micro_steps
+    found = {"GPU memory": sum(rank_memory(config, gpus, 3, not options.fp32, not options.no_checkpointing, options.tokens,
+                                           offload=True).values()),
+             "host memory": 16 * share,  # weights, two moments and gradients in fp32
+             "bytes on the wire": wire_bytes(n, gpus, width, options.micro_steps),
+             "bytes over PCIe": (4 + width) * share}
+    speed = options.wire if gpus > options.gpus_a_host else options.nvlink
+    found |= {"compute": (6 if options.no_checkpointing else 8) * n * tokens / (1e12 * options.tflops),
+              "wire": found["bytes on the wire"] / (GB * speed), "PCIe": found["bytes over PCIe"] / (GB * options.pcie),
+              "Adam": 30 * share * per_host / (GB * options.host_memory)}
+    behind = found["PCIe"] + found["Adam"]
+    return found | {"least": max(found["compute"], found["wire"]) + behind,
+                    "most": found["compute"] + found["wire"] + behind, "tokens": tokens * gpus}
+
+
+def plan_table(name, config, options):
+    """The plan for each number of GPUs, with what it rests on."""
+    counts = [options.gpus] if options.gpus else [8, 64]
+    plans = [plan(config, gpus, options) for gpus in counts]
+
+    def row(words, cell):
+        return f"| {words} | " + " | ".join(cell(found) for found in plans) + " |"
+    lines = [f"| {name}, ZeRO-3, optimiser on the CPU | " + " | ".join(f"{gpus} GPUs" for gpus in counts) + " |",
+             "| --- |" + " --: |" * len(counts)]
+    lines += [row(f"{words}, GB a rank", lambda found, key=key: f"{found[key] / GB:,.1f}") for words, key in (
+        ("memory of the GPU", "GPU memory"), ("memory of the host", "host memory"),
+        ("sent over the wire in a step", "bytes on the wire"), ("over PCIe in a step", "bytes over PCIe"))]
+    lines += [row(f"{words}, s", lambda found, key=key: f"{found[key]:,.2f}") for words, key in (
+        ("compute", "compute"), ("wire", "wire"), ("PCIe", "PCIe"), ("Adam on the host", "Adam"),
+        ("a step, compute and wire at once", "least"), ("a step, one behind the other", "most"))]
+    lines.append(row("tokens a second, of all ranks", lambda found: f"{found['tokens'] / found['most']:,.0f} to "
+                                                                    f"{found['tokens'] / found['least']:,.0f}"))
+    return "\n".join([*lines, "", f"Assumed: {options.tokens:,} tokens a micro-batch, {options.micro_steps} a step; "
+                      f"{options.tflops:g} TFLOP/s of a GPU in practice; {options.gpus_a_host} GPUs a host; "
+                      f"{options.nvlink:g} GB/s a GPU and direction within a host, {options.wire:g} between hosts; "
+                      f"{options.pcie:g} GB/s of PCIe a GPU; {options.host_memory:g} GB/s of a host's memory."])
+
+
 def table():
     """The README's table."""
     head = [f"{gpus} GPU{'s' if gpus > 1 else ''}, ZeRO-{stage}{', optimiser on the CPU' if offload else ''}"
@@ -91,12 +152,15 @@ def table():
 
 def main(options):
     if not options.model:
-        return print(table())
+        name = "Zephyr-7B"
+        return print(plan_table(name, transformers.LlamaConfig(**SHAPES[name]), options) if options.plan else table())
     if not (Path(options.model) / "config.json").is_file():
         sys.exit(f"error: {options.model}: no config.json there; name a model folder")
     config = transformers.AutoConfig.from_pretrained(options.model)
-    memory = rank_memory(config, options.gpus, options.zero, not options.fp32, not options.no_checkpointing, options.tokens,
-                         offload=options.offload)
+    if options.plan:
+        return print(plan_table(Path(options.model).name, config, options))
+    memory = rank_memory(config, options.gpus or 1, options.zero, not options.fp32, not options.no_checkpointing,
+                         options.tokens, offload=options.offload)
     for part, size in memory.items():
         print(f"{part:>12} {size / GB:8.2f} GB")
     print(f"{'in all':>12} {sum(memory.values()) / GB:8.2f} GB a GPU")
@@ -105,10 +169,18 @@ def main(options):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", nargs="?", metavar="MODEL_DIR", help="a model folder; without one, the table")
-    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--gpus", type=int, help="without it 1; in a plan 8 and 64")
     parser.add_argument("--zero", type=int, default=2, choices=range(4))
     parser.add_argument("--fp32", action="store_true", help="in place of bf16")
     parser.add_argument("--no-checkpointing", action="store_true")
     parser.add_argument("--tokens", type=int, default=8192, help="of a micro-batch")
     parser.add_argument("--offload", action="store_true", help="the optimiser in host memory")
+    parser.add_argument("--plan", action="store_true", help="a step under ZeRO-3, the optimiser in host memory")
+    parser.add_argument("--micro-steps", type=int, default=4, help="of a step and rank (--plan, as all that follow)")
+    parser.add_argument("--tflops", type=float, default=400, help="of a GPU, in practice")
+    parser.add_argument("--gpus-a-host", type=int, default=8)
+    parser.add_argument("--nvlink", type=float, default=200, help="GB/s a GPU and direction, within a host")
+    parser.add_argument("--wire", type=float, default=25, help="GB/s a GPU and direction, between hosts")
+    parser.add_argument("--pcie", type=float, default=25, help="GB/s a GPU")
+    parser.add_argument("--host-memory", type=float, default=200, help="GB/s of a host")
     main(parser.parse_args())
