@@ -45,7 +45,7 @@ class Gate:
         self.replays = config.pseudo_labels == "replay" and config.data_selection
         self.looks_ahead = asker.asks_together or self.budget is not None or self.replays
         self.scale, self.gamma = 1.0, config.gamma if config.data_selection else float("inf")
-        self.rows = {id: row for row, id in enumerate(pairs)}
+        self.ids, self.rows = pairs, {id: row for row, id in enumerate(pairs)}
         self.recent, self.pool = deque(maxlen=WINDOW), []  # (margin, label, audited); rows that have a label
         if asker.ledger and (self.calibrated or self.replays):
             for bought in asker.ledger.labels(-1, max(-1, step - 2)):  # `advance` adds those of step − 1
@@ -61,7 +61,8 @@ class Gate:
         """Before a step: learn from what the step before bought. Returns what is to be said of it, or None."""
         notice = None
         if self.asker.ledger and step and (self.calibrated or self.replays):
-            for bought in self.asker.ledger.labels(step - 1, step - 1):
+            ids = [self.ids[row] for row in self.schedule.rows(step - 1)]
+            for bought in self.asker.ledger.labels(step - 1, step - 1, ids):
                 self._learn(*bought)
         if self.calibrated:
             if self.asker.ledger:
@@ -114,14 +115,14 @@ class Gate:
             self.gamma = unsure[asked - 1] if unsure and asked > 0 else -1.0
         self.gamma = self.asker.from_rank_0(self.gamma)
 
-    def rows_to_train(self, rows, ids, step):
+    def rows_to_train(self, rows, step):
         """The step's rows, those without a label replaced by others that have one, drawn at random (seeded)."""
         if not self.replays:
             return rows
         chosen = None
         if self.asker.ledger:
-            known = set(self.asker.ledger.unanswered([ids[row] for row in rows]))
-            chosen = [row for row in rows if ids[row] not in known]
+            unknown = set(self.asker.ledger.unanswered([self.ids[row] for row in rows]))
+            chosen = [row for row in rows if self.ids[row] not in unknown]
             others = [row for row in self.pool if row not in set(chosen)]
             draw = random.Random(f"replay {self.config.seed} {step}")
             chosen += draw.sample(others, min(len(rows) - len(chosen), len(others)))

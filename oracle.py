@@ -226,11 +226,17 @@ class Ledger:
         return self.db.execute("SELECT margin, label FROM answers WHERE audit AND step BETWEEN ? AND ?",
                                (first, 2**62 if step is None else step)).fetchall()
 
-    def labels(self, first, last):
-        """(pair, label, margin, step, audit) of the answers to questions of the optimiser steps from `first` to `last`, in
-        an order that does not depend on when they came. Step −1 is what came from other runs, without a margin."""
-        return self.db.execute("SELECT pair, label, margin, step, audit FROM answers WHERE step BETWEEN ? AND ? "
-                               "ORDER BY step, pair", (first, last))
+    def labels(self, first, last, ids=None):
+        """[(pair, label, margin, step, audit)] of the answers to questions of the optimiser steps from `first` to `last`, in
+        an order that does not depend on when they came. Step −1 is what came from other runs, without a margin.
+        ids: the pairs that it may be, which spares reading the whole ledger."""
+        query = "SELECT pair, label, margin, step, audit FROM answers WHERE step BETWEEN ? AND ?"
+        if ids is None:
+            return self.db.execute(f"{query} ORDER BY step, pair", (first, last)).fetchall()
+        found = []
+        for some, marks in portions(ids):
+            found += self.db.execute(f"{query} AND pair IN ({marks})", (first, last, *some))
+        return sorted(found, key=lambda row: (row[3], row[0]))
 
     def cost(self):
         """(money spent, number of answers whose cost is not known). A judge's verdicts cost, whether or not they settled

@@ -869,7 +869,7 @@ def rank_0_first(work):
 
 
 def several_hosts():
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1) < int(os.environ["WORLD_SIZE"])
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1) < int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_shared(output):
@@ -1124,7 +1124,7 @@ def main(config, command_line=None):
             if threshold.looks_ahead:
                 ask_ahead(engine, asker, threshold, train, schedule.micro_batches(step), reference["train"], step, config,
                           shared)
-                rows = threshold.rows_to_train(rows, train.ids, step)
+                rows = threshold.rows_to_train(rows, step)
         except oracle.Waiting:
             progress.close()
             if step and shared_output and step not in checkpoints(output):

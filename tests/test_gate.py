@@ -80,7 +80,8 @@ def make(tmp_path, step=0, **keys):
     config = types.SimpleNamespace(**{
         "data_selection": True, "gate": "paper", "gamma": 1.0, "audit_fraction": 0.05, "target_query_fraction": None,
         "target_queries": None, "pseudo_labels": "true", "seed": 0, **keys})
-    schedule = types.SimpleNamespace(pairs_seen=lambda: 400, unlabelled_left=lambda step, bought: 400 - 10 * step)
+    schedule = types.SimpleNamespace(rows=lambda step: range(400), pairs_seen=lambda: 400,
+                                     unlabelled_left=lambda step, bought: 400 - 10 * step)
     asker = Oracle(DatasetAnnotator(dict.fromkeys(PAIRS, 1)), tmp_path / "labels.sqlite")
     return gate.Gate(config, asker, PAIRS, schedule, step)
 
@@ -151,7 +152,7 @@ def test_a_resumed_run_has_the_threshold_of_the_undisturbed_one(tmp_path):
     again.advance(11)
     assert again.scale == threshold.scale > 0 and again.pool == threshold.pool and len(again.pool) == 111
     rows = list(range(200, 210))
-    assert again.rows_to_train(rows, PAIRS, 11) == threshold.rows_to_train(rows, PAIRS, 11)
+    assert again.rows_to_train(rows, 11) == threshold.rows_to_train(rows, 11)
 
 
 def test_a_budget_asks_the_least_sure_and_lasts_to_the_end(tmp_path):
@@ -185,10 +186,10 @@ def test_replay_takes_pairs_that_have_a_label_and_no_other(tmp_path):
     buy(threshold, 0, {pair: (0.1, 1) for pair in PAIRS[:20]})
     threshold.advance(1)
     buy(threshold, 1, {pair: (0.1, 1) for pair in PAIRS[20:25]})
-    rows = threshold.rows_to_train(list(range(20, 40)), PAIRS, 1)
+    rows = threshold.rows_to_train(list(range(20, 40)), 1)
     assert rows[:5] == [20, 21, 22, 23, 24] and len(set(rows)) == 20 and set(rows[5:]) <= set(range(20))
-    assert rows != threshold.rows_to_train(list(range(20, 40)), PAIRS, 2)  # another draw
-    assert threshold.rows_to_train(list(range(20, 60)), PAIRS, 1)[25:] == []  # no more than there are
+    assert rows != threshold.rows_to_train(list(range(20, 40)), 2)  # another draw
+    assert threshold.rows_to_train(list(range(20, 60)), 1)[25:] == []  # no more than there are
 
 
 # ----------------------------------------------------------------------------------------------------------------------
