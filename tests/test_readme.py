@@ -64,6 +64,13 @@ def test_ruff_is_clean():
     assert done.returncode == 0, done.stdout
 
 
+def test_the_lines_that_the_method_page_links_to_are_those_it_names():
+    links = re.findall(r"\[`([^`]+)`\]\(\.\./(\w+\.py)#L(\d+)\)", (ROOT / "docs" / "method.md").read_text())
+    assert len(links) >= 15
+    for text, path, line in links:
+        assert text in (ROOT / path).read_text().splitlines()[int(line) - 1], f"{path}#L{line}: {text}"
+
+
 def test_every_key_that_the_readme_names_exists():
     ours = {field.name for field in dataclasses.fields(Config)} | {"config", "Gamma", "help", "key"}
     launchers = {"num_gpus", "master_port", "hostfile"}
