@@ -876,16 +876,15 @@ def is_shared(output):
     """Whether output_dir is one folder for all ranks: what rank 0 writes there, they all see. Makes it."""
     if not several_hosts():
         return True
-    probe = [output.absolute() / f".seen-by-all-{os.getpid()}"]
-    dist.broadcast_object_list(probe, src=0)
+    probe = output / all_gather(f".seen-by-all-{os.getpid()}")[0]
     if rank() == 0:
-        with writing(probe[0]):
+        with writing(probe):
             output.mkdir(parents=True, exist_ok=True)
-            probe[0].touch()
+            probe.touch()
     dist.barrier()
-    seen = all(all_gather(probe[0].exists()))
+    seen = all(all_gather(probe.exists()))
     if rank() == 0:
-        probe[0].unlink()
+        probe.unlink()
     return seen
 
 

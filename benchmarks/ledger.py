@@ -232,8 +232,9 @@ def main(options):
     measured = [pairs_in_a_process(n, work) for n in (options.pairs // 10, options.pairs)]
     shutil.rmtree(work)
     text = ["# A million labels, ten million pairs", "", "Made by `python benchmarks/ledger.py "
-            f"--answers {options.answers} --pairs {options.pairs}` on {os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, "
-            f"SQLite {sqlite3.sqlite_version}. Load of the machine at the end: {os.getloadavg()[1]:.1f} (the benchmark "
+            f"--answers {options.answers} --pairs {options.pairs}` on {os.cpu_count()} cores "
+            f"({platform.machine()}), Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}. "
+            f"Load of the machine at the end: {os.getloadavg()[1]:.1f} (the benchmark "
             "alone is 1.0; where it is higher, times are too long).", ""]
     options.results.write_text("\n".join([*text, *ledger_part(runs, tools), *pairs_part(measured)]) + "\n")
     print(options.results.read_text())

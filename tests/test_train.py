@@ -10,13 +10,14 @@ import json
 import math
 import os
 import shutil
+import subprocess
 
 import miniature
 import pytest
 import torch
 import transformers
 import yaml
-from conftest import ROOT
+from conftest import ROOT, Run, free_port, launcher_environment
 from safetensors.torch import load_file
 from test_config import OFFICIAL_BETA, OFFICIAL_GEMMA
 from test_data import reply, user
@@ -390,3 +391,37 @@ def test_recipes_parse_with_the_flags_of_the_official_readme(recipe):
     config = parse_config(["--config", str(ROOT / "configs" / recipe), "--beta=0.1", "--data_selection=true", "--Gamma=1.3",
                            "--num_train_epochs=1", "--output_dir=x"])
     assert (config.beta, config.gamma, config.data_selection, config.num_train_epochs) == (0.1, 1.3, True, 1)
+
+
+def on_two_hosts(tiny, folder, **keys):
+    """Exit codes and outputs of a run over two launchers, as hosts without ssh start it, each with an output_dir and caches
+    of its own."""
+    (folder / "hostfile").write_text("one slots=1\ntwo slots=1\n")
+    port, launchers = str(free_port()), []
+    keys = {"model_name_or_path": tiny / "model", "dataset_mixer": f"{{{tiny}/pairs: 1.0}}", "learning_rate": 2e-3,
+            "warmup_ratio": 0.0, "gamma": 0.2, "per_device_train_batch_size": 8, "max_prompt_length": 16, "max_length": 64,
+            "max_steps": 4, "logging_steps": 1, "num_threads": 1, **keys}
+    (folder / "run.yaml").write_text("".join(f"{name}: {value}\n" for name, value in keys.items()))
+    for n in range(2):
+        command = ["deepspeed", "--hostfile", folder / "hostfile", "--no_ssh", "--node_rank", n, "--master_addr",
+                   "127.0.0.1", "--master_port", port, "train.py", "--config", folder / "run.yaml",
+                   f"--output_dir={folder}/{n}"]
+        launchers.append(subprocess.Popen([str(word) for word in command], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                                          stderr=subprocess.STDOUT,
+                                          env={**launcher_environment(), "HF_HOME": f"{folder}/hf-{n}"}))
+    outputs = [launcher.communicate(timeout=240)[0] for launcher in launchers]
+    return [launcher.returncode for launcher in launchers], outputs
+
+
+def test_of_two_hosts_with_disks_of_their_own_the_first_alone_has_the_output(tiny, train, tmp_path):
+    codes, outputs = on_two_hosts(tiny, tmp_path, save_strategy="no")
+    assert codes == [0, 0], outputs
+    one = train("one-host", processes=2)
+    two = Run(tmp_path / "0", "", "", 0)
+    assert two.losses() == one.losses() and two.ledger() == one.ledger()
+    assert not (tmp_path / "1").exists() and not list((tmp_path / "0").glob(".*"))
+
+
+def test_checkpoints_that_hosts_do_not_share_are_refused(tiny, tmp_path):
+    codes, outputs = on_two_hosts(tiny, tmp_path, save_strategy="epoch")
+    assert codes == [2, 2] and "is not the same folder on all hosts" in outputs[0], outputs
