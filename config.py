@@ -292,7 +292,8 @@ def convert(value, name, place):
     if hint in (int, float):
         value = convert_number(value, hint, wrong)
     elif hint is str:
-        value = str(value).lower() if isinstance(value, bool) else value  # resume_from_checkpoint: false
+        if isinstance(value, bool):  # resume_from_checkpoint: false; and YAML reads save_strategy: no as false
+            value = "no" if not value and "no" in (spec.metadata["choices"] or ()) else str(value).lower()
         if isinstance(value, (int, float, datetime.date)):  # YAML reads 0123 as 83: what stood there is not known
             raise UsageError(f"{wrong}; put it in quotes")
         if not is_text(value):

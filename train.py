@@ -869,7 +869,8 @@ def rank_0_first(work):
 
 
 def several_hosts():
-    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1) < int(os.environ.get("WORLD_SIZE", "1"))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    return here < int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_shared(output):

@@ -601,7 +601,8 @@ import torch.distributed as dist
 sent, marks = [0.0], []
 for name in ("all_gather_into_tensor", "reduce_scatter_tensor", "all_reduce", "broadcast", "all_gather", "reduce_scatter"):
     def counted(*args, name=name, collective=getattr(dist, name), **kwargs):
-        world, parts = dist.get_world_size(), args[1] if name in ("reduce_scatter_tensor", "reduce_scatter") else args[0]
+        tensors = [*args, *kwargs.values()]
+        world, parts = dist.get_world_size(), tensors[1 if name in ("reduce_scatter_tensor", "reduce_scatter") else 0]
         size = sum(part.numel() * part.element_size() for part in (parts if isinstance(parts, list) else [parts]))
         sent[0] += size * (world - 1) / world * (2 if name == "all_reduce" else 1)  # as a ring passes it on
         return collective(*args, **kwargs)
@@ -618,7 +619,8 @@ deepspeed.DeepSpeedEngine.step = marked
 
 code = train.command([arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")])
 if os.environ["RANK"] == "0":
-    n = train.load_file(sys.argv[1].removeprefix("--output_dir=") + "/model.safetensors")
+    output, = (arg.partition("=")[2] for arg in sys.argv if arg.startswith("--output_dir="))
+    n = train.load_file(output + "/model.safetensors")
     print("COUNTED", json.dumps([sum(p.numel() for p in n.values()), (marks[-1] - marks[1]) / (len(marks) - 2)]), flush=True)
 sys.exit(code)
 """
