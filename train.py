@@ -53,6 +53,7 @@ import adpo
 import data
 import judge
 import oracle
+import shards
 import toy
 from config import FREE_ON_RESUME, HERE, REFUSED, UsageError, help_text, parse_config
 
@@ -122,6 +123,14 @@ def engine_config(config, world):
                 "wandb": {"enabled": True, "project": os.environ.get("WANDB_PROJECT", "adpo")}}
     ds.update({name: services[name] for name in config.report_to if name != "none"})
     return ds
+
+
+def decisive(ds):
+    """What of an engine config the result depends on: all but how the work is shared out and what is printed."""
+    free = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization",
+            "steps_per_print", "tensorboard", "csv_monitor", "wandb", "comet", "wall_clock_breakdown", "memory_breakdown",
+            "dump_state", "comms_logger", "flops_profiler", "activation_checkpointing", "aio"}
+    return {name: value for name, value in ds.items() if name not in free}
 
 
 def load_tokenizer(config):
@@ -241,12 +250,16 @@ def learning_rate(step, total, config):
     return config.learning_rate * factor
 
 
+def pairs_a_step(config, world):
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * world
+
+
 class Schedule:
     """Which pairs each optimiser step takes, and how they are dealt out to ranks and micro-steps."""
 
     def __init__(self, config, pairs, world):
         self.pairs, self.world, self.config = pairs, world, config
-        self.step_pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps * world
+        self.step_pairs = pairs_a_step(config, world)
         self.epoch_steps = math.ceil(len(pairs) / self.step_pairs)
         self.total_steps = (config.max_steps if config.max_steps > 0
                             else math.ceil(config.num_train_epochs * self.epoch_steps))
@@ -551,7 +564,7 @@ def save_checkpoint(engine, output, state, limit):
         shutil.rmtree(aside, ignore_errors=True)
     dist.barrier()
     with writing(output / name, aside):
-        engine.save_checkpoint(str(aside), tag=name, save_latest=False)
+        shards.save(engine, aside / name)
         dist.barrier()
         state = state | {"files": checksums(aside / name)}
     if rank() == 0:
@@ -615,8 +628,8 @@ def find_checkpoint(config, output):
     return folder
 
 
-def check_same_run(config, output):
-    """Refuse to go on with a run in output_dir under a config that computes something else."""
+def check_same_run(config, output, step_pairs):
+    """Refuse to go on with a run in output_dir under a config that computes something else. step_pairs: pairs a step."""
     path = output / "config.yaml"
     if not path.is_file():
         return
@@ -632,6 +645,10 @@ def check_same_run(config, output):
         if name not in FREE_ON_RESUME and before.get(name) != now[name]:
             raise UsageError(f"{path}: the run in there has {name} {before.get(name)!r}, this one {now[name]!r}: choose "
                              "another output_dir, or move that one away")
+    if written.get("pairs_a_step", step_pairs) != step_pairs:
+        raise UsageError(f"{path}: the run in there has {written['pairs_a_step']} pairs a step, this one {step_pairs} "
+                         "(per_device_train_batch_size × gradient_accumulation_steps × processes): keep the product, or "
+                         "choose another output_dir")
 
 
 def check_same_start(resume, before, now):
@@ -640,8 +657,8 @@ def check_same_start(resume, before, now):
     before, now: {what: value}; before: None in checkpoints that do not have it.
     """
     for name in now if before else ():
-        if before.get(name) != now[name]:
-            raise UsageError(f"{resume}/trainer_state.json: the run in there has {name} {before.get(name)}, this one "
+        if name in before and before[name] != now[name]:
+            raise UsageError(f"{resume}/trainer_state.json: the run in there has {name} {before[name]}, this one "
                              f"{now[name]}: go on as it was, or choose another output_dir")
 
 
@@ -878,7 +895,7 @@ def main(config):
     world = dist.get_world_size()
     ds = engine_config(config, world)
     output = Path(config.output_dir)
-    check_same_run(config, output)
+    check_same_run(config, output, pairs_a_step(config, world))
     if (output / "summary.json").is_file():
         say(f"{output} is finished: {closing_line(read_summary(output / 'summary.json'))}")
         return say("to train again, choose another --output_dir or move that one away")
@@ -903,7 +920,8 @@ def main(config):
         with writing(output):
             output.mkdir(parents=True, exist_ok=True)
         replace_text(output / "config.yaml", yaml.safe_dump(
-            {"config": dataclasses.asdict(config), "versions": versions()}, sort_keys=False, allow_unicode=True))
+            {"config": dataclasses.asdict(config), "pairs_a_step": schedule.step_pairs, "versions": versions()},
+            sort_keys=False, allow_unicode=True))
     dist.barrier()
     asker = oracle.Oracle(annotator, output / "labels.sqlite", config.max_queries, config.oracle != "dataset")
     if asker.ledger:
@@ -912,11 +930,11 @@ def main(config):
             say(f"{reused:,} answers of other runs are in the ledger, {of_ours:,} of them of pairs of this run")
     step, skipped, seconds_before, evaluation = 0, 0, 0.0, None
     sums = torch.zeros(10, dtype=torch.float64, device=device)  # metrics since the last log
-    start = {"processes": world, "ZeRO stage": ds["zero_optimization"].get("stage", 0), "pairs": train.fingerprint}
+    start = {"pairs a step": schedule.step_pairs, "pairs": train.fingerprint, "engine settings": decisive(ds)}
     if resume:
         state = read_state(resume)
         check_same_start(resume, state.get("start"), start)
-        engine.load_checkpoint(str(resume.parent), tag=resume.name)
+        shards.load(engine, resume)
         step, seconds_before, asker.state, evaluation = (state[k] for k in ("step", "wall_seconds", "oracle", "evaluation"))
         skipped = state.get("skipped", 0)  # in a row
         sums += torch.tensor(state["sums"], dtype=torch.float64, device=device) * (rank() == 0)
