@@ -14,6 +14,7 @@ Legend: B pairs of a micro-batch, T tokens of a row, N response tokens, V vocabu
 """
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import gc
@@ -41,6 +42,7 @@ if torch.accelerator.current_accelerator() is None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed's search for one, and its warnings
 
 import deepspeed
+import pydantic
 import torch.distributed as dist
 import transformers
 import yaml
@@ -83,11 +85,13 @@ def engine_config(config, world):
     path = Path(config.deepspeed)
     path = path if path.exists() else HERE / path  # configs/ name their engine from here
     try:
-        ds = json.loads(path.read_text(encoding="utf-8"))
+        ds = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=data.unique_keys)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"deepspeed {config.deepspeed}: cannot be read ({getattr(error, 'strerror', None) or error})")
     except json.JSONDecodeError as error:
         raise UsageError(f"{config.deepspeed}, line {error.lineno}: not JSON ({error.msg})")
+    except ValueError as error:
+        raise UsageError(f"{config.deepspeed}: {error}")
     if not isinstance(ds, dict) or not isinstance(ds.get("zero_optimization", {}), dict):
         raise UsageError(f"{config.deepspeed}: expected an engine config, an object whose zero_optimization is one too")
     micro, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
@@ -106,8 +110,7 @@ def engine_config(config, world):
             elif path in owned and value != owned[path]:
                 raise UsageError(f"{config.deepspeed}: {path} is {value}, but the YAML says {owned[path]}; write \"auto\"")
     fill(ds, "")
-    if ds.get("fp16", {}).get("enabled"):
-        raise UsageError(f"{config.deepspeed}: fp16 cannot be honoured: {REFUSED['fp16']}")
+    check_engine_config(ds, config)
     zero = ds.setdefault("zero_optimization", {})
     offloads = any(zero.get(f"offload_{what}", {}).get("device", "none") != "none" for what in ("optimizer", "param"))
     if world == 1 and not config.bf16 and zero.get("stage", 0) in (1, 2) and not offloads:
@@ -123,6 +126,46 @@ def engine_config(config, world):
                 "wandb": {"enabled": True, "project": os.environ.get("WANDB_PROJECT", "adpo")}}
     ds.update({name: services[name] for name in config.report_to if name != "none"})
     return ds
+
+
+def check_engine_config(ds, config):
+    """Refuse, in one line, an engine config that DeepSpeed itself cannot read, and settings that would make a check of this
+    program blind or that it cannot honour; as DeepSpeed reads them, so that "no" counts as false."""
+    place = config.deepspeed
+    try:
+        sizes = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}  # what they are is not known yet
+        read = deepspeed.DeepSpeedConfig(copy.deepcopy({k: v for k, v in ds.items() if k != "train_batch_size"} | sizes))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise UsageError(f"{place}: {f'field {field} of ' if field else ''}{error.title}: {one_line(first['msg'])}, found "
+                         f"{first['input']!r:.80}")
+    except Exception as error:  # DeepSpeed asserts, compares and looks up; whatever it says, it is about this file
+        raise UsageError(f"{place}: DeepSpeed cannot read it ({type(error).__name__}: {one_line(error)[:300]})")
+    bf16, zero = read.bfloat16_config, read.zero_config
+    taken = "a step whose gradient is no finite number would be taken"
+    for name, refused, reason in (
+            ("fp16", read.float16_config.enabled, REFUSED["fp16"]),
+            ("torch_autocast", read.torch_autocast_enabled, "the YAML's bf16 says what is computed in"),
+            ("bf16.check_grad_overflow false", config.bf16 and not bf16.check_grad_overflow, taken),
+            ("zero_optimization.compute_grad_norm false", not zero.compute_grad_norm, taken),
+            ("bf16.bf16_master_weights_and_grads", bf16.bf16_master_weights_and_grads, "small steps would be lost"),
+            ("zero_optimization.offload_optimizer.device nvme",
+             zero.offload_optimizer and zero.offload_optimizer.device == "nvme",
+             "checkpoints do not hold what lies there; offload to the cpu")):
+        if refused:
+            raise UsageError(f"{place}: {name} cannot be honoured: {reason}")
+    if bf16.enabled != config.bf16:
+        raise UsageError(f"{place}: bf16 is {bf16.enabled}, but the YAML says {config.bf16}; write "
+                         "\"bf16\": {\"enabled\": \"auto\"}")
+
+
+def start_engine(module, optimizer, ds, place):
+    """The engine. What DeepSpeed finds wrong with the settings only now, together with this optimiser, is one line too."""
+    try:
+        return deepspeed.initialize(model=module, optimizer=optimizer, config=ds)[0]
+    except (ValueError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"{place}: DeepSpeed cannot start with it ({type(error).__name__}: {one_line(error)[:300]})")
 
 
 def decisive(ds):
@@ -868,7 +911,7 @@ def policy_and_reference(config, ds, parts):
         shared = module.why_not_shared() is None
         optimizer = make_optimizer(config, module, ds) if with_optimizer else None
         weights = weights_fingerprint(module, name)
-        engine = deepspeed.initialize(model=module, optimizer=optimizer, config={**ds, "zero_optimization": zero})[0]
+        engine = start_engine(module, optimizer, {**ds, "zero_optimization": zero}, config.deepspeed)
         check_rows(engine, parts["train"][0], shared)
         return engine, weights, shared
 
@@ -1198,6 +1241,15 @@ def leave_the_word_to_the_other(error):
     return 1
 
 
+def let_rank_0_speak_first():
+    """Before an error that all ranks may have alike is printed: rank 0 says it at once and ends, and its launcher then ends
+    the others while they wait here. What one of them has alone it says a little later."""
+    place = {name: int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK")}
+    if place["RANK"]:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10 if place["LOCAL_RANK"] else 5)  # seconds; on each other host its first rank is the first
+
+
 def command(argv):
     """The command line. Returns the exit code: 0; 75 where answers are missing and the same command resumes; 2 where the
     user has to change something; 1 where training broke down. Behind 1 and 2 stands one line that says what is wrong."""
@@ -1215,6 +1267,7 @@ def command(argv):
         tqdm.write(f"error: {what}; then the same command goes on from the last checkpoint", file=sys.stderr)
         return 2
     except (UsageError, data.DataError, oracle.LedgerError, FloatingPointError) as error:
+        let_rank_0_speak_first()
         tqdm.write(f"error: {one_line(error)}", file=sys.stderr)  # a line of its own, whatever bar stands there
         return 1 if isinstance(error, FloatingPointError) else 2
     except OSError as error:  # what is not written here but by libraries: their caches
