@@ -254,6 +254,11 @@ def test_an_error_of_rank_0_alone_ends_the_other_and_gives_the_exit_code(broken_
     assert "rank 1: stopped, another rank is gone (" in run.stderr
 
 
+def test_an_error_that_all_ranks_have_is_printed_once(train):
+    run = train("alike", processes=2, check=2, gamma=-1)
+    assert len(errors(run)) == 1 and "gamma" in errors(run)[0]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Disks
 
