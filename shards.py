@@ -57,7 +57,7 @@ def save(engine, folder):
     for flat, pieces in flat_tensors(engine):
         state = torch_optimizer(engine).state.get(flat, {})
         if not state and engine.global_steps > engine.skipped_steps:
-            raise UsageError("this engine config cannot be checkpointed: DeepSpeed keeps no state of the optimiser beside its "
+            raise UsageError("this engine config cannot be checkpointed: DeepSpeed keeps no optimiser state beside its "
                              "weights; offload to the CPU or not at all, or say --save_strategy=no")
         tensors = {key: value.detach().view(-1) for key, value in state.items() if torch.is_tensor(value) and value.dim()}
         content["flats"].append({"pieces": pieces, "step": int(state.get("step", 0)),
