@@ -6,7 +6,7 @@
 A tiny random model and 42 pairs in steps of 8, so that the last step of an epoch has 2, for two epochs, by the real
 launcher. Each run is compared with that of its dtype by one process without accumulation and checkpointing at ZeRO 0 (which
 in bf16 runs as ZeRO 1; one process in fp32 runs ZeRO 1 and 2 as ZeRO 0): losses and margins of each step, each answer in the
-ledger, final weights. In its first epoch a run must have asked or pseudo-labelled each pair once.
+ledger, final weights. A run's answers and pseudo-labels of its first epoch must add up to the number of pairs.
 
 What the precision of a dtype is: in fp32 the limits below; in bf16 the distance of the reference from the fp32 reference,
 for rounding moves a bf16 run that far whatever it is compared with.
@@ -159,8 +159,8 @@ def outside(found, limits, labelled):
 def report(found, limits, labelled):
     """The table, in Markdown, and whether all is well. found: {run: differences}."""
     bad = {run: out for run in found if (out := outside(found[run], limits[run[0]], labelled[run]))}
-    verdict = (f"**Verdict: the same.** All {len(found)} runs are within their dtype's precision, and each of them labelled "
-               f"each of the {PAIRS} pairs once in its first epoch." if not bad else
+    verdict = (f"**Verdict: the same.** All {len(found)} runs are within their dtype's precision, and the answers and "
+               f"pseudo-labels of the first epoch of each add up to {PAIRS}." if not bad else
                f"**Verdict: not the same.** {len(bad)} of {len(found)} runs are out of their dtype's precision: "
                + "; ".join(f"{describe(run)} ({', '.join(out)})" for run, out in bad.items()) + ".")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "deepspeed"))
