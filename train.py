@@ -1247,7 +1247,7 @@ def let_rank_0_speak_first():
     place = {name: int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK")}
     if place["RANK"]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(10 if place["LOCAL_RANK"] else 5)  # seconds; on each other host its first rank is the first
+        time.sleep(30 if place["LOCAL_RANK"] else 20)  # seconds; on each other host its first rank is the first
 
 
 def command(argv):
