@@ -159,13 +159,15 @@ REFUSED = {
 # Settings of adapters that recipes carry along: without use_peft they mean nothing.
 ADAPTER_KEYS = ("lora_", "bnb_4bit_", "use_bnb_")
 
-# What may differ between a checkpoint and the run that resumes it: none of it changes what is computed.
+# What may differ between a checkpoint and the run that resumes it: none of it changes what is computed. How a step is cut
+# shows in its last bits alone, as long as it has the same pairs (check_same_start in train.py).
 FREE_ON_RESUME = {"logging_steps", "logging_first_step", "log_level", "eval_strategy", "eval_steps", "eval_on_start",
                   "do_eval", "max_eval_samples", "per_device_eval_batch_size", "save_strategy", "save_steps",
                   "save_total_limit", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id",
                   "hub_model_revision", "preprocessing_num_workers", "num_threads", "output_dir", "toy_dir",
                   "oracle_wait_minutes", "price_per_label", "judge_url", "judge_api_key_env", "judge_concurrency",
-                  "judge_timeout", "judge_prompt_price", "judge_completion_price",
+                  "judge_timeout", "judge_prompt_price", "judge_completion_price", "per_device_train_batch_size",
+                  "gradient_accumulation_steps", "micro_batch_tokens", "gradient_checkpointing", "deepspeed",
                   "max_queries"}  # a budget may be raised: what was computed under the old one still holds
 
 

@@ -158,19 +158,32 @@ def read_text(path):
         if is_csv:
             yield from read_csv(path, file)
         elif start[:1] == "[":  # one JSON array instead of one object a line
-            yield from enumerate(json.load(file), 1)
+            yield from enumerate(json.load(file, object_pairs_hook=unique_keys), 1)
         else:
             for n, line in enumerate(file, 1):
                 if line.strip():
                     yield n, read_line(path, n, line)
 
 
+def unique_keys(items):
+    """An object of JSON. A key that stands there twice is a ValueError: Python would take the last without a word."""
+    found = dict(items)
+    if len(found) < len(items):
+        names = [name for name, _ in items]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {_short(twice)} stands there twice; keep one")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)  # made once: json.loads would make one a line
+
+
 def read_line(path, n, line):
     try:
-        return json.loads(line)
+        return DECODER.decode(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, row {n}: not a JSON object ({error.msg} at character {error.pos})")
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets, a key twice
         raise DataError(f"{path}, row {n}: not a JSON object ({_short(error)})")
 
 

@@ -14,6 +14,7 @@ Legend: B pairs of a micro-batch, T tokens of a row, N response tokens, V vocabu
 """
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import gc
@@ -45,6 +46,7 @@ if torch.accelerator.current_accelerator() is None:
 
 import deepspeed
 import huggingface_hub
+import pydantic
 import torch.distributed as dist
 import transformers
 import yaml
@@ -58,6 +60,7 @@ import data
 import gate
 import judge
 import oracle
+import shards
 import toy
 from config import FREE_ON_RESUME, HERE, REFUSED, UsageError, help_text, hub_name, is_repo_id, parse_config
 
@@ -87,11 +90,13 @@ def engine_config(config, world):
     path = Path(config.deepspeed)
     path = path if path.exists() else HERE / path  # configs/ name their engine from here
     try:
-        ds = json.loads(path.read_text(encoding="utf-8"))
+        ds = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=data.unique_keys)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"deepspeed {config.deepspeed}: cannot be read ({getattr(error, 'strerror', None) or error})")
     except json.JSONDecodeError as error:
         raise UsageError(f"{config.deepspeed}, line {error.lineno}: not JSON ({error.msg})")
+    except ValueError as error:
+        raise UsageError(f"{config.deepspeed}: {error}")
     if not isinstance(ds, dict) or not isinstance(ds.get("zero_optimization", {}), dict):
         raise UsageError(f"{config.deepspeed}: expected an engine config, an object whose zero_optimization is one too")
     micro, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
@@ -110,8 +115,7 @@ def engine_config(config, world):
             elif path in owned and value != owned[path]:
                 raise UsageError(f"{config.deepspeed}: {path} is {value}, but the YAML says {owned[path]}; write \"auto\"")
     fill(ds, "")
-    if ds.get("fp16", {}).get("enabled"):
-        raise UsageError(f"{config.deepspeed}: fp16 cannot be honoured: {REFUSED['fp16']}")
+    check_engine_config(ds, config)
     zero = ds.setdefault("zero_optimization", {})
     offloads = any(zero.get(f"offload_{what}", {}).get("device", "none") != "none" for what in ("optimizer", "param"))
     if world == 1 and not config.bf16 and zero.get("stage", 0) in (1, 2) and not offloads:
@@ -127,6 +131,54 @@ def engine_config(config, world):
                 "wandb": {"enabled": True, "project": os.environ.get("WANDB_PROJECT", "adpo")}}
     ds.update({name: services[name] for name in config.report_to if name != "none"})
     return ds
+
+
+def check_engine_config(ds, config):
+    """Refuse, in one line, an engine config that DeepSpeed itself cannot read, and settings that would make a check of this
+    program blind or that it cannot honour; as DeepSpeed reads them, so that "no" counts as false."""
+    place = config.deepspeed
+    try:
+        sizes = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}  # what they are is not known yet
+        read = deepspeed.DeepSpeedConfig(copy.deepcopy({k: v for k, v in ds.items() if k != "train_batch_size"} | sizes))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise UsageError(f"{place}: {f'field {field} of ' if field else ''}{error.title}: {one_line(first['msg'])}, found "
+                         f"{first['input']!r:.80}")
+    except Exception as error:  # DeepSpeed asserts, compares and looks up; whatever it says, it is about this file
+        raise UsageError(f"{place}: DeepSpeed cannot read it ({type(error).__name__}: {one_line(error)[:300]})")
+    bf16, zero = read.bfloat16_config, read.zero_config
+    taken = "a step whose gradient is no finite number would be taken"
+    for name, refused, reason in (
+            ("fp16", read.float16_config.enabled, REFUSED["fp16"]),
+            ("torch_autocast", read.torch_autocast_enabled, "the YAML's bf16 says what is computed in"),
+            ("bf16.check_grad_overflow false", config.bf16 and not bf16.check_grad_overflow, taken),
+            ("zero_optimization.compute_grad_norm false", not zero.compute_grad_norm, taken),
+            ("bf16.bf16_master_weights_and_grads", bf16.bf16_master_weights_and_grads, "small steps would be lost"),
+            ("zero_optimization.offload_optimizer.device nvme",
+             zero.offload_optimizer and zero.offload_optimizer.device == "nvme",
+             "checkpoints do not hold what lies there; offload to the cpu")):
+        if refused:
+            raise UsageError(f"{place}: {name} cannot be honoured: {reason}")
+    if bf16.enabled != config.bf16:
+        raise UsageError(f"{place}: bf16 is {bf16.enabled}, but the YAML says {config.bf16}; write "
+                         "\"bf16\": {\"enabled\": \"auto\"}")
+
+
+def start_engine(module, optimizer, ds, place):
+    """The engine. What DeepSpeed finds wrong with the settings only now, together with this optimiser, is one line too."""
+    try:
+        return deepspeed.initialize(model=module, optimizer=optimizer, config=ds)[0]
+    except (ValueError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"{place}: DeepSpeed cannot start with it ({type(error).__name__}: {one_line(error)[:300]})")
+
+
+def decisive(ds):
+    """What of an engine config the result depends on: all but how the work is shared out and what is printed."""
+    free = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization",
+            "steps_per_print", "tensorboard", "csv_monitor", "wandb", "comet", "wall_clock_breakdown", "memory_breakdown",
+            "dump_state", "comms_logger", "flops_profiler", "activation_checkpointing", "aio"}
+    return {name: value for name, value in ds.items() if name not in free}
 
 
 def load_tokenizer(config):
@@ -251,12 +303,16 @@ def learning_rate(step, total, config):
     return config.learning_rate * factor
 
 
+def pairs_a_step(config, world):
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * world
+
+
 class Schedule:
     """Which pairs each optimiser step takes, and how they are dealt out to ranks and micro-steps."""
 
     def __init__(self, config, pairs, world):
         self.pairs, self.world, self.config = pairs, world, config
-        self.step_pairs = config.per_device_train_batch_size * config.gradient_accumulation_steps * world
+        self.step_pairs = pairs_a_step(config, world)
         self.epoch_steps = math.ceil(len(pairs) / self.step_pairs)
         self.total_steps = (config.max_steps if config.max_steps > 0
                             else math.ceil(config.num_train_epochs * self.epoch_steps))
@@ -601,7 +657,7 @@ def save_checkpoint(engine, output, state, limit):
         shutil.rmtree(aside, ignore_errors=True)
     dist.barrier()
     with writing(output / name, aside):
-        engine.save_checkpoint(str(aside), tag=name, save_latest=False)
+        shards.save(engine, aside / name)
         dist.barrier()
         state = state | {"files": checksums(aside / name)}
     if rank() == 0:
@@ -665,8 +721,8 @@ def find_checkpoint(config, output):
     return folder
 
 
-def check_same_run(config, output):
-    """Refuse to go on with a run in output_dir under a config that computes something else."""
+def check_same_run(config, output, step_pairs):
+    """Refuse to go on with a run in output_dir under a config that computes something else. step_pairs: pairs a step."""
     path = output / "config.yaml"
     if not path.is_file():
         return
@@ -682,6 +738,10 @@ def check_same_run(config, output):
         if name not in FREE_ON_RESUME and before.get(name) != now[name]:
             raise UsageError(f"{path}: the run in there has {name} {before.get(name)!r}, this one {now[name]!r}: choose "
                              "another output_dir, or move that one away")
+    if written.get("pairs_a_step", step_pairs) != step_pairs:
+        raise UsageError(f"{path}: the run in there has {written['pairs_a_step']} pairs a step, this one {step_pairs} "
+                         "(per_device_train_batch_size × gradient_accumulation_steps × processes): keep the product, or "
+                         "choose another output_dir")
 
 
 def check_same_start(resume, before, now):
@@ -690,8 +750,8 @@ def check_same_start(resume, before, now):
     before, now: {what: value}; before: None in checkpoints that do not have it.
     """
     for name in now if before else ():
-        if before.get(name) != now[name]:
-            raise UsageError(f"{resume}/trainer_state.json: the run in there has {name} {before.get(name)}, this one "
+        if name in before and before[name] != now[name]:
+            raise UsageError(f"{resume}/trainer_state.json: the run in there has {name} {before[name]}, this one "
                              f"{now[name]}: go on as it was, or choose another output_dir")
 
 
@@ -1005,7 +1065,7 @@ def policy_and_reference(config, ds, parts):
         shared = module.why_not_shared() is None
         optimizer = make_optimizer(config, module, ds) if with_optimizer else None
         weights = weights_fingerprint(name, config.model_revision)
-        engine = deepspeed.initialize(model=module, optimizer=optimizer, config={**ds, "zero_optimization": zero})[0]
+        engine = start_engine(module, optimizer, {**ds, "zero_optimization": zero}, config.deepspeed)
         check_rows(engine, parts["train"][0], shared)
         return engine, weights, shared
 
@@ -1034,7 +1094,7 @@ def main(config, command_line=None):
     ds = engine_config(config, world)
     output = Path(config.output_dir)
     shared_output = is_shared(output)
-    check_same_run(config, output)
+    check_same_run(config, output, pairs_a_step(config, world))
     if all_gather((output / "summary.json").is_file())[0]:
         if rank() == 0:
             say(f"{output} is finished: {closing_line(read_summary(output / 'summary.json'))}")
@@ -1064,7 +1124,8 @@ def main(config, command_line=None):
         with writing(output):
             output.mkdir(parents=True, exist_ok=True)
         replace_text(output / "config.yaml", yaml.safe_dump(
-            {"config": dataclasses.asdict(config), "versions": versions()}, sort_keys=False, allow_unicode=True))
+            {"config": dataclasses.asdict(config), "pairs_a_step": schedule.step_pairs, "versions": versions()},
+            sort_keys=False, allow_unicode=True))
     dist.barrier()
     asker = oracle.Oracle(annotator, output / "labels.sqlite", config.max_queries, config.oracle != "dataset")
     if asker.ledger:
@@ -1073,11 +1134,11 @@ def main(config, command_line=None):
             say(f"{reused:,} answers of other runs are in the ledger, {of_ours:,} of them of pairs of this run")
     step, skipped, seconds_before, evaluation = 0, 0, 0.0, None
     sums = torch.zeros(10, dtype=torch.float64, device=device)  # metrics since the last log
-    start = {"processes": world, "ZeRO stage": ds["zero_optimization"].get("stage", 0), "pairs": train.fingerprint}
+    start = {"pairs a step": schedule.step_pairs, "pairs": train.fingerprint, "engine settings": decisive(ds)}
     if resume:
         state = read_state(resume)
         check_same_start(resume, state.get("start"), start)
-        engine.load_checkpoint(str(resume.parent), tag=resume.name)
+        shards.load(engine, resume)
         step, seconds_before, asker.state, evaluation = (state[k] for k in ("step", "wall_seconds", "oracle", "evaluation"))
         skipped = state.get("skipped", 0)  # in a row
         sums += torch.tensor(state["sums"], dtype=torch.float64, device=device) * (rank() == 0)
@@ -1378,6 +1439,15 @@ def leave_the_word_to_the_other(error):
     return 1
 
 
+def let_rank_0_speak_first():
+    """Before an error that all ranks may have alike is printed: rank 0 says it at once and ends, and its launcher then ends
+    the others while they wait here. What one of them has alone it says a little later."""
+    place = {name: int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK")}
+    if place["RANK"]:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(30 if place["LOCAL_RANK"] else 20)  # seconds; on each other host its first rank is the first
+
+
 def command(argv):
     """The command line. Returns the exit code: 0; 75 where answers are missing and the same command resumes; 2 where the
     user has to change something; 1 where training broke down. Behind 1 and 2 stands one line that says what is wrong."""
@@ -1395,6 +1465,7 @@ def command(argv):
         tqdm.write(f"error: {what}; then the same command goes on from the last checkpoint", file=sys.stderr)
         return 2
     except (UsageError, data.DataError, oracle.LedgerError, FloatingPointError) as error:
+        let_rank_0_speak_first()
         tqdm.write(f"error: {one_line(error)}", file=sys.stderr)  # a line of its own, whatever bar stands there
         return 1 if isinstance(error, FloatingPointError) else 2
     except OSError as error:  # what is not written here but by libraries: their caches

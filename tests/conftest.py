@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=2, help="kills of tests/test_kills.py")
+    parser.addoption("--offload", action="store_true", help="the test that compiles DeepSpeed's CPU Adam")
     parser.addoption("--examples", type=int, default=100, help="rows of each property of tests/test_bad_input.py")
     parser.addoption("--fuzz", type=int, default=150, help="mutated configs of tests/test_bad_input.py")
 
@@ -117,12 +118,12 @@ num_threads: 1
         assert run.code == check, f"exit code {run.code}\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
         return run
 
-    def start(processes=None, **keys):
+    def start(processes=None, stderr=subprocess.PIPE, **keys):
         """The command as a process of its own, under way."""
         argv = ["--config", str(default), *(f"--{key}={value}" for key, value in keys.items())]
         starter = launcher(processes) if processes else [sys.executable, "train.py"]
         return subprocess.Popen([*starter, *argv], cwd=ROOT, env=launcher_environment(), text=True, stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, start_new_session=True)
+                                stderr=stderr, start_new_session=True)
 
     launch.start = start
     return launch

@@ -262,6 +262,7 @@ def test_a_row_of_megabytes(tmp_path):
 
 @pytest.mark.parametrize("line, match", [
     ('{"prompt": ' + "7" * 5000 + "}", "not a JSON object .*digits"), ("[" * 100_000, "not a JSON object .*recursion"),
+    ('{"prompt": "p", "chosen": "c", "rejected": "r", "chosen": "d"}', "the key chosen stands there twice"),
     ('{"prompt": "p", "chosen": "c", "rejected": "r"', "not a JSON object"), ('"text"', "expected an object .* found str"),
     (json.dumps({"prompt": "p", "chosen": [user("u"), {"role": "\ud800", "content": "c"}], "rejected": "r"}),
      "field chosen, message 2: not valid Unicode"),
@@ -624,10 +625,31 @@ def test_what_yaml_allows_is_still_allowed(tmp_path):
     (b"[]", "expected an engine config"), (b'{"zero_optimization": 3}', "expected an engine config"),
     (b"\xff\xfe{", "cannot be read"), (b'{"gradient_clipping": 7}', "gradient_clipping is 7, but the YAML says 1.0"),
     (b"", "line 1: not JSON"),
+    (b'{"bf16": {"enabled": "auto"}, "bf16": {}}', "the key bf16 stands there twice"),
+    (b'{"zero_optimization": {"stage": 7}}', "field stage of DeepSpeedZeroConfig: Input should be .*, found 7"),
+    (b'{"zero_optimization": {"stage": 2, "buckets": 3}}', "field buckets of DeepSpeedZeroConfig: Extra inputs"),
+    (b'{"zero_optimization": {"offload_optimizer": 3}}', "field offload_optimizer of DeepSpeedZeroConfig: .*, found 3"),
+    (b'{"data_types": []}', "DeepSpeed cannot read it"),
+    (b'{"data_types": {"grad_accum_dtype": "fp8"}}', "DeepSpeed cannot start with it"),
+    (b'{"fp16": {"enabled": true}}', "fp16 cannot be honoured"),
+    (b'{"bfloat16": {"enabled": true}}', "bf16 is True, but the YAML says False"),
+    (b'{"torch_autocast": {"enabled": true}}', "torch_autocast cannot be honoured"),
+    (b'{"zero_optimization": {"stage": 2, "compute_grad_norm": "no"}}', "compute_grad_norm false cannot be honoured"),
+    (b'{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}', "device nvme cannot be honoured"),
 ])
 def test_engine_files_that_cannot_be(content, message, train, tmp_path):
     (tmp_path / "engine.json").write_bytes(content)
     assert_refused(train, f"engine\\.json.*{message}", deepspeed=tmp_path / "engine.json")
+
+
+@pytest.mark.parametrize("section, message", [
+    ({"enabled": "auto", "check_grad_overflow": "no"}, "bf16.check_grad_overflow false cannot be honoured: a step whose"),
+    ({"enabled": "auto", "bf16_master_weights_and_grads": True}, "bf16_master_weights_and_grads cannot be honoured"),
+    ({}, "bf16 is False, but the YAML says True; write"),
+])
+def test_engine_files_that_would_make_a_check_blind(section, message, train, tmp_path):
+    (tmp_path / "engine.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "bf16": section}))
+    assert_refused(train, f"engine\\.json.*{message}", deepspeed=tmp_path / "engine.json", bf16=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

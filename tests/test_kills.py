@@ -1,7 +1,8 @@
-"""`kill -9` of the run, of the labelling page and of both, at random moments, while a person labels.
+"""`kill -9` of the run, of the labelling page and of both, at random moments, while a person labels; and of a run in the
+reference pass, in an evaluation, in the middle of writing a checkpoint, and in the final save.
 
-    python -m pytest tests/test_kills.py               2 kills each (what CI runs)
-    python -m pytest tests/test_kills.py --kills 20    20 kills each, eight minutes; writes benchmarks/results/kills*.md
+    python -m pytest tests/test_kills.py               2 kills at random moments, 1 of each kind (what CI runs)
+    python -m pytest tests/test_kills.py --kills 20    20 kills, 5 of each kind; writes benchmarks/results/kills*.md
 
 No answer is lost, none is given twice, and the run ends with the labels, losses and weights of one that nobody killed.
 """
@@ -131,6 +132,83 @@ def test_nothing_is_lost_and_nothing_doubled(processes, request, train, tiny, tm
     if kills >= 20:
         write_report(killed, again, processes or 1)
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kinds of moments, seen by what the run has on disk and in its output
+
+def in_the_reference_pass(output, log, home):
+    return "reference log-probs (train)" in log.read_text() and not list(home.glob("adpo/reference-*.safetensors"))
+
+
+def in_an_evaluation(output, log, home):
+    """The row of step 4, 8, … is written, that of its evaluation is not."""
+    path = output / "metrics.jsonl"
+    last = path.read_text().splitlines()[-1:] if path.exists() else []
+    row = json.loads(last[0]) if last and last[0].endswith("}") else {"split": None}
+    return row["split"] == "train" and row["step"] % 4 == 0
+
+
+def in_the_middle_of_a_checkpoint(output, log, home):
+    """Not that of the start: the run is to come further from kill to kill."""
+    return bool(list(output.glob(".checkpoint/checkpoint-*/rank-*.pt"))) and bool(list(output.glob("checkpoint-*")))
+
+
+def in_the_final_save(output, log, home):
+    return (output / ".model").exists()
+
+
+MOMENTS = [in_the_reference_pass, in_an_evaluation, in_the_middle_of_a_checkpoint, in_the_final_save]
+
+
+def kill_at(moment, process):
+    """`kill -9` when the moment has come; the run is held while that is made sure of, so that it cannot be over."""
+    deadline = time.monotonic() + 240
+    while True:
+        assert process.poll() is None and time.monotonic() < deadline, moment
+        if moment():
+            os.killpg(process.pid, signal.SIGSTOP)
+            time.sleep(0.02)
+            if moment():
+                os.killpg(process.pid, signal.SIGKILL)
+                return process.wait()
+            os.killpg(process.pid, signal.SIGCONT)
+
+
+@pytest.fixture(scope="module")
+def killed_at(request):
+    """{moment: kills}, for the report of the long form."""
+    kills = {}
+    yield kills
+    if request.config.getoption("--kills") >= 20 and len(kills) == len(MOMENTS):
+        lines = ["# kill -9 at moments of each kind", "", "    python -m pytest tests/test_kills.py --kills 20", "",
+                 "Each kill was followed by the same command again. Metrics, labels and final weights are those of a run "
+                 "that nobody killed, to the last bit.", "", "| moment | kills |", "| --- | --: |",
+                 *(f"| {moment.__name__.replace('_', ' ')} | {n} |" for moment, n in kills.items()), ""]
+        (ROOT / "benchmarks" / "results" / "kills_by_kind.md").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_killed_at_any_kind_of_moment_ends_as_if_nobody_had(moment, request, train, tmp_path, monkeypatch, killed_at):
+    keys = dict(max_steps=12, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=4, save_total_limit=2)
+    whole = train("whole", **keys)
+    output, log, home = tmp_path / "run", tmp_path / "log", tmp_path / "home"
+    monkeypatch.setenv("HF_HOME", str(home))  # a cache of its own, or there would be no reference pass
+    for _ in range(max(1, request.config.getoption("--kills") // len(MOMENTS))):
+        with open(log, "w") as file:
+            run = train.start(stderr=file, output_dir=output, **keys)
+        kill_at(lambda: moment(output, log, home), run)
+        run.communicate()
+        killed_at[moment] = killed_at.get(moment, 0) + 1
+    again = train("again", output_dir=output, **keys)
+    assert again.ledger() == whole.ledger()
+    rows = [[{k: v for k, v in row.items() if k != "tokens_per_second"} for row in r.rows() + r.rows("eval")]
+            for r in (whole, again)]
+    assert rows[0] == rows[1] and len(rows[0]) == 12 + 3
+    weights = [r.weights() for r in (whole, again)]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 def count(output):
     """Answers in the ledger at the moment."""

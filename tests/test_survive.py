@@ -20,8 +20,10 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from conftest import ROOT, Run, launcher, launcher_environment
 from safetensors.torch import load_file
+from test_train import assert_same_weights
 
 import adpo
 import oracle
@@ -74,7 +76,7 @@ def stopped(whole, tmp_path):
     return folder
 
 
-MODEL, STATE = "mp_rank_00_model_states.pt", "trainer_state.json"
+MODEL, STATE = "rank-00000.pt", "trainer_state.json"
 
 
 @pytest.mark.parametrize("harm, problem", [
@@ -250,6 +252,11 @@ def test_an_error_of_rank_0_alone_ends_the_other_and_gives_the_exit_code(broken_
         """)
     assert run.code == 2 and errors(run) == ["error: what rank 0 has to say"]
     assert "rank 1: stopped, another rank is gone (" in run.stderr
+
+
+def test_an_error_that_all_ranks_have_is_printed_once(train):
+    run = train("alike", processes=2, check=2, gamma=-1)
+    assert len(errors(run)) == 1 and "gamma" in errors(run)[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -495,8 +502,8 @@ def test_what_is_free_may_change(train, whole, stopped):
     assert run.ledger() == whole.ledger() and run.losses() == pytest.approx(whole.losses(), rel=1e-5)
 
 
-def test_the_engine_the_processes_and_the_pairs_may_not_change(train, tiny, stopped, engine_configs):
-    """Where the config is the same, and yet: the engine's file at the same place, another number of processes, the data."""
+def test_the_pairs_of_a_step_the_engine_and_the_data_may_not_change(train, tiny, stopped, engine_configs):
+    """Where the free keys or what the config names have changed: the cut of a step, the engine's file, the data."""
     engine, train_file = stopped / "engine.json", stopped / "pairs" / "train.jsonl"
     engine.write_text(engine_configs[2].read_text())
     shutil.copytree(tiny / "pairs", stopped / "pairs")
@@ -506,17 +513,116 @@ def test_the_engine_the_processes_and_the_pairs_may_not_change(train, tiny, stop
 
     def refused(*words, **changed):
         run = train("other-start", check=2, **keys | changed)
-        assert all(word in "\n".join(errors(run)) for word in (f"{stopped}/run/", *words)), run.stderr
+        assert len(errors(run)) == 1 and all(word in errors(run)[0] for word in (f"{stopped}/run/", *words)), run.stderr
 
-    engine.write_text(engine_configs[3].read_text())
-    refused("checkpoint-6/trainer_state.json: the run in there has ZeRO stage 0, this one 3: ")  # 2, in one fp32 process
-    engine.write_text(engine_configs[2].read_text())
+    settings = json.loads(engine.read_text())
+    engine.write_text(json.dumps(settings | {"prescale_gradients": True}))
+    refused("checkpoint-6/trainer_state.json: the run in there has engine settings ", "'prescale_gradients': True}: go on")
+    engine.write_text(json.dumps(settings))
     lines = train_file.read_text().splitlines(keepends=True)
     train_file.write_text("".join(lines[1:] + lines[:1]))  # the same pairs in another order
     refused("checkpoint-6/trainer_state.json: the run in there has pairs ")
     train_file.write_text("".join(lines))
-    refused("checkpoint-6/trainer_state.json: the run in there has processes 1, this one 2: ", processes=2)
+    refused("config.yaml: the run in there has 8 pairs a step, this one 24 (", gradient_accumulation_steps=3)
     train("as-it-was", **keys)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other ranks, another ZeRO stage, another micro-batch on resume
+
+CUT_8 = {1: dict(per_device_train_batch_size=4, gradient_accumulation_steps=2),
+         2: dict(per_device_train_batch_size=2, gradient_accumulation_steps=2)}  # processes: a step of 8 pairs
+
+
+@pytest.fixture(scope="module")
+def undisturbed(train, engine_configs):
+    """{(stage, bf16): an undisturbed run of one process with the checkpoints 3 and 6}, made when it is asked for."""
+    runs = {}
+
+    def get(stage, bf16):
+        if (stage, bf16) not in runs:
+            runs[stage, bf16] = train("undisturbed", None, deepspeed=engine_configs[stage], bf16=bf16, **CUT_8[1] | RESHARD)
+        return runs[stage, bf16]
+    return get
+
+
+RESHARD = dict(max_steps=6, save_strategy="steps", save_steps=3, max_train_samples=42)
+
+
+def stop_at_3(run, folder):
+    """A copy of a run as it was when checkpoint 3 had been written."""
+    shutil.copytree(run.output, folder, ignore=shutil.ignore_patterns("checkpoint-6", "summary.json", "model.safetensors"))
+    return folder
+
+
+def assert_near(one, other, bf16):
+    """Losses, queries and weights of two runs, within the dtype's tolerance."""
+    assert one.losses() == pytest.approx(other.losses(), rel=1e-2 if bf16 else 1e-5)
+    if not bf16:
+        assert one.ledger() == other.ledger()
+    assert_same_weights(one.weights(), other.weights(), 5e-3 if bf16 else 1e-5)
+
+
+@pytest.mark.parametrize("bf16, before, after", [
+    (False, 2, 0), (False, 0, 1), (False, 1, 3), (False, 3, 2), (True, 1, 2), (True, 2, 3), (True, 3, 1)])
+def test_the_zero_stage_may_change_on_resume(bf16, before, after, train, undisturbed, engine_configs, tmp_path):
+    """Of one process. What goes on with the stage that it had is the same to the last bit."""
+    whole = undisturbed(before, bf16)
+    for stage in (before, after):
+        folder = stop_at_3(whole, tmp_path / f"to-{stage}")
+        again = train("resharded", output_dir=folder, deepspeed=engine_configs[stage], bf16=bf16, **CUT_8[1] | RESHARD)
+        assert f"resumed from {folder}/checkpoint-3 at step 3 of 6" in again.stdout
+        if stage == before:
+            assert_same_run(again, whole)
+        else:
+            assert_near(again, whole, bf16)
+
+
+@pytest.mark.parametrize("bf16, processes, before, after", [
+    (False, (2, None), 2, (0, 1, 3)), (False, (None, 2), 0, (3,)), (True, (2, None), 3, (1, 2)), (True, (None, 2), 1, (2,))])
+def test_the_number_of_ranks_may_change_on_resume(bf16, processes, before, after, train, undisturbed, engine_configs,
+                                                  tmp_path):
+    """Of a run of 42 pairs in steps of 8, the last of which has 2."""
+    whole = undisturbed(before, bf16)
+    if processes[0]:
+        first = train("before", 2, deepspeed=engine_configs[before], bf16=bf16, **CUT_8[2] | RESHARD)
+        assert_near(first, whole, bf16)
+    else:
+        first = whole
+    for stage in after:
+        folder = stop_at_3(first, tmp_path / f"to-{stage}")
+        again = train("resharded", processes[1], output_dir=folder, deepspeed=engine_configs[stage], bf16=bf16,
+                      **CUT_8[processes[1] or 1] | RESHARD)
+        assert f"resumed from {folder}/checkpoint-3 at step 3 of 6" in again.stdout
+        assert_near(again, whole, bf16)
+
+
+def test_a_checkpoint_of_another_model_is_refused(train, whole, stopped):
+    """And so is one whose file of another rank is not there: it says how much of which parameter it has."""
+    held = torch.load(stopped / "checkpoint-4" / MODEL, weights_only=True)
+    state = json.loads((stopped / "checkpoint-4" / STATE).read_text())
+    del state["files"], state["checksum"]
+    (stopped / "checkpoint-4" / STATE).write_text(json.dumps(state))
+    held["flats"] = held["flats"][1:]
+    torch.save(held, stopped / "checkpoint-4" / MODEL)
+    run = train("another-model", output_dir=stopped, check=2, **SAVING)
+    assert len(errors(run)) == 1 and f"{stopped}/checkpoint-4: its files rank-*.pt hold 0 of the " in errors(run)[0]
+
+
+def test_nothing_that_is_hidden_in_a_checkpoint_is_run(train, stopped, tmp_path):
+    """A pickle that would make a file, behind checksums that are right."""
+    class Hidden:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "it-ran"),)
+
+    held = torch.load(stopped / "checkpoint-4" / MODEL, weights_only=True)
+    torch.save(held | {"hidden": Hidden()}, stopped / "checkpoint-4" / MODEL)
+    state = json.loads((stopped / "checkpoint-4" / STATE).read_text())
+    del state["files"], state["checksum"]
+    (stopped / "checkpoint-4" / STATE).write_text(json.dumps(state))
+    run = train("hidden", output_dir=stopped, check=2, **SAVING)
+    assert len(errors(run)) == 1 and f"checkpoint-4/{MODEL}: " in errors(run)[0] and "os.mkdir" not in run.stdout
+    assert not (tmp_path / "it-ran").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -143,6 +143,28 @@ def test_a_step_does_not_depend_on_how_it_is_cut(name, processes, stage, micro, 
     assert_same_weights(run.weights(), launched.weights(), 1e-5)
 
 
+def test_an_optimiser_in_host_memory_changes_nothing(request, train, engine_configs, tmp_path):
+    """Steps of many micro-batches, more of them in long ones than the config says and more in the second epoch than in the
+    first: DeepSpeed has to add them all up. And one checkpoint for both optimisers: each goes on from the other's."""
+    if not request.config.getoption("--offload"):
+        pytest.skip("compiles DeepSpeed's CPU Adam, a minute or more: --offload")
+    engine = json.loads(engine_configs[2].read_text())
+    engine["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    (tmp_path / "offload.json").write_text(json.dumps(engine))
+    keys = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, micro_batch_tokens=100, max_steps=20,
+                save_strategy="steps", save_steps=10)
+    here, there = (train("host-memory", deepspeed=path, **keys) for path in (engine_configs[2], tmp_path / "offload.json"))
+    assert there.losses() == pytest.approx(here.losses(), rel=1e-4) and there.ledger() == here.ledger()
+    assert_same_weights(there.weights(), here.weights(), 1e-4)
+    for first, path in ((here, tmp_path / "offload.json"), (there, engine_configs[2])):
+        folder = tmp_path / first.output.name
+        shutil.copytree(first.output, folder, ignore=shutil.ignore_patterns("checkpoint-20", "summary.json"))
+        again = train("other-memory", output_dir=folder, deepspeed=path, **keys)
+        assert "checkpoint-10 at step 10 of 20" in again.stdout
+        assert again.losses() == pytest.approx(here.losses(), rel=1e-4) and again.ledger() == here.ledger()
+        assert_same_weights(again.weights(), here.weights(), 1e-4)
+
+
 def test_bf16_with_checkpointing_stays_near_fp32(train, launched):
     run = train("bf16", bf16=True, gradient_checkpointing=True)
     assert run.losses() == pytest.approx(launched.losses(), abs=0.02)

@@ -1,0 +1,227 @@
+"""The same run in each way that it can be cut: ZeRO 0 to 3, fp32 and bf16, 1 and 2 processes, accumulation, checkpointing.
+
+    python benchmarks/scale.py                                    all 96 runs, some ten minutes on two cores
+    python benchmarks/scale.py --outputs DIR --results FILE       goes on from the runs that are in DIR already
+
+A tiny random model and 42 pairs in steps of 8, so that the last step of an epoch has 2, for two epochs, by the real
+launcher. Each run is compared with that of its dtype by one process without accumulation and checkpointing at ZeRO 0 (which
+in bf16 runs as ZeRO 1; one process in fp32 runs ZeRO 1 and 2 as ZeRO 0): losses and margins of each step, each answer in the
+ledger, final weights. A run's answers and pseudo-labels of its first epoch must add up to the number of pairs.
+
+What the precision of a dtype is: in fp32 the limits below; in bf16 the distance of the reference from the fp32 reference,
+for rounding moves a bf16 run that far whatever it is compared with.
+
+Writes benchmarks/results/scale.md. Exit code 0: all runs are within their dtype's precision; 1: one is not, and the table
+says which; 2: it could not be run.
+"""
+
+import argparse
+import contextlib
+import importlib.metadata
+import io
+import itertools
+import json
+import os
+import platform
+import random
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+STEP_PAIRS, PAIRS, EPOCHS = 8, 42, 2
+STEPS_AN_EPOCH = -(-PAIRS // STEP_PAIRS)
+ASPECTS = ("bf16", "processes", "stage", "accumulation", "checkpointing")
+RUNS = list(itertools.product((False, True), (1, 2), range(4), (1, 2, 4), (False, True)))
+REFERENCE = {bf16: (bf16, 1, 0, 1, False) for bf16 in (False, True)}
+FP32_LIMITS = {"loss": 1e-5, "margins": 1e-4, "answers": 0, "weights": 1e-5}
+
+
+class Stop(Exception):
+    """The benchmark cannot be run; the message says why. Exit code 2."""
+
+
+def make_task(folder):
+    """A random model of the toy task and its pairs, labelled by the gold reward."""
+    import torch
+    import transformers
+
+    import toy
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    tokenizer = toy.make_tokenizer()
+    toy.make_model(tokenizer).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rng = random.Random(0)
+    with open(folder / "train.jsonl", "w", encoding="utf-8") as file:
+        for _ in range(PAIRS):
+            a, b = (toy.write_response(rng) for _ in "ab")
+            file.write(json.dumps({"prompt": f"review of the {rng.choice(toy.PLACES)} :", "response_a": a,
+                                   "response_b": b, "label": "ab"[toy.gold_reward(a) < toy.gold_reward(b)]}) + "\n")
+
+
+def output_of(folder, run):
+    return folder / "runs" / "-".join(f"{name}_{int(value)}" for name, value in zip(ASPECTS, run))
+
+
+def missing(folder, processes):
+    """The runs of so many processes that are not there yet."""
+    return [run for run in RUNS if run[1] == processes and not (output_of(folder, run) / "summary.json").exists()]
+
+
+def argv_of(folder, run):
+    """The command line of a run."""
+    bf16, processes, stage, accumulation, checkpointing = run
+    keys = dict(output_dir=output_of(folder, run), deepspeed=folder / f"zero{stage}.json", bf16=bf16,
+                gradient_checkpointing=checkpointing, gradient_accumulation_steps=accumulation,
+                per_device_train_batch_size=STEP_PAIRS // processes // accumulation)
+    return ["--config", str(folder / "run.json"), *(f"--{name}={value}" for name, value in keys.items())]
+
+
+def write_configs(folder):
+    """The engine's file of each ZeRO stage, and what all runs have in common."""
+    engine = json.loads((ROOT / "ds_config.json").read_text(encoding="utf-8"))
+    for stage in range(4):
+        engine["zero_optimization"]["stage"] = stage
+        (folder / f"zero{stage}.json").write_text(json.dumps(engine), encoding="utf-8")
+    (folder / "run.json").write_text(json.dumps(dict(  # JSON is YAML
+        model_name_or_path=str(folder / "model"), dataset_mixer={str(folder / "train.jsonl"): 1.0},
+        num_train_epochs=EPOCHS, learning_rate=2e-3, warmup_ratio=0.0, gamma=0.2, max_prompt_length=16, max_length=64,
+        logging_steps=1, save_strategy="no", do_eval=False, num_threads=1)), encoding="utf-8")
+
+
+def launch(folder, processes):
+    """All runs of so many processes that are not there yet, under one launcher, which spares most of their start. Raises
+    Stop where one fails."""
+    for run in missing(folder, processes):
+        shutil.rmtree(output_of(folder, run), ignore_errors=True)
+    if not missing(folder, processes):
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(["deepspeed", "--num_gpus", str(processes), "--master_port", str(port), __file__, "--outputs",
+                           str(folder), "--rank"], cwd=ROOT, env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"})
+    if done.returncode or missing(folder, processes):
+        raise Stop(f"{processes} processes: exit code {done.returncode}")
+
+
+def work(folder):
+    """What each rank does: train.py's own command line, run after run. Returns the first exit code that is not 0."""
+    from train import command
+    todo = missing(folder, int(os.environ["WORLD_SIZE"]))
+    for run in tqdm(todo, desc=f"runs of {os.environ['WORLD_SIZE']}", disable=os.environ["RANK"] != "0"):
+        with contextlib.redirect_stdout(io.StringIO()):
+            code = command(argv_of(folder, run))
+        if code:
+            return code
+    return 0
+
+
+def result(output):
+    """What a run left: its rows, answers and weights, and how often it labelled a pair in its first epoch."""
+    from safetensors.torch import load_file
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    ledger = sqlite3.connect(output / "labels.sqlite")
+    answers = dict(ledger.execute("SELECT pair, label * (step + 1) FROM answers"))
+    ledger.close()
+    epoch = rows[STEPS_AN_EPOCH - 1]
+    return {"rows": rows, "answers": answers, "labelled": epoch["queries"] + epoch["pseudo_labels"],
+            "weights": load_file(output / "model.safetensors")}
+
+
+def difference(one, other):
+    """{what: largest difference} of two results. Losses and margins are absolute; answers: how many pairs were answered by
+    one alone, or at another step; weights: norm of the difference against that of the weights."""
+    import torch
+    flat = [torch.cat([r["weights"][name].double().flatten() for name in sorted(r["weights"])]) for r in (one, other)]
+
+    def largest(name):
+        return max(abs(a[name] - b[name]) for a, b in zip(one["rows"], other["rows"], strict=True))
+    return {"loss": largest("loss"), "margins": largest("rewards/margins"),
+            "answers": sum(one["answers"].get(pair) != other["answers"].get(pair)
+                           for pair in one["answers"] | other["answers"]),
+            "weights": ((flat[0] - flat[1]).norm() / flat[1].norm()).item()}
+
+
+def outside(found, limits, labelled):
+    """What of a run is out of its dtype's precision."""
+    return [name for name, value in found.items() if value > limits[name]] + ["pairs"] * (labelled != PAIRS)
+
+
+def report(found, limits, labelled):
+    """The table, in Markdown, and whether all is well. found: {run: differences}."""
+    bad = {run: out for run in found if (out := outside(found[run], limits[run[0]], labelled[run]))}
+    verdict = (f"**Verdict: the same.** All {len(found)} runs are within their dtype's precision, and the answers and "
+               f"pseudo-labels of the first epoch of each add up to {PAIRS}." if not bad else
+               f"**Verdict: not the same.** {len(bad)} of {len(found)} runs are out of their dtype's precision: "
+               + "; ".join(f"{describe(run)} ({', '.join(out)})" for run, out in bad.items()) + ".")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "deepspeed"))
+    lines = ["# One run, cut in every way", "", "Made by", "", "    python benchmarks/scale.py", "", verdict, "",
+             "Largest difference from the reference of the dtype, over all the runs:", "",
+             "| | loss | margins | answers that differ | weights, relative |", "| --- | --: | --: | --: | --: |"]
+    for bf16, dtype in ((False, "fp32"), (True, "bf16")):
+        worst = {name: max(found[run][name] for run in found if run[0] == bf16) for name in FP32_LIMITS}
+        lines += [f"| {dtype}, largest | {cells(worst)} |", f"| {dtype}, limit | {cells(limits[bf16])} |"]
+    lines += ["", f"- {PAIRS} pairs in steps of {STEP_PAIRS}, {EPOCHS} epochs: the last step of an epoch has "
+              f"{PAIRS % STEP_PAIRS} pairs", "- the reference: one process, no accumulation, no checkpointing, ZeRO 0 (in "
+              "bf16 it runs as ZeRO 1; one process in fp32 runs ZeRO 1 and 2 as ZeRO 0)",
+              "- the limit of bf16 is the distance of its reference from that of fp32",
+              "- answers: pairs that one run asked and the other did not, or at another step; a margin beside γ decides",
+              f"- {versions}; CPU, one thread a process; Python {platform.python_version()}", "",
+              "| dtype | processes | ZeRO | accumulation | checkpointing | loss | margins | answers that differ | weights, "
+              "relative | |", "| --- | --: | --: | --: | --- | --: | --: | --: | --: | --- |"]
+    for run, differences in found.items():
+        bf16, processes, stage, accumulation, checkpointing = run
+        lines.append(f"| {'bf16' if bf16 else 'fp32'} | {processes} | {stage} | {accumulation} | "
+                     f"{'on' if checkpointing else 'off'} | {cells(differences)} | {', '.join(bad.get(run, ()))} |")
+    return "\n".join([*lines, ""]), not bad
+
+
+def cells(differences):
+    return " | ".join(f"{value}" if name == "answers" else f"{value:.1e}" for name, value in differences.items())
+
+
+def describe(run):
+    bf16, processes, stage, accumulation, checkpointing = run
+    return (f"{'bf16' if bf16 else 'fp32'}, ZeRO {stage}, {processes} process{'es' * (processes > 1)}, accumulation "
+            f"{accumulation}, checkpointing {'on' if checkpointing else 'off'}")
+
+
+def main(options):
+    folder = Path(options.outputs).resolve()
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("HF_HOME", str(folder / "hf"))
+    if not (folder / "train.jsonl").exists():
+        make_task(folder)
+    write_configs(folder)
+    for processes in (1, 2):
+        launch(folder, processes)
+    results = {run: result(output_of(folder, run)) for run in RUNS}
+    limits = {False: FP32_LIMITS, True: difference(results[REFERENCE[True]], results[REFERENCE[False]])}
+    found = {run: difference(results[run], results[REFERENCE[run[0]]]) for run in RUNS}
+    text, well = report(found, limits, {run: results[run]["labelled"] for run in RUNS})
+    Path(options.results).write_text(text, encoding="utf-8")
+    print(text.partition("\n- ")[0])
+    return 0 if well else 1
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--outputs", default=str(ROOT / "outputs" / "scale"), help="folder of the runs")
+    parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results" / "scale.md"))
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)  # one of the launcher's ranks
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher's own
+    options = parser.parse_args()
+    try:
+        sys.exit(work(Path(options.outputs)) if options.rank else main(options))
+    except Stop as stop:
+        print(f"error: {stop}", file=sys.stderr)
+        sys.exit(2)
