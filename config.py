@@ -19,6 +19,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
 
 import adpo
@@ -46,6 +47,18 @@ class Config:
                                   choices=(None, "auto", "bfloat16", "float32"))
     attn_implementation: str | None = key(None, "attention of transformers: eager, sdpa, flash_attention_2, …")
     trust_remote_code: bool = key(False, "run code that comes with the model")
+    # Adapter (peft)
+    use_peft: bool = key(False, "train a LoRA adapter in place of all weights")
+    lora_r: int = key(16, "rank of the adapter", low=1)
+    lora_alpha: int = key(32, "the adapter's output is multiplied by lora_alpha / lora_r", low=1)
+    lora_dropout: float = key(0.0, "0; anything else is refused", low=0, high=1)
+    lora_target_modules: list[str] | None = key(None, "layers that get one, or all-linear; null: as peft has "
+                                                      "it for this kind of model")
+    lora_modules_to_save: list[str] | None = key(None, "layers that are trained whole and saved with the adapter")
+    merge_adapter: bool = key(False, "save a plain model, the adapter merged into its weights")
+    load_in_4bit: bool = key(False, "hold the frozen weights in 4 bits (bitsandbytes, on a GPU)")
+    bnb_4bit_quant_type: str = key("nf4", "how 4 bits are read", choices=("nf4", "fp4"))
+    use_bnb_nested_quant: bool = key(False, "quantise the constants of the quantisation too")
     # Data
     dataset_mixer: dict[str, float] = key(None, "source: share of its training pairs; a hub id, a folder or a file")
     dataset_splits: list[str] = key(["train", "test"], "splits to use; names with `train` are for training")
@@ -140,17 +153,17 @@ ALIASES = {"Gamma": "gamma", "evaluation_strategy": "eval_strategy", "dtype": "t
 
 # Keys of the recipes that this project does not do. Their "off" value is accepted.
 REFUSED = {
-    "use_peft": "adapters are not supported; all weights are trained",
-    "load_in_4bit": "quantised training is not supported",
-    "load_in_8bit": "quantised training is not supported",
+    "use_dora": "the adapter is plain LoRA",
+    "use_rslora": "the adapter is plain LoRA",
+    "load_in_8bit": "weights are loaded whole, or in 4 bits",
     "fp16": "float16 needs loss scaling, which skips steps; use bf16",
     "packing": "a row holds one pair",
     "sync_ref_model": "the reference is fixed, which is what makes its log-probs cacheable",
     "reference_free": "without a reference there is no implicit reward to gate by",
     "precompute_ref_log_probs": None,  # always on: accepted when true
 }
-# Settings of adapters that recipes carry along: without use_peft they mean nothing.
-ADAPTER_KEYS = ("lora_", "bnb_4bit_", "use_bnb_")
+# Keys of the recipes of which one value alone can be honoured.
+FIXED = {"lora_task_type": "CAUSAL_LM", "bnb_4bit_quant_storage": "uint8"}
 
 # What may differ between a checkpoint and the run that resumes it: none of it changes what is computed.
 FREE_ON_RESUME = {"logging_steps", "logging_first_step", "log_level", "eval_strategy", "eval_steps", "eval_on_start",
@@ -251,8 +264,10 @@ def resolve_key(name, value, place):
     name = ALIASES.get(name, name)
     if name in known:
         return name
-    if name.startswith(ADAPTER_KEYS):
-        return None
+    if name in FIXED:
+        if str(value) == FIXED[name]:
+            return None
+        raise UsageError(f"{place}: {name}={shown(value)} cannot be honoured: it is {FIXED[name]}")
     if name in REFUSED:
         off = str(value).lower() in ("false", "no", "0", "none", "null", "")
         if off == (name != "precompute_ref_log_probs"):
@@ -373,6 +388,7 @@ def check_config(config, path):
         raise UsageError(f"{path}: {refusal}")
     if config.label_smoothing and config.loss_type != "sigmoid":
         raise UsageError(f"{path}: label_smoothing is defined for loss_type sigmoid, not {config.loss_type}")
+    check_adapter(config, path)
     if config.torch_dtype == "bfloat16" and not config.bf16:
         raise UsageError(f"{path}: torch_dtype bfloat16 needs bf16: true, which trains with fp32 weights in the optimiser")
     if config.max_steps == 0 or config.num_train_epochs == 0:
@@ -398,6 +414,23 @@ def check_config(config, path):
         from huggingface_hub import get_token
         if get_token() is None:
             raise UsageError(f"{path}: push_to_hub needs a login: run `hf auth login`, or say --push_to_hub=false")
+
+
+def check_adapter(config, path):
+    """What an adapter and 4 bits need. Raises UsageError."""
+    for name in ("merge_adapter", "load_in_4bit"):
+        if getattr(config, name) and not config.use_peft:
+            raise UsageError(f"{path}: {name} goes with use_peft: true, which trains an adapter")
+    if not config.use_peft:
+        return
+    if importlib.util.find_spec("peft") is None:
+        raise UsageError(f"{path}: use_peft needs the package peft: pip install -r requirements-extra.txt")
+    if config.lora_dropout:
+        raise UsageError(f"{path}: lora_dropout={config.lora_dropout} cannot be honoured: the gate reads the margin that is "
+                         "trained on, and dropout would make it noise; say lora_dropout: 0")
+    if config.load_in_4bit and (importlib.util.find_spec("bitsandbytes") is None or not torch.cuda.is_available()):
+        raise UsageError(f"{path}: load_in_4bit needs a GPU and the package bitsandbytes (pip install bitsandbytes); "
+                         "without them say load_in_4bit: false")
 
 
 def help_text():

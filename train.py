@@ -19,6 +19,7 @@ import errno
 import gc
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -158,9 +159,10 @@ def check_models(config, tokenizer):
     names = transformers.models.auto.modeling_auto
     tokens = max(tokenizer.get_vocab().values()) + 1
     for name in filter(None, (config.model_name_or_path, config.ref_model_name_or_path)):
+        name, revision, _ = resolve_model(config, name)
         try:
             model = transformers.AutoConfig.from_pretrained(
-                name, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
+                name, revision=revision, trust_remote_code=config.trust_remote_code)
         except Exception as error:  # as above
             raise cannot_load("model", name, error)
         decoder = getattr(model, "is_decoder", False) or getattr(model, "is_encoder_decoder", False)
@@ -178,19 +180,86 @@ def one_line(error):
     return " ".join(str(error).split())
 
 
-def load_model(config, name):
-    """The causal LM inside the module that the engine wraps, in the dtype that it is trained in, dropout off."""
-    torch.manual_seed(config.seed)
+def resolve_model(config, name):
+    """(model, its revision, None); of an adapter, (the model that it was trained on, its revision, the adapter's folder)."""
+    try:
+        path = transformers.utils.find_adapter_config_file(name, revision=config.model_revision)
+        if path is None:
+            return name, config.model_revision, None
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        base, revision = settings["base_model_name_or_path"], settings.get("revision") or "main"
+    except Exception as error:  # as above
+        raise cannot_load("model", name, error)
+    if importlib.util.find_spec("peft") is None:
+        raise UsageError(f"model {name}: is an adapter, which needs the package peft: pip install -r requirements-extra.txt")
+    return base, revision, Path(path).parent
+
+
+def load_weights(config, name, revision, in_4bit=False):
+    """The causal LM, in the dtype that it is trained in."""
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    quantised = {}
+    if in_4bit:
+        quantised = {"device_map": {"": get_accelerator().current_device_name()},
+                     "quantization_config": transformers.BitsAndBytesConfig(
+                         load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+                         bnb_4bit_use_double_quant=config.use_bnb_nested_quant)}
     try:
         lm, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            name, revision=config.model_revision, dtype=torch.bfloat16 if config.bf16 else torch.float32,
-            output_loading_info=True,
+            name, revision=revision, dtype=dtype, output_loading_info=True, **quantised,
             attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code, use_safetensors=True)
     except Exception as error:  # as above
         raise cannot_load("model", name, error)
     if loading["missing_keys"]:  # transformers draws them at random
         raise UsageError(f"model {name}: its weights lack {sorted(loading['missing_keys'])[0]} "
                          f"({len(loading['missing_keys'])} in all); it takes a causal language model, saved whole")
+    return lm
+
+
+def add_adapter(config, lm):
+    """Put LoRA weights into the layers of `lm`, in place, and freeze all others. Their output is 0 until they are trained,
+    so that the policy before its first step is the model that was loaded."""
+    import peft
+    targets = config.lora_target_modules
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets, modules_to_save=config.lora_modules_to_save)
+    try:
+        peft.get_peft_model(lm, settings)
+    except ValueError as error:
+        raise UsageError(f"lora_target_modules {targets}: {one_line(error)}; layers of {type(lm).__name__} are needed, or "
+                         "all-linear")
+
+
+def load_adapter(config, lm, name, trained):
+    """`lm` with the adapter `name` in its layers, to be trained further; where all weights are trained, merged into them."""
+    import peft
+    try:
+        adapted = peft.PeftModel.from_pretrained(lm, name, revision=config.model_revision, is_trainable=config.use_peft)
+        if not config.use_peft:
+            return adapted.merge_and_unload()
+    except Exception as error:  # as above
+        raise cannot_load("adapter", name, error)
+    if not trained:
+        return lm
+    settings = lm.peft_config["default"]
+    if settings.peft_type != "LORA":
+        raise UsageError(f"adapter {name}: its kind is {settings.peft_type}, and LoRA alone is trained further; with "
+                         "use_peft: false it is merged, and all weights are trained")
+    say(f"the adapter {name} is trained further, as it is (rank {settings.r}, alpha {settings.lora_alpha}); the lora_ keys "
+        "make a new one")
+    return lm
+
+
+def load_model(config, name, trained=True):
+    """The causal LM inside the module that the engine wraps, with its adapter where one is trained, dropout off."""
+    torch.manual_seed(config.seed)
+    base, revision, adapter = resolve_model(config, name)
+    lm = load_weights(config, base, revision, config.load_in_4bit)
+    if adapter:
+        lm = load_adapter(config, lm, name, trained)
+    elif config.use_peft and trained:
+        add_adapter(config, lm)
     for module in lm.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -204,13 +273,22 @@ def load_model(config, name):
     return adpo.PairLogps(lm, config.logits_chunk_size)
 
 
-def weights_fingerprint(module, name):
-    """Hash of a model's weights: the commit of a hub model, the content of a folder's files."""
+def weights_fingerprint(config, module, name):
+    """Hash of a model's weights: the commit of a hub model, the content of a folder's files. Of an adapter, of both."""
+    base, _, adapter = resolve_model(config, name)
     commit = getattr(module.lm.config, "_commit_hash", None)
-    if commit and not Path(name).exists():
-        return f"{name}@{commit}"
+    found = f"{base}@{commit}" if commit and not Path(base).exists() else folder_fingerprint(base)
+    if adapter:
+        found += f" + {folder_fingerprint(adapter)}"
+    if config.load_in_4bit:
+        found += f", {config.bnb_4bit_quant_type}{' nested' if config.use_bnb_nested_quant else ''}"
+    return found
+
+
+def folder_fingerprint(folder):
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted([*Path(name).glob("*.safetensors"), Path(name) / "config.json"]):
+    names = [name for name in ("config.json", "adapter_config.json") if (Path(folder) / name).is_file()]
+    for path in sorted([*Path(folder).glob("*.safetensors"), *(Path(folder) / name for name in names)]):
         with open(path, "rb") as file:
             while block := file.read(1 << 24):
                 digest.update(block)
@@ -551,7 +629,8 @@ def save_checkpoint(engine, output, state, limit):
         shutil.rmtree(aside, ignore_errors=True)
     dist.barrier()
     with writing(output / name, aside):
-        engine.save_checkpoint(str(aside), tag=name, save_latest=False)
+        # Frozen weights stay where they were loaded from: a checkpoint of an adapter is small.
+        engine.save_checkpoint(str(aside), tag=name, save_latest=False, exclude_frozen_parameters=True)
         dist.barrier()
         state = state | {"files": checksums(aside / name)}
     if rank() == 0:
@@ -645,10 +724,34 @@ def check_same_start(resume, before, now):
                              f"{now[name]}: go on as it was, or choose another output_dir")
 
 
-def save_model(engine, tokenizer, output, card):
-    """The trained model in Hugging Face form, gathered over ranks; each file is put in place when it is complete."""
+def save_adapter(config, lm, state, folder):
+    """The adapter as PeftModel.from_pretrained reads it; with merge_adapter, the plain model, the adapter in its weights.
+
+    state: {name: weight} of all that was trained.
+    """
+    import peft
+    settings = lm.peft_config["default"]
+    settings.inference_mode = True  # who loads it wants it as it is
+    weights = peft.get_peft_model_state_dict(lm, state, save_embedding_layers=False)
+    folder.mkdir()
+    save_file({f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()},
+              folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings.save_pretrained(folder)
+    if config.merge_adapter:  # into the model as it was loaded, not into the 4 bits of it
+        base, revision, _ = resolve_model(config, config.model_name_or_path)
+        merged = peft.PeftModel.from_pretrained(load_weights(config, base, revision), folder).merge_and_unload()
+        merged.save_pretrained(folder)
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            (folder / name).unlink()
+
+
+def save_model(engine, tokenizer, output, card, config):
+    """The trained model, or its adapter, in Hugging Face form, gathered over ranks; each file is put in place when it is
+    complete."""
     state = {}
     for name, parameter in engine.module.lm.named_parameters():
+        if not parameter.requires_grad and config.use_peft:
+            continue  # what was not trained is where it was loaded from
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if rank() == 0:
                 state[name] = parameter.detach().to("cpu", copy=True)
@@ -657,7 +760,10 @@ def save_model(engine, tokenizer, output, card):
         staging = output / ".model"
         shutil.rmtree(staging, ignore_errors=True)
         with writing(output / "model.safetensors", staging):
-            engine.module.lm.save_pretrained(staging, state_dict=state)
+            if config.use_peft:
+                save_adapter(config, engine.module.lm, state, staging)
+            else:
+                engine.module.lm.save_pretrained(staging, state_dict=state)
             tokenizer.save_pretrained(staging)
             (staging / "README.md").write_text(card, encoding="utf-8")
             for path in staging.iterdir():
@@ -668,8 +774,9 @@ def save_model(engine, tokenizer, output, card):
 
 def model_card(config, summary):
     """README.md of the trained model."""
+    library = "peft" if config.use_peft and not config.merge_adapter else "transformers"
     front = {"base_model": config.model_name_or_path, "datasets": list(config.dataset_mixer),
-             "library_name": "transformers", "tags": ["adpo", "dpo", "preference-learning"]}
+             "library_name": library, "tags": ["adpo", "dpo", "preference-learning"]}
     accuracy, right = summary["eval_accuracy"], summary["pseudo_label_accuracy"]
     rows = [("pairs", f"{summary['pairs']:,}"),
             ("labels bought", f"{summary['queries']:,} ({summary['query_fraction']:.1%})"),
@@ -678,12 +785,21 @@ def model_card(config, summary):
                 summary["audited"], summary["audit_accuracy"], *summary["audit_interval"]))] if summary["audited"] else []),
             *([("spent on labels", f"{summary['cost']:,.2f}")] if summary["cost"] is not None else []),
             ("held-out accuracy of the implicit reward", "not measured" if accuracy is None else f"{accuracy:.3f}"),
-            ("β, γ", f"{config.beta}, {config.gamma if config.data_selection else 'every pair asked'}")]
+            ("β, γ", f"{config.beta}, {config.gamma if config.data_selection else 'every pair asked'}"),
+            *adapter_row(config, summary)]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {Path(config.output_dir).name}\n\n"
             f"Trained from `{config.model_name_or_path}` with Active Direct Preference Optimization "
             f"([arXiv 2402.09401](https://arxiv.org/abs/2402.09401)).\n\n| | |\n| --- | --- |\n{table}\n\n"
             f"```yaml\n{yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)}```\n")
+
+
+def adapter_row(config, summary):
+    """The model card's row about an adapter, if there is one."""
+    if "adapter" not in summary:
+        return []
+    place = "merged into the weights" if config.merge_adapter else f"on `{config.model_name_or_path}`"
+    return [("adapter", f"{summary['adapter']}, {place}")]
 
 
 def closing_line(summary):
@@ -845,12 +961,12 @@ def policy_and_reference(config, ds, parts):
     """
     def prepare(name, zero, with_optimizer):
         try:
-            module = load_model(config, name)
+            module = load_model(config, name, trained=with_optimizer)
         except SafetensorError as error:
             raise UsageError(f"model {name}: a file of its weights is damaged ({one_line(error)}): fetch it again")
         shared = module.why_not_shared() is None
         optimizer = make_optimizer(config, module, ds) if with_optimizer else None
-        weights = weights_fingerprint(module, name)
+        weights = weights_fingerprint(config, module, name)
         engine = deepspeed.initialize(model=module, optimizer=optimizer, config={**ds, "zero_optimization": zero})[0]
         check_rows(engine, parts["train"][0], shared)
         return engine, weights, shared
@@ -916,7 +1032,7 @@ def main(config):
     if resume:
         state = read_state(resume)
         check_same_start(resume, state.get("start"), start)
-        engine.load_checkpoint(str(resume.parent), tag=resume.name)
+        engine.load_checkpoint(str(resume.parent), tag=resume.name, load_module_strict=not config.use_peft)
         step, seconds_before, asker.state, evaluation = (state[k] for k in ("step", "wall_seconds", "oracle", "evaluation"))
         skipped = state.get("skipped", 0)  # in a row
         sums += torch.tensor(state["sums"], dtype=torch.float64, device=device) * (rank() == 0)
@@ -1020,8 +1136,8 @@ def main(config):
     asker.interrupt.remove()
 
     # The end: summary, model, card.
-    summary = summarise(train, schedule, asker, evaluation, device, config)
-    save_model(engine, tokenizer, output, model_card(config, summary))
+    summary = summarise(train, schedule, asker, evaluation, device, config, engine.module.lm)
+    save_model(engine, tokenizer, output, model_card(config, summary), config)
     asker.close()
     engine.destroy()
     if rank() == 0:
@@ -1033,7 +1149,8 @@ def main(config):
         summary["wall_seconds"] = seconds_before + time.time() - start_time
         replace_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
         say(closing_line(summary))
-        say(f"the model, its metrics and its ledger are in {output}")
+        what = "adapter" if config.use_peft and not config.merge_adapter else "model"
+        say(f"the {what}, its metrics and its ledger are in {output}")
     dist.barrier()
 
 
@@ -1133,7 +1250,7 @@ def due(strategy, every, step, epoch_end):
     return strategy == "steps" and step % every == 0 or strategy == "epoch" and epoch_end
 
 
-def summarise(train, schedule, asker, evaluation, device, config):
+def summarise(train, schedule, asker, evaluation, device, config, lm):
     """summary.json without its times. All ranks call it together; what the ledger knows is known to rank 0 alone."""
     epoch = range(min(schedule.total_steps, schedule.epoch_steps))
     pairs = len({train.ids[row] for step in epoch for row in schedule.rows(step)})
@@ -1144,7 +1261,14 @@ def summarise(train, schedule, asker, evaluation, device, config):
             "audit_interval": audit and list(audit["interval"]), "cost": cost(asker, config),
             "budget_spent_at_step": state["budget_spent_at_step"],
             "eval_loss": evaluation and evaluation["loss"],
-            "eval_accuracy": evaluation and evaluation["rewards/accuracies"], "peak_memory_bytes": peak_memory(device)}
+            "eval_accuracy": evaluation and evaluation["rewards/accuracies"], "peak_memory_bytes": peak_memory(device),
+            **adapter_summary(lm)}
+
+
+def adapter_summary(lm):
+    """What is trained, where it is not all weights."""
+    settings = getattr(lm, "peft_config", {}).get("default")
+    return {"adapter": f"LoRA of rank {settings.r}, alpha {settings.lora_alpha}"} if settings else {}
 
 
 def push(config, output):
