@@ -72,6 +72,8 @@ class Config:
     max_eval_samples: int | None = key(None, "evaluate on a random share of at most so many pairs", low=1)
     decontaminate_with: str | None = key(None, "drop pairs that contain text of this benchmark (openai_humaneval, a data "
                                                "set, or a text file)")
+    objective: str = key("adpo", "adpo (DPO too, by data_selection) or sft: the mean negative log-likelihood of response "
+                                 "tokens, of rows {messages} or {prompt, completion}", choices=("adpo", "sft"))
     # ADPO
     beta: float = key(0.1, "β: strength of the pull towards the reference", low=1e-6)
     gamma: float = key(1.3, "γ: a pair with |margin| ≤ γ is asked; in units of reward, so it goes with beta", low=0)
@@ -149,7 +151,7 @@ class Config:
 EVALUATION_SPLITS = ("test", "eval", "valid", "dev")  # a split to evaluate on has one of these in its name
 
 ALIASES = {"Gamma": "gamma", "evaluation_strategy": "eval_strategy", "dtype": "torch_dtype",
-           "dataset_num_proc": "preprocessing_num_workers"}
+           "dataset_num_proc": "preprocessing_num_workers", "max_seq_length": "max_length"}
 
 # Keys of the recipes that this project does not do. Their "off" value is accepted.
 REFUSED = {
@@ -389,6 +391,7 @@ def check_config(config, path):
     if config.label_smoothing and config.loss_type != "sigmoid":
         raise UsageError(f"{path}: label_smoothing is defined for loss_type sigmoid, not {config.loss_type}")
     check_adapter(config, path)
+    check_sft(config, path)
     if config.torch_dtype == "bfloat16" and not config.bf16:
         raise UsageError(f"{path}: torch_dtype bfloat16 needs bf16: true, which trains with fp32 weights in the optimiser")
     if config.max_steps == 0 or config.num_train_epochs == 0:
@@ -414,6 +417,19 @@ def check_config(config, path):
         from huggingface_hub import get_token
         if get_token() is None:
             raise UsageError(f"{path}: push_to_hub needs a login: run `hf auth login`, or say --push_to_hub=false")
+
+
+def check_sft(config, path):
+    """SFT has no preference: what speaks of one may stand at its default alone. Raises UsageError."""
+    if config.objective != "sft":
+        return
+    fields = list(dataclasses.fields(Config))
+    names = [f.name for f in fields]
+    preference = fields[names.index("beta"):names.index("per_device_train_batch_size")]  # ADPO, and who answers
+    for f in [*preference, fields[names.index("ref_model_name_or_path")]]:
+        if getattr(config, f.name) != f.default:
+            raise UsageError(f"{path}: {f.name} cannot be honoured with objective sft: it has no reference, margin or "
+                             "label to ask for; leave it out")
 
 
 def check_adapter(config, path):

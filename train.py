@@ -237,7 +237,7 @@ def load_adapter(config, lm, name, trained):
     try:
         adapted = peft.PeftModel.from_pretrained(lm, name, revision=config.model_revision, is_trainable=config.use_peft)
         if not config.use_peft:
-            return adapted.merge_and_unload()
+            return adapted.merge_and_unload().requires_grad_(True)  # peft has frozen them
     except Exception as error:  # as above
         raise cannot_load("adapter", name, error)
     if not trained:
@@ -772,6 +772,20 @@ def save_model(engine, tokenizer, output, card, config):
     dist.barrier()
 
 
+def sft_card(config, summary):
+    """README.md of a model trained by SFT."""
+    library = "peft" if config.use_peft and not config.merge_adapter else "transformers"
+    front = {"base_model": config.model_name_or_path, "datasets": list(config.dataset_mixer), "library_name": library,
+             "tags": ["sft"]}
+    held_out = "not measured" if summary["eval_loss"] is None else f"{summary['eval_loss']:.4f}"
+    rows = [("examples", f"{summary['examples']:,}"), ("held-out loss, nats a token", held_out),
+            *adapter_row(config, summary)]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return (f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {Path(config.output_dir).name}\n\n"
+            f"Trained from `{config.model_name_or_path}` by supervised fine-tuning.\n\n| | |\n| --- | --- |\n{table}\n\n"
+            f"```yaml\n{yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)}```\n")
+
+
 def model_card(config, summary):
     """README.md of the trained model."""
     library = "peft" if config.use_peft and not config.merge_adapter else "transformers"
@@ -804,6 +818,9 @@ def adapter_row(config, summary):
 
 def closing_line(summary):
     """The run in one line of plain words."""
+    if "examples" in summary:  # SFT
+        held_out = [] if summary["eval_loss"] is None else [f"held-out loss {summary['eval_loss']:.4f}"]
+        return " · ".join([f"{summary['examples']:,} examples", *held_out, f"{summary['wall_seconds']:.0f} s"])
     share = summary["query_fraction"]
     parts = [f"{summary['queries']:,} of {summary['pairs']:,} labels bought ({share:.0%})".replace("%", " %")]
     if summary["pseudo_label_accuracy"] is not None:
@@ -832,6 +849,16 @@ def read_summary(path):
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UsageError(f"{path} is damaged ({one_line(error)}): restore it, or delete it, and the same command goes on "
                          "from the last checkpoint and writes it anew")
+
+
+def write_config(config, output):
+    """The run's folder and its config.yaml."""
+    if rank() == 0:
+        with writing(output):
+            output.mkdir(parents=True, exist_ok=True)
+        replace_text(output / "config.yaml", yaml.safe_dump(
+            {"config": dataclasses.asdict(config), "versions": versions()}, sort_keys=False, allow_unicode=True))
+    dist.barrier()
 
 
 def versions():
@@ -902,27 +929,28 @@ def resolve_toy(config):
     return [row["prompt"] for _, row in data.read_rows(str(pairs), "test")]
 
 
+def load_split(config, tokenizer, kind, limit):
+    """(pairs or None, labels, truths) of the splits to train on or to test on, as data.load_pairs has them."""
+    renderer = data.Renderer(tokenizer, config.max_prompt_length, config.max_length, config.auto_insert_empty_system_msg)
+    names = dict(zip(config.dataset_mixer, config.dataset_configs or ()))
+    splits = [split for split in config.dataset_splits if ("train" in split) == (kind == "train")]
+    return rank_0_first(lambda: data.load_pairs(
+        config.dataset_mixer, splits, renderer, kind, names, config.preprocessing_num_workers,
+        config.decontaminate_with if kind == "train" else None, limit, config.seed, say, config.objective == "sft"))
+
+
 def load_data(config, tokenizer):
     """(train pairs, test pairs or None, annotator, test labels (pairs,) or None).
 
     The labels go to the annotator, on rank 0 alone; what the loop gets has none.
     """
-    renderer = data.Renderer(tokenizer, config.max_prompt_length, config.max_length, config.auto_insert_empty_system_msg)
-    names = dict(zip(config.dataset_mixer, config.dataset_configs or ()))
-
-    def load(kind, limit):
-        splits = [split for split in config.dataset_splits if ("train" in split) == (kind == "train")]
-        return rank_0_first(lambda: data.load_pairs(
-            config.dataset_mixer, splits, renderer, kind, names, config.preprocessing_num_workers,
-            config.decontaminate_with if kind == "train" else None, limit, config.seed, say))
-
-    train, labels, truths = load("train", config.max_train_samples)
+    train, labels, truths = load_split(config, tokenizer, "train", config.max_train_samples)
     missing = [id for id in train.ids if id not in labels]
     if config.oracle == "dataset" and missing:
         raise UsageError(f"{train.place(missing[0])}: no label, and oracle is dataset ({len(missing)} of {len(train)} pairs "
                          "have none): label them, or say --oracle=human or --oracle=judge")
     annotator = make_annotator(config, train, labels, truths) if rank() == 0 else None
-    test, _, truths = load("test", config.max_eval_samples) if config.do_eval else (None, {}, {})
+    test, _, truths = load_split(config, tokenizer, "test", config.max_eval_samples) if config.do_eval else (None, {}, {})
     missing = [id for id in test.ids if id not in truths] if test else []
     if test is None or len(missing) == len(test):
         if config.do_eval:
@@ -953,33 +981,36 @@ def make_annotator(config, train, labels, truths):
         raise UsageError(f"oracle judge: {one_line(error)}")
 
 
+def start_engine(config, ds, name, pairs, with_optimizer=True):
+    """(engine of a model, fingerprint of its weights, whether a row holds both responses), its rows checked on `pairs`."""
+    try:
+        module = load_model(config, name, trained=with_optimizer)
+    except SafetensorError as error:
+        raise UsageError(f"model {name}: a file of its weights is damaged ({one_line(error)}): fetch it again")
+    shared = module.why_not_shared() is None and config.objective != "sft"
+    optimizer = make_optimizer(config, module, ds) if with_optimizer else None
+    weights = weights_fingerprint(config, module, name)
+    engine = deepspeed.initialize(model=module, optimizer=optimizer, config=ds)[0]
+    check_rows(engine, pairs, shared)
+    return engine, weights, shared
+
+
 def policy_and_reference(config, ds, parts):
     """(engine of the policy, {part: reference log-probs (pairs, 2)}, whether a row holds both responses).
 
     The reference is the policy before its first step, scored by its own engine. One that is another model is loaded, scored
     and freed before the policy is loaded. parts: {"train": (pairs, batches), …}.
     """
-    def prepare(name, zero, with_optimizer):
-        try:
-            module = load_model(config, name, trained=with_optimizer)
-        except SafetensorError as error:
-            raise UsageError(f"model {name}: a file of its weights is damaged ({one_line(error)}): fetch it again")
-        shared = module.why_not_shared() is None
-        optimizer = make_optimizer(config, module, ds) if with_optimizer else None
-        weights = weights_fingerprint(config, module, name)
-        engine = deepspeed.initialize(model=module, optimizer=optimizer, config={**ds, "zero_optimization": zero})[0]
-        check_rows(engine, parts["train"][0], shared)
-        return engine, weights, shared
-
-    reference = None
+    train, reference = parts["train"][0], None
     if config.ref_model_name_or_path:
         stage = 3 if ds["zero_optimization"].get("stage") == 3 else 0  # without an optimiser, stages 1 and 2 have no sense
-        engine, weights, shared = prepare(config.ref_model_name_or_path, {"stage": stage}, with_optimizer=False)
+        engine, weights, shared = start_engine(config, {**ds, "zero_optimization": {"stage": stage}},
+                                               config.ref_model_name_or_path, train, with_optimizer=False)
         reference = reference_logps(engine, parts, weights, shared)
         engine.destroy()
         del engine
         gc.collect()
-    engine, weights, shared = prepare(config.model_name_or_path, ds["zero_optimization"], with_optimizer=True)
+    engine, weights, shared = start_engine(config, ds, config.model_name_or_path, train)
     if not shared:
         say(f"two rows a pair: {type(engine.module.lm).__name__} cannot share a prompt, {engine.module.why_not_shared()}")
     if reference is None:
@@ -1004,6 +1035,8 @@ def main(config):
     # Data, policy, reference.
     tokenizer = load_tokenizer(config)
     check_models(config, tokenizer)
+    if config.objective == "sft":
+        return sft(config, ds, tokenizer, output, resume, start_time)
     train, test, annotator, test_labels = load_data(config, tokenizer)
     schedule = Schedule(config, train, world)
     parts = {"train": (train, schedule.training_batches())}
@@ -1015,12 +1048,7 @@ def main(config):
     device = engine.device
 
     # The run's folder, its ledger, and where it stands.
-    if rank() == 0:
-        with writing(output):
-            output.mkdir(parents=True, exist_ok=True)
-        replace_text(output / "config.yaml", yaml.safe_dump(
-            {"config": dataclasses.asdict(config), "versions": versions()}, sort_keys=False, allow_unicode=True))
-    dist.barrier()
+    write_config(config, output)
     asker = oracle.Oracle(annotator, output / "labels.sqlite", config.max_queries, config.oracle != "dataset")
     if asker.ledger:
         reused, of_ours = asker.ledger.check_pairs(train.ids)
@@ -1154,6 +1182,135 @@ def main(config):
     dist.barrier()
 
 
+def sft(config, ds, tokenizer, output, resume, start_time):
+    """Supervised fine-tuning: the loop of `main` without reference, gate and ledger. The loss of a step is the mean of
+    −log π(y_t | x, y_<t) over its response tokens, however they are cut into micro-batches and ranks."""
+    world = dist.get_world_size()
+    train, _, _ = load_split(config, tokenizer, "train", config.max_train_samples)
+    test = load_split(config, tokenizer, "test", config.max_eval_samples)[0] if config.do_eval else None
+    if config.do_eval and not test:
+        say("no test split: evaluation is skipped")
+    schedule = Schedule(config, train, world)
+    ds |= schedule.engine_batches()
+    engine, weights, _ = start_engine(config, ds, config.model_name_or_path, train)
+    device = engine.device
+
+    write_config(config, output)
+    step, skipped, seconds_before, evaluation = 0, 0, 0.0, None
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, response tokens, all tokens since the last log
+    start = {"processes": world, "ZeRO stage": ds["zero_optimization"].get("stage", 0), "examples": train.fingerprint,
+             "model": weights}
+    if resume:
+        state = read_state(resume)
+        check_same_start(resume, state.get("start"), start)
+        engine.load_checkpoint(str(resume.parent), tag=resume.name, load_module_strict=not config.use_peft)
+        step, seconds_before, evaluation, skipped = (state[k] for k in ("step", "wall_seconds", "evaluation", "skipped"))
+        sums += torch.tensor(state["sums"], dtype=torch.float64, device=device) * (rank() == 0)
+        say(f"resumed from {resume} at step {step:,} of {schedule.total_steps:,}")
+    log = Log(output, engine, step)
+    say(f"{len(train):,} examples, {schedule.total_steps:,} steps of {schedule.step_pairs}, {world} "
+        f"process{'es' if world > 1 else ''} on {device.type}, ZeRO {ds['zero_optimization'].get('stage', 0)}")
+
+    def run_evaluation():
+        loss = sft_evaluate(engine, test, config)
+        log.write({"step": step, "epoch": step / schedule.epoch_steps, "split": "eval", "loss": loss})
+        say(f"step {step:,}: held-out loss {loss:.4f}")
+        return loss
+
+    def checkpoint():
+        state = {"step": step, "start": start, "skipped": skipped, "wall_seconds": seconds_before + time.time() - start_time,
+                 "evaluation": evaluation, "sums": reduced(sums)}
+        save_checkpoint(engine, output, state, config.save_total_limit)
+
+    if test and config.eval_on_start and step == 0:
+        evaluation = run_evaluation()
+    progress = bar(schedule.total_steps, "train", initial=step)
+    interrupt = oracle.Interrupt()
+    interrupt.install()
+    window_start = time.time()
+    while step < schedule.total_steps:
+        if max(all_gather(interrupt.asked)):  # one rank's signal stops all
+            progress.close()
+            if step and step not in checkpoints(output):
+                checkpoint()
+            interrupt.remove()
+            raise oracle.Waiting("interrupted")
+        engine.train()
+        lr = learning_rate(step, schedule.total_steps, config)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        step_tokens = sum(map(len, train.table[schedule.rows(step)]["first_ids"]))
+
+        micro_batches = schedule.micro_batches(step)
+        for n, rows in enumerate(micro_batches, 1):
+            engine.set_gradient_accumulation_boundary(n == len(micro_batches))
+            losses, batch = sft_losses(engine, train, rows)  # (N,)
+            engine.backward(losses.sum() * (engine.gradient_accumulation_steps() * world / step_tokens))
+            if engine.is_gradient_accumulation_boundary():
+                grad_norm = gradient_norm(engine)
+            engine.step()
+            sums += torch.stack([losses.detach().sum().double(), losses.new_tensor(len(losses) * bool(rows)).double(),
+                                 losses.new_tensor(batch.tokens).double()])
+
+        skipped = skipped_in_a_row(skipped, engine, grad_norm, step, [train.ids[row] for row in schedule.rows(step)])
+        step += 1
+        epoch_end, last = step % schedule.epoch_steps == 0, step == schedule.total_steps
+        if step % config.logging_steps == 0 or last or (step == 1 and config.logging_first_step):
+            loss, counted, tokens = reduced(sums)
+            log.write({"step": step, "epoch": step / schedule.epoch_steps, "split": "train", "loss": loss / counted,
+                       "learning_rate": lr,
+                       "grad_norm": float(engine.get_global_grad_norm() if grad_norm is None else grad_norm),
+                       "tokens_per_second": tokens / (time.time() - window_start)})
+            progress.set_postfix_str(f"loss {loss / counted:.3f}", refresh=False)
+            sums.zero_()
+            window_start = time.time()
+        progress.update()
+        if test and (last or due(config.eval_strategy, config.eval_steps, step, epoch_end)):
+            evaluation = run_evaluation()
+            window_start = time.time()
+        if due(config.save_strategy, config.save_steps, step, epoch_end):
+            checkpoint()
+            window_start = time.time()
+    progress.close()
+    interrupt.remove()
+
+    summary = {"examples": len(train), "eval_loss": evaluation, "peak_memory_bytes": peak_memory(device),
+               **adapter_summary(config, engine.module.lm)}
+    save_model(engine, tokenizer, output, sft_card(config, summary), config)
+    engine.destroy()
+    if rank() == 0:
+        if config.push_to_hub:
+            push(config, output)
+        summary["wall_seconds"] = seconds_before + time.time() - start_time
+        replace_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
+        say(closing_line(summary))
+        say(f"the {'adapter' if config.use_peft and not config.merge_adapter else 'model'} and its metrics are in {output}")
+    dist.barrier()
+
+
+def sft_losses(engine, examples, rows):
+    """(−log π(y_t | x, y_<t) of each response token (N,), 0 for those of a filler; the batch)."""
+    batch = data.collate(examples, rows, shared=False).to(engine.device)
+    logps = engine(batch, per_token="ours")  # (N,)
+    losses = -logps * batch.weights.repeat_interleave(batch.lengths, output_size=len(logps))
+    return losses * (1 + 0 * losses.detach()), batch  # times 1; an infinite loss gets a gradient of NaN, never a step
+
+
+@torch.no_grad()
+def sft_evaluate(engine, examples, config):
+    """Mean loss over the response tokens of the test split, in nats."""
+    engine.eval()
+    batches = my_batches(range(len(examples)), examples, config.per_device_eval_batch_size, dist.get_world_size(), config)
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    with bar(len(batches), "evaluate", leave=False) as progress:
+        for rows in batches:
+            losses, _ = sft_losses(engine, examples, rows)
+            sums += torch.stack([losses.sum().double(), losses.new_tensor(len(losses) * bool(rows)).double()])
+            progress.update()
+    loss, tokens = reduced(sums)
+    return loss / tokens
+
+
 def consult_gate(margin, ids, config):
     """(margins, who is unsure, who is audited), each (B,) on the CPU. ids: None for a filler."""
     m = margin.detach().cpu()
@@ -1262,13 +1419,15 @@ def summarise(train, schedule, asker, evaluation, device, config, lm):
             "budget_spent_at_step": state["budget_spent_at_step"],
             "eval_loss": evaluation and evaluation["loss"],
             "eval_accuracy": evaluation and evaluation["rewards/accuracies"], "peak_memory_bytes": peak_memory(device),
-            **adapter_summary(lm)}
+            **adapter_summary(config, lm)}
 
 
-def adapter_summary(lm):
+def adapter_summary(config, lm):
     """What is trained, where it is not all weights."""
-    settings = getattr(lm, "peft_config", {}).get("default")
-    return {"adapter": f"LoRA of rank {settings.r}, alpha {settings.lora_alpha}"} if settings else {}
+    if not config.use_peft:
+        return {}
+    settings = lm.peft_config["default"]
+    return {"adapter": f"LoRA of rank {settings.r}, alpha {settings.lora_alpha}"}
 
 
 def push(config, output):
@@ -1313,8 +1472,8 @@ def command(argv):
     try:
         main(config := parse_config(argv))
     except oracle.Waiting as waiting:
-        say(f"stopped: {waiting}. All answers so far are in {config.output_dir}/labels.sqlite. Resume with\n"
-            f"    {same_command(argv)}")
+        answers = f" All answers so far are in {config.output_dir}/labels.sqlite." if config.objective == "adpo" else ""
+        say(f"stopped: {waiting}.{answers} Resume with\n    {same_command(argv)}")
         return 75
     except sqlite3.Error as error:
         what = oracle.in_words(Path(config.output_dir) / "labels.sqlite", error)
