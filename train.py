@@ -279,7 +279,8 @@ def weights_fingerprint(config, module, name):
     commit = getattr(module.lm.config, "_commit_hash", None)
     found = f"{base}@{commit}" if commit and not Path(base).exists() else folder_fingerprint(base)
     if adapter:
-        found += f" + {folder_fingerprint(adapter)}"
+        # Merged, log-probs are not the same to the last bit.
+        found += f" {'+' if config.use_peft else 'merged with'} {folder_fingerprint(adapter)}"
     if config.load_in_4bit:
         found += f", {config.bnb_4bit_quant_type}{' nested' if config.use_bnb_nested_quant else ''}"
     return found
