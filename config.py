@@ -19,6 +19,7 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
 
 import adpo
@@ -46,6 +47,18 @@ class Config:
                                   choices=(None, "auto", "bfloat16", "float32"))
     attn_implementation: str | None = key(None, "attention of transformers: eager, sdpa, flash_attention_2, …")
     trust_remote_code: bool = key(False, "run code that comes with the model")
+    # Adapter (peft)
+    use_peft: bool = key(False, "train a LoRA adapter in place of all weights")
+    lora_r: int = key(16, "rank of the adapter", low=1)
+    lora_alpha: int = key(32, "the adapter's output is multiplied by lora_alpha / lora_r", low=1)
+    lora_dropout: float = key(0.0, "0; anything else is refused", low=0, high=1)
+    lora_target_modules: list[str] | None = key(None, "layers that get one, or all-linear; null: as peft has "
+                                                      "it for this kind of model")
+    lora_modules_to_save: list[str] | None = key(None, "layers that are trained whole and saved with the adapter")
+    merge_adapter: bool = key(False, "save a plain model, the adapter merged into its weights")
+    load_in_4bit: bool = key(False, "hold the frozen weights in 4 bits (bitsandbytes, on a GPU)")
+    bnb_4bit_quant_type: str = key("nf4", "how 4 bits are read", choices=("nf4", "fp4"))
+    use_bnb_nested_quant: bool = key(False, "quantise the constants of the quantisation too")
     # Data
     dataset_mixer: dict[str, float] = key(None, "source: share of its training pairs; a hub id, a folder or a file")
     dataset_splits: list[str] = key(["train", "test"], "splits to use; names with `train` are for training")
@@ -59,6 +72,8 @@ class Config:
     max_eval_samples: int | None = key(None, "evaluate on a random share of at most so many pairs", low=1)
     decontaminate_with: str | None = key(None, "drop pairs that contain text of this benchmark (openai_humaneval, a data "
                                                "set, or a text file)")
+    objective: str = key("adpo", "adpo (DPO too, by data_selection) or sft: the mean negative log-likelihood of response "
+                                 "tokens, of rows {messages} or {prompt, completion}", choices=("adpo", "sft"))
     # ADPO
     beta: float = key(0.1, "β: strength of the pull towards the reference", low=1e-6)
     gamma: float = key(1.3, "γ: a pair with |margin| ≤ γ is asked; in units of reward, so it goes with beta", low=0)
@@ -143,21 +158,21 @@ class Config:
 EVALUATION_SPLITS = ("test", "eval", "valid", "dev")  # a split to evaluate on has one of these in its name
 
 ALIASES = {"Gamma": "gamma", "evaluation_strategy": "eval_strategy", "dtype": "torch_dtype",
-           "dataset_num_proc": "preprocessing_num_workers"}
+           "dataset_num_proc": "preprocessing_num_workers", "max_seq_length": "max_length"}
 
 # Keys of the recipes that this project does not do. Their "off" value is accepted.
 REFUSED = {
-    "use_peft": "adapters are not supported; all weights are trained",
-    "load_in_4bit": "quantised training is not supported",
-    "load_in_8bit": "quantised training is not supported",
+    "use_dora": "the adapter is plain LoRA",
+    "use_rslora": "the adapter is plain LoRA",
+    "load_in_8bit": "weights are loaded whole, or in 4 bits",
     "fp16": "float16 needs loss scaling, which skips steps; use bf16",
     "packing": "a row holds one pair",
     "sync_ref_model": "the reference is fixed, which is what makes its log-probs cacheable",
     "reference_free": "without a reference there is no implicit reward to gate by",
     "precompute_ref_log_probs": None,  # always on: accepted when true
 }
-# Settings of adapters that recipes carry along: without use_peft they mean nothing.
-ADAPTER_KEYS = ("lora_", "bnb_4bit_", "use_bnb_")
+# Keys of the recipes of which one value alone can be honoured.
+FIXED = {"lora_task_type": "CAUSAL_LM", "bnb_4bit_quant_storage": "uint8"}
 
 # What may differ between a checkpoint and the run that resumes it: none of it changes what is computed. How a step is cut
 # shows in its last bits alone, as long as it has the same pairs (check_same_start in train.py).
@@ -260,8 +275,10 @@ def resolve_key(name, value, place):
     name = ALIASES.get(name, name)
     if name in known:
         return name
-    if name.startswith(ADAPTER_KEYS):
-        return None
+    if name in FIXED:
+        if str(value) == FIXED[name]:
+            return None
+        raise UsageError(f"{place}: {name}={shown(value)} cannot be honoured: it is {FIXED[name]}")
     if name in REFUSED:
         off = str(value).lower() in ("false", "no", "0", "none", "null", "")
         if off == (name != "precompute_ref_log_probs"):
@@ -390,6 +407,8 @@ def check_config(config, path):
         raise UsageError(f"{path}: pseudo_labels soft is defined for loss_type sigmoid, not {config.loss_type}")
     if config.label_smoothing and config.loss_type != "sigmoid":
         raise UsageError(f"{path}: label_smoothing is defined for loss_type sigmoid, not {config.loss_type}")
+    check_adapter(config, path)
+    check_sft(config, path)
     if config.torch_dtype == "bfloat16" and not config.bf16:
         raise UsageError(f"{path}: torch_dtype bfloat16 needs bf16: true, which trains with fp32 weights in the optimiser")
     if config.max_steps == 0 or config.num_train_epochs == 0:
@@ -435,6 +454,36 @@ def is_repo_id(name):
     except HFValidationError:
         return False
     return True
+
+
+def check_sft(config, path):
+    """SFT has no preference: what speaks of one may stand at its default alone. Raises UsageError."""
+    if config.objective != "sft":
+        return
+    fields = list(dataclasses.fields(Config))
+    names = [f.name for f in fields]
+    preference = fields[names.index("beta"):names.index("per_device_train_batch_size")]  # ADPO, and who answers
+    for f in [*preference, fields[names.index("ref_model_name_or_path")]]:
+        if getattr(config, f.name) != f.default:
+            raise UsageError(f"{path}: {f.name} cannot be honoured with objective sft: it has no reference, margin or "
+                             "label to ask for; leave it out")
+
+
+def check_adapter(config, path):
+    """What an adapter and 4 bits need. Raises UsageError."""
+    for name in ("merge_adapter", "load_in_4bit"):
+        if getattr(config, name) and not config.use_peft:
+            raise UsageError(f"{path}: {name} goes with use_peft: true, which trains an adapter")
+    if not config.use_peft:
+        return
+    if importlib.util.find_spec("peft") is None:
+        raise UsageError(f"{path}: use_peft needs the package peft: pip install -r requirements-extra.txt")
+    if config.lora_dropout:
+        raise UsageError(f"{path}: lora_dropout={config.lora_dropout} cannot be honoured: the gate reads the margin that is "
+                         "trained on, and dropout would make it noise; say lora_dropout: 0")
+    if config.load_in_4bit and (importlib.util.find_spec("bitsandbytes") is None or not torch.cuda.is_available()):
+        raise UsageError(f"{path}: load_in_4bit needs a GPU and the package bitsandbytes (pip install bitsandbytes); "
+                         "without them say load_in_4bit: false")
 
 
 def help_text():

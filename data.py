@@ -253,6 +253,36 @@ def parse_row(row, place):
     return {"prompt": prompt, "responses": sides, "label": label, "truth": label if truth is None else truth}
 
 
+def parse_example(row, place):
+    """The examples of a row for SFT: [(prompt, response)], each a string or a list of messages.
+
+    Formats: {messages}, and {prompt, completion}, each a string or a list of messages. Of messages, every turn of the
+    assistant that answers something is an example: the response is that turn, the prompt all that stands before it.
+    Raises DataError with `place` and the field.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: expected an object with fields, found {type(row).__name__}")
+    if row.get("messages") is not None:
+        field, prompt, completion = "messages", [], _text_or_messages(row["messages"], f"{place}, field messages")
+        if isinstance(completion, str):
+            raise DataError(f"{place}, field messages: expected a list of messages, found a string")
+    elif row.get("completion") is not None:
+        field = "completion"
+        prompt, completion = (_text_or_messages(row.get(name), f"{place}, field {name}") for name in ("prompt", field))
+        if isinstance(prompt, str) and isinstance(completion, str):
+            return [(prompt, completion)]
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        completion = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+    else:
+        raise DataError(f"{place}: needs messages, or prompt and completion; it has "
+                        f"{_short(', '.join(map(str, row))) or 'no field'}")
+    examples = [(prompt + completion[:n], [message]) for n, message in enumerate(completion)
+                if message["role"] == "assistant" and prompt + completion[:n]]
+    if not examples:
+        raise DataError(f"{place}, field {field}: no message of the assistant that answers another one")
+    return examples
+
+
 def _letter(row, name, place):
     value = row.get(name)
     if value in (None, ""):
@@ -355,7 +385,7 @@ def canonical(parsed):
     texts = [json.dumps(r, sort_keys=True) for r in parsed["responses"]]
     prompt = json.dumps(parsed["prompt"], sort_keys=True)
     digest = hashlib.blake2b("\0".join([prompt, *sorted(texts)]).encode(), digest_size=16)
-    order = sorted((0, 1), key=lambda k: texts[k])
+    order = sorted(range(len(texts)), key=lambda k: texts[k])
     if hashlib.blake2b(digest.digest(), digest_size=1).digest()[0] & 1:
         order.reverse()
     return digest.hexdigest(), order
@@ -566,13 +596,14 @@ class Pairs:
 
 
 def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decontaminate_with=None, max_samples=None,
-               seed=42, say=print):
+               seed=42, say=print, examples=False):
     """Load one kind of split ("train" or "test") of a mix of sources.
 
     mixer: {source: fraction}; a source is a hub id, a `save_to_disk` folder, a folder with SPLIT.jsonl (parquet, csv,
     json), or one file (its rows are for training). A fraction takes a random share of the source's training pairs;
     evaluation pairs are taken whole.  splits: names of this kind.  configs: {source: config name}.
-    max_samples: a random share of at most so many pairs.
+    max_samples: a random share of at most so many pairs.  examples: of rows for SFT; an example is a pair whose second
+    response is not there, and has no label.
     Returns (Pairs, labels, truths); labels and truths are {pair id: +1 (y1 is better) or −1}, for the oracle alone; a
     pair without a label is not in them.  (None, {}, {}) where no source has such a split.
     Raises DataError.
@@ -585,7 +616,7 @@ def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decont
         if kind == "train" and not here:
             raise DataError(f"{source}: has no split {' or '.join(splits)} (a folder holds SPLIT{{{','.join(SUFFIXES)}}})")
         for split in here:
-            part = parse_source(source, split, config_name)
+            part = parse_source(source, split, config_name, examples)
             if kind == "train" and fraction < 1:
                 part = part.shuffle(seed=seed).select(range(round(fraction * len(part))))
             parts.append(part)
@@ -632,7 +663,7 @@ def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decont
     return pairs, labels, truths
 
 
-def parse_source(source, split, config_name=None):
+def parse_source(source, split, config_name=None, examples=False):
     """All rows of one split in the one form, cached on disk: columns id, prompt, first, second (JSON), label, truth, place.
 
     label and truth: +1 (first is better), −1, or 0 where unknown.
@@ -646,8 +677,9 @@ def parse_source(source, split, config_name=None):
     where = os.path.abspath(source) if Path(source).exists() else source
     try:
         return datasets.Dataset.from_generator(
-            parsed_rows, gen_kwargs={"source": source, "split": split, "config_name": config_name},
-            features=datasets.Features(columns), fingerprint=_hash(VERSION, where, split, config_name, state))
+            parsed_examples if examples else parsed_rows,
+            gen_kwargs={"source": source, "split": split, "config_name": config_name}, features=datasets.Features(columns),
+            fingerprint=_hash(VERSION, where, split, config_name, state, *(["examples"] if examples else [])))
     except datasets.exceptions.DatasetGenerationError as error:  # the library's wrapping of what went wrong in a row
         raise error.__cause__ or error
 
@@ -665,9 +697,21 @@ def parsed_rows(source, split, config_name):
         raise DataError(f"{source}: its split {split} holds no row")
 
 
+def parsed_examples(source, split, config_name):
+    """Rows for SFT in the form of parsed_rows: the second response is None."""
+    place = None
+    for place, row in read_rows(source, split, config_name):
+        for prompt, response in parse_example(row, place):
+            id, _ = canonical({"prompt": prompt, "responses": [response]})
+            yield {"id": id, "prompt": json.dumps(prompt), "first": json.dumps(response), "second": None, "place": place,
+                   "label": 0, "truth": 0}
+    if place is None:
+        raise DataError(f"{source}: its split {split} holds no row")
+
+
 def tokenize_rows(rows, renderer):
     """Rows in the one form → token ids, their number, and why a pair is to be dropped ("" where it is not)."""
-    pairs = [(json.loads(prompt), [json.loads(first), json.loads(second)])
+    pairs = [(json.loads(prompt), [json.loads(response) for response in (first, second) if response is not None])
              for prompt, first, second in zip(rows["prompt"], rows["first"], rows["second"])]
     try:
         tokens = renderer.render(pairs)
@@ -680,11 +724,16 @@ def tokenize_rows(rows, renderer):
             except Exception as error:  # a template's own raise_exception, among others
                 raise DataError(f"{place}: the chat template failed ({type(error).__name__}: {error})")
         raise
-    prompts, firsts, seconds = map(list, zip(*((prompt, first, second) for prompt, (first, second) in tokens)))
+    prompts = [prompt for prompt, _ in tokens]
+    firsts, seconds = [responses[0] for _, responses in tokens], [responses[-1] for _, responses in tokens]
+    if rows["second"][0] is None:  # examples for SFT
+        drops, seconds = ["" if first else "empty response" for first in firsts], [[] for _ in firsts]
+    else:
+        drops = ["empty response" if not (first and second) else "equal responses" if first == second else ""
+                 for first, second in zip(firsts, seconds)]
     return {"prompt_ids": prompts, "first_ids": firsts, "second_ids": seconds,
             "tokens": [sum(map(len, parts)) for parts in zip(prompts, firsts, seconds)],
-            "drop": ["empty response" if not (first and second) else "equal responses" if first == second else ""
-                     for first, second in zip(firsts, seconds)]}
+            "drop": drops}
 
 
 def decontaminate(rows, source, workers):
@@ -719,7 +768,7 @@ def benchmark_strings(row):
 
 
 def is_clean(row, strings):
-    text = _fold(" ".join(_flat(json.loads(row[name])) for name in ("prompt", "first", "second")))
+    text = _fold(" ".join(_flat(json.loads(row[name])) for name in ("prompt", "first", "second") if row[name] is not None))
     return not any(string in text for string in strings)
 
 
@@ -823,14 +872,15 @@ class PairBatch:
 
 
 def collate(pairs, rows, shared=True, pad=0):
-    """PairBatch of the pairs with these indices. No index makes a batch of one filler: pair 0 with weight 0, so that a
-    rank without work still takes part in what all ranks do together."""
+    """PairBatch of the pairs with these indices; of examples for SFT, one row [prompt | y] each and (B,) lengths.
+    No index makes a batch of one filler: pair 0 with weight 0, so that a rank without work still takes part in what all
+    ranks do together."""
     filler = not rows
     rows = rows or [0]
     lines, sources, targets, lengths, tokens = [], [], [], [], 0
     for row in rows:
         pair = pairs.table[row]
-        prompt, responses = pair["prompt_ids"], (pair["first_ids"], pair["second_ids"])
+        prompt, responses = pair["prompt_ids"], [ids for ids in (pair["first_ids"], pair["second_ids"]) if ids]
         p = len(prompt)
         if shared:
             lines.append([(t, 0, i) for i, t in enumerate(prompt)])

@@ -165,8 +165,8 @@ def check_engine_config(ds, config):
                          "\"bf16\": {\"enabled\": \"auto\"}")
 
 
-def start_engine(module, optimizer, ds, place):
-    """The engine. What DeepSpeed finds wrong with the settings only now, together with this optimiser, is one line too."""
+def initialize(module, optimizer, ds, place):
+    """DeepSpeed's engine. What it finds wrong with the settings only now, together with this optimiser, is one line too."""
     try:
         return deepspeed.initialize(model=module, optimizer=optimizer, config=ds)[0]
     except (ValueError, AssertionError, NotImplementedError) as error:
@@ -215,9 +215,10 @@ def check_models(config, tokenizer):
     names = transformers.models.auto.modeling_auto
     tokens = max(tokenizer.get_vocab().values()) + 1
     for name in filter(None, (config.model_name_or_path, config.ref_model_name_or_path)):
+        name, revision, _ = resolve_model(config, name)
         try:
             model = transformers.AutoConfig.from_pretrained(
-                name, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
+                name, revision=revision, trust_remote_code=config.trust_remote_code)
         except Exception as error:  # as above
             raise cannot_load("model", name, error)
         decoder = getattr(model, "is_decoder", False) or getattr(model, "is_encoder_decoder", False)
@@ -235,19 +236,86 @@ def one_line(error):
     return " ".join(str(error).split())
 
 
-def load_model(config, name):
-    """The causal LM inside the module that the engine wraps, in the dtype that it is trained in, dropout off."""
-    torch.manual_seed(config.seed)
+def resolve_model(config, name):
+    """(model, its revision, None); of an adapter, (the model that it was trained on, its revision, the adapter's folder)."""
+    try:
+        path = transformers.utils.find_adapter_config_file(name, revision=config.model_revision)
+        if path is None:
+            return name, config.model_revision, None
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        base, revision = settings["base_model_name_or_path"], settings.get("revision") or "main"
+    except Exception as error:  # as above
+        raise cannot_load("model", name, error)
+    if importlib.util.find_spec("peft") is None:
+        raise UsageError(f"model {name}: is an adapter, which needs the package peft: pip install -r requirements-extra.txt")
+    return base, revision, Path(path).parent
+
+
+def load_weights(config, name, revision, in_4bit=False):
+    """The causal LM, in the dtype that it is trained in."""
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    quantised = {}
+    if in_4bit:
+        quantised = {"device_map": {"": get_accelerator().current_device_name()},
+                     "quantization_config": transformers.BitsAndBytesConfig(
+                         load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+                         bnb_4bit_use_double_quant=config.use_bnb_nested_quant)}
     try:
         lm, loading = transformers.AutoModelForCausalLM.from_pretrained(
-            name, revision=config.model_revision, dtype=torch.bfloat16 if config.bf16 else torch.float32,
-            output_loading_info=True,
+            name, revision=revision, dtype=dtype, output_loading_info=True, **quantised,
             attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code, use_safetensors=True)
     except Exception as error:  # as above
         raise cannot_load("model", name, error)
     if loading["missing_keys"]:  # transformers draws them at random
         raise UsageError(f"model {name}: its weights lack {sorted(loading['missing_keys'])[0]} "
                          f"({len(loading['missing_keys'])} in all); it takes a causal language model, saved whole")
+    return lm
+
+
+def add_adapter(config, lm):
+    """Put LoRA weights into the layers of `lm`, in place, and freeze all others. Their output is 0 until they are trained,
+    so that the policy before its first step is the model that was loaded."""
+    import peft
+    targets = config.lora_target_modules
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets, modules_to_save=config.lora_modules_to_save)
+    try:
+        peft.get_peft_model(lm, settings)
+    except ValueError as error:
+        raise UsageError(f"lora_target_modules {targets}: {one_line(error)}; layers of {type(lm).__name__} are needed, or "
+                         "all-linear")
+
+
+def load_adapter(config, lm, name, trained):
+    """`lm` with the adapter `name` in its layers, to be trained further; where all weights are trained, merged into them."""
+    import peft
+    try:
+        adapted = peft.PeftModel.from_pretrained(lm, name, revision=config.model_revision, is_trainable=config.use_peft)
+        if not config.use_peft:
+            return adapted.merge_and_unload().requires_grad_(True)  # peft has frozen them
+    except Exception as error:  # as above
+        raise cannot_load("adapter", name, error)
+    if not trained:
+        return lm
+    settings = lm.peft_config["default"]
+    if settings.peft_type != "LORA":
+        raise UsageError(f"adapter {name}: its kind is {settings.peft_type}, and LoRA alone is trained further; with "
+                         "use_peft: false it is merged, and all weights are trained")
+    say(f"the adapter {name} is trained further, as it is (rank {settings.r}, alpha {settings.lora_alpha}); the lora_ keys "
+        "make a new one")
+    return lm
+
+
+def load_model(config, name, trained=True):
+    """The causal LM inside the module that the engine wraps, with its adapter where one is trained, dropout off."""
+    torch.manual_seed(config.seed)
+    base, revision, adapter = resolve_model(config, name)
+    lm = load_weights(config, base, revision, config.load_in_4bit)
+    if adapter:
+        lm = load_adapter(config, lm, name, trained)
+    elif config.use_peft and trained:
+        add_adapter(config, lm)
     for module in lm.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -267,12 +335,25 @@ def recompute_activations(lm, options):
     (lm.activation_checkpointing_enable if new else lm.gradient_checkpointing_enable)(options)
 
 
-def weights_fingerprint(name, revision):
-    """Hash of a model's weights: the commit of a hub model, the content of a folder's files."""
-    if not Path(name).exists():  # loaded before this from the hub's cache, whose folders have the names of commits
-        return f"{name}@{Path(huggingface_hub.try_to_load_from_cache(name, 'config.json', revision=revision)).parent.name}"
+def weights_fingerprint(config, name):
+    """Hash of a model's weights: the commit of a hub model, the content of a folder's files. Of an adapter, of both."""
+    base, revision, adapter = resolve_model(config, name)
+    if Path(base).exists():
+        found = folder_fingerprint(base)
+    else:  # loaded before this from the hub's cache, whose folders have the names of commits
+        found = f"{base}@{Path(huggingface_hub.try_to_load_from_cache(base, 'config.json', revision=revision)).parent.name}"
+    if adapter:
+        # Merged, log-probs are not the same to the last bit.
+        found += f" {'+' if config.use_peft else 'merged with'} {folder_fingerprint(adapter)}"
+    if config.load_in_4bit:
+        found += f", {config.bnb_4bit_quant_type}{' nested' if config.use_bnb_nested_quant else ''}"
+    return found
+
+
+def folder_fingerprint(folder):
     digest = hashlib.blake2b(digest_size=16)
-    for path in sorted([*Path(name).glob("*.safetensors"), Path(name) / "config.json"]):
+    names = [name for name in ("config.json", "adapter_config.json") if (Path(folder) / name).is_file()]
+    for path in sorted([*Path(folder).glob("*.safetensors"), *(Path(folder) / name for name in names)]):
         with open(path, "rb") as file:
             while block := file.read(1 << 24):
                 digest.update(block)
@@ -755,11 +836,34 @@ def check_same_start(resume, before, now):
                              f"{now[name]}: go on as it was, or choose another output_dir")
 
 
-def save_model(engine, tokenizer, output):
-    """The trained model in Hugging Face form, gathered over ranks; each file is put in place when it is complete. Returns
-    their names, on rank 0."""
+def save_adapter(config, lm, state, folder):
+    """The adapter as PeftModel.from_pretrained reads it; with merge_adapter, the plain model, the adapter in its weights.
+
+    state: {name: weight} of all that was trained.
+    """
+    import peft
+    settings = lm.peft_config["default"]
+    settings.inference_mode = True  # who loads it wants it as it is
+    weights = peft.get_peft_model_state_dict(lm, state, save_embedding_layers=False)
+    folder.mkdir()
+    save_file({f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()},
+              folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings.save_pretrained(folder)
+    if config.merge_adapter:  # into the model as it was loaded, not into the 4 bits of it
+        base, revision, _ = resolve_model(config, config.model_name_or_path)
+        merged = peft.PeftModel.from_pretrained(load_weights(config, base, revision), folder).merge_and_unload()
+        merged.save_pretrained(folder)
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            (folder / name).unlink()
+
+
+def save_model(engine, tokenizer, output, config):
+    """The trained model, or its adapter, in Hugging Face form, gathered over ranks; each file is put in place when it is
+    complete. Returns their names, on rank 0."""
     state = {}
     for name, parameter in engine.module.lm.named_parameters():
+        if not parameter.requires_grad and config.use_peft:
+            continue  # what was not trained is where it was loaded from
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if rank() == 0:
                 state[name] = parameter.detach().to("cpu", copy=True)
@@ -768,7 +872,10 @@ def save_model(engine, tokenizer, output):
         staging = output / ".model"
         shutil.rmtree(staging, ignore_errors=True)
         with writing(output / "model.safetensors", staging):
-            engine.module.lm.save_pretrained(staging, state_dict=state)
+            if config.use_peft:
+                save_adapter(config, engine.module.lm, state, staging)
+            else:
+                engine.module.lm.save_pretrained(staging, state_dict=state)
             tokenizer.save_pretrained(staging)
             names = sorted(path.name + "/" * path.is_dir() for path in staging.iterdir())
             for name in names:
@@ -800,14 +907,15 @@ def on_hub(name):
 
 def front_matter(config, summary):
     """What the hub reads of a model card, as YAML."""
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation",
-             "tags": ["adpo", "dpo", "preference-learning"]}
+    front = {"library_name": "peft" if config.use_peft and not config.merge_adapter else "transformers",
+             "pipeline_tag": "text-generation",
+             "tags": ["sft"] if config.objective == "sft" else ["adpo", "dpo", "preference-learning"]}
     sources = [name for name in config.dataset_mixer if on_hub(name)]
     if on_hub(config.model_name_or_path):
         front["base_model"] = config.model_name_or_path
     if sources:
         front["datasets"] = sources
-    if len(sources) == len(config.dataset_mixer) == 1 and summary["eval_accuracy"] is not None:
+    if len(sources) == len(config.dataset_mixer) == 1 and summary.get("eval_accuracy") is not None:
         front["model-index"] = [{"name": Path(config.output_dir).resolve().name, "results": [{
             "task": {"type": "text-generation", "name": "preference"},
             "dataset": {"type": sources[0], "name": sources[0]},
@@ -816,15 +924,23 @@ def front_matter(config, summary):
     return yaml.safe_dump(front, sort_keys=False)
 
 
-def model_card(config, summary, command_line, curves):
-    """README.md of the trained model.  command_line: what started the run, or None.  curves: names of pictures."""
+def card_rows(config, summary):
+    """{name: value} of a model card's table; None for what there is not."""
+    adapter = summary.get("adapter")
+    if adapter:
+        adapter += ", merged into the weights" if config.merge_adapter else f", on {code(config.model_name_or_path)}"
+    data_row = ", ".join(f"{100 * part:.4g} % of {code(name)}" for name, part in config.dataset_mixer.items())
+    if config.objective == "sft":
+        held_out = "not measured" if summary["eval_loss"] is None else f"{summary['eval_loss']:.4f}"
+        return {"data": data_row, "examples": f"{summary['examples']:,}", "held-out loss, nats a token": held_out,
+                "adapter": adapter}
+
     def right(kind):
         return "{:.1%} of them right (95 % interval {:.1%} to {:.1%})".format(summary[f"{kind}_accuracy"],
                                                                              *summary[f"{kind}_interval"])
 
     pseudo, audited = f"{summary['pseudo_labels']:,}", f"{summary['audited']:,}"
-    rows = {"data": ", ".join(f"{100 * part:.4g} % of {code(name)}" for name, part in config.dataset_mixer.items()),
-            "pairs": f"{summary['pairs']:,}",
+    return {"data": data_row, "pairs": f"{summary['pairs']:,}",
             "labels bought": f"{summary['queries']:,} ({summary['query_fraction']:.1%})",
             "annotator": "judge, " + code(config.judge_model) if config.oracle == "judge" else config.oracle,
             "pseudo-labels": pseudo if summary["pseudo_label_accuracy"] is None else f"{pseudo}, {right('pseudo_label')}",
@@ -832,15 +948,21 @@ def model_card(config, summary, command_line, curves):
             "spent on labels": None if summary["cost"] is None else f"{summary['cost']:,.2f}",
             "held-out accuracy of the implicit reward": ("not measured" if summary["eval_accuracy"] is None
                                                          else f"{summary['eval_accuracy']:.3f}"),
-            "β, γ": f"{config.beta}, {config.gamma if config.data_selection else 'every pair asked'}"}
+            "β, γ": f"{config.beta}, {config.gamma if config.data_selection else 'every pair asked'}", "adapter": adapter}
+
+
+def model_card(config, summary, command_line, curves):
+    """README.md of the trained model.  command_line: what started the run, or None.  curves: names of pictures."""
+    how = ("by supervised fine-tuning." if config.objective == "sft" else
+           "with Active Direct Preference Optimization ([arXiv 2402.09401](https://arxiv.org/abs/2402.09401)), which asks "
+           "for a label only where the policy is unsure.")
     settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True).rstrip()
     parts = [
         f"---\n{front_matter(config, summary)}---",
         f"# {code(Path(config.output_dir).resolve().name)}",
-        f"Trained from {code(config.model_name_or_path)} with Active Direct Preference Optimization ([arXiv 2402.09401]"
-        "(https://arxiv.org/abs/2402.09401)), which asks for a label only where the policy is unsure.",
+        f"Trained from {code(config.model_name_or_path)} {how}",
         "| | |\n| --- | --- |\n" + "\n".join("| {} | {} |".format(name, value.replace("|", "\\|"))
-                                            for name, value in rows.items() if value),
+                                            for name, value in card_rows(config, summary).items() if value),
         *(f"![Accuracy, margin, labels and pseudo-labels, against labels bought and steps]({name})" for name in curves),
         "The command:\n\n" + fenced(command_line, "sh") if command_line else "",
         "The config, with " + ", ".join(f"{name} {version}" for name, version in versions().items()) + ":",
@@ -871,6 +993,9 @@ def ticks(text, least):
 
 def closing_line(summary):
     """The run in one line of plain words."""
+    if "examples" in summary:  # SFT
+        held_out = [] if summary["eval_loss"] is None else [f"held-out loss {summary['eval_loss']:.4f}"]
+        return " · ".join([f"{summary['examples']:,} examples", *held_out, f"{summary['wall_seconds']:.0f} s"])
     share = summary["query_fraction"]
     parts = [f"{summary['queries']:,} of {summary['pairs']:,} labels bought ({share:.0%})".replace("%", " %")]
     if summary["pseudo_label_accuracy"] is not None:
@@ -899,6 +1024,17 @@ def read_summary(path):
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UsageError(f"{path} is damaged ({one_line(error)}): restore it, or delete it, and the same command goes on "
                          "from the last checkpoint and writes it anew")
+
+
+def write_config(config, output, schedule):
+    """The run's folder and its config.yaml."""
+    if rank() == 0:
+        with writing(output):
+            output.mkdir(parents=True, exist_ok=True)
+        replace_text(output / "config.yaml", yaml.safe_dump(
+            {"config": dataclasses.asdict(config), "pairs_a_step": schedule.step_pairs, "versions": versions()},
+            sort_keys=False, allow_unicode=True))
+    dist.barrier()
 
 
 def versions():
@@ -1000,27 +1136,28 @@ def resolve_toy(config):
     return [row["prompt"] for _, row in data.read_rows(str(pairs), "test")]
 
 
+def load_split(config, tokenizer, kind, limit):
+    """(pairs or None, labels, truths) of the splits to train on or to test on, as data.load_pairs has them."""
+    renderer = data.Renderer(tokenizer, config.max_prompt_length, config.max_length, config.auto_insert_empty_system_msg)
+    names = dict(zip(config.dataset_mixer, config.dataset_configs or ()))
+    splits = [split for split in config.dataset_splits if ("train" in split) == (kind == "train")]
+    return rank_0_first(lambda: data.load_pairs(
+        config.dataset_mixer, splits, renderer, kind, names, config.preprocessing_num_workers,
+        config.decontaminate_with if kind == "train" else None, limit, config.seed, say, config.objective == "sft"))
+
+
 def load_data(config, tokenizer):
     """(train pairs, test pairs or None, annotator, test labels (pairs,) or None).
 
     The labels go to the annotator, on rank 0 alone; what the loop gets has none.
     """
-    renderer = data.Renderer(tokenizer, config.max_prompt_length, config.max_length, config.auto_insert_empty_system_msg)
-    names = dict(zip(config.dataset_mixer, config.dataset_configs or ()))
-
-    def load(kind, limit):
-        splits = [split for split in config.dataset_splits if ("train" in split) == (kind == "train")]
-        return rank_0_first(lambda: data.load_pairs(
-            config.dataset_mixer, splits, renderer, kind, names, config.preprocessing_num_workers,
-            config.decontaminate_with if kind == "train" else None, limit, config.seed, say))
-
-    train, labels, truths = load("train", config.max_train_samples)
+    train, labels, truths = load_split(config, tokenizer, "train", config.max_train_samples)
     missing = [id for id in train.ids if id not in labels]
     if config.oracle == "dataset" and missing:
         raise UsageError(f"{train.place(missing[0])}: no label, and oracle is dataset ({len(missing)} of {len(train)} pairs "
                          "have none): label them, or say --oracle=human or --oracle=judge")
     annotator = make_annotator(config, train, labels, truths) if rank() == 0 else None
-    test, _, truths = load("test", config.max_eval_samples) if config.do_eval else (None, {}, {})
+    test, _, truths = load_split(config, tokenizer, "test", config.max_eval_samples) if config.do_eval else (None, {}, {})
     missing = [id for id in test.ids if id not in truths] if test else []
     if test is None or len(missing) == len(test):
         if config.do_eval:
@@ -1051,38 +1188,42 @@ def make_annotator(config, train, labels, truths):
         raise UsageError(f"oracle judge: {one_line(error)}")
 
 
+def start_engine(config, ds, name, pairs, with_optimizer=True):
+    """(engine of a model, fingerprint of its weights, whether a row holds both responses), its rows checked on `pairs`."""
+    try:
+        module = load_model(config, name, trained=with_optimizer)
+    except SafetensorError as error:
+        raise UsageError(f"model {name}: a file of its weights is damaged ({one_line(error)}): fetch it again")
+    shared = module.why_not_shared() is None and config.objective != "sft"
+    optimizer = make_optimizer(config, module, ds) if with_optimizer else None
+    weights = weights_fingerprint(config, name)
+    engine = initialize(module, optimizer, ds, config.deepspeed)
+    check_rows(engine, pairs, shared)
+    return engine, weights, shared
+
+
 def policy_and_reference(config, ds, parts):
-    """(engine of the policy, {part: reference log-probs (pairs, 2)}, whether a row holds both responses).
+    """(engine of the policy, fingerprint of its weights, {part: reference log-probs (pairs, 2)}, whether a row holds both
+    responses).
 
     The reference is the policy before its first step, scored by its own engine. One that is another model is loaded, scored
     and freed before the policy is loaded. parts: {"train": (pairs, batches), …}.
     """
-    def prepare(name, zero, with_optimizer):
-        try:
-            module = load_model(config, name)
-        except SafetensorError as error:
-            raise UsageError(f"model {name}: a file of its weights is damaged ({one_line(error)}): fetch it again")
-        shared = module.why_not_shared() is None
-        optimizer = make_optimizer(config, module, ds) if with_optimizer else None
-        weights = weights_fingerprint(name, config.model_revision)
-        engine = start_engine(module, optimizer, {**ds, "zero_optimization": zero}, config.deepspeed)
-        check_rows(engine, parts["train"][0], shared)
-        return engine, weights, shared
-
-    reference = None
+    train, reference = parts["train"][0], None
     if config.ref_model_name_or_path:
         stage = 3 if ds["zero_optimization"].get("stage") == 3 else 0  # without an optimiser, stages 1 and 2 have no sense
-        engine, weights, shared = prepare(config.ref_model_name_or_path, {"stage": stage}, with_optimizer=False)
+        engine, weights, shared = start_engine(config, {**ds, "zero_optimization": {"stage": stage}},
+                                               config.ref_model_name_or_path, train, with_optimizer=False)
         reference = reference_logps(engine, parts, weights, shared)
         engine.destroy()
         del engine
         gc.collect()
-    engine, weights, shared = prepare(config.model_name_or_path, ds["zero_optimization"], with_optimizer=True)
+    engine, weights, shared = start_engine(config, ds, config.model_name_or_path, train)
     if not shared:
         say(f"two rows a pair: {type(engine.module.lm).__name__} cannot share a prompt, {engine.module.why_not_shared()}")
     if reference is None:
         reference = reference_logps(engine, parts, weights, shared)
-    return engine, {name: logps.to(engine.device) for name, logps in reference.items()}, shared
+    return engine, weights, {name: logps.to(engine.device) for name, logps in reference.items()}, shared
 
 
 def main(config, command_line=None):
@@ -1108,6 +1249,8 @@ def main(config, command_line=None):
     # Data, policy, reference.
     tokenizer = load_tokenizer(config)
     check_models(config, tokenizer)
+    if config.objective == "sft":
+        return sft(config, ds, tokenizer, output, resume, start_time, command_line)
     train, test, annotator, test_labels = load_data(config, tokenizer)
     check_same_pairs(train, test)
     schedule = Schedule(config, train, world)
@@ -1116,17 +1259,11 @@ def main(config, command_line=None):
     if test:
         test_batches = my_batches(range(len(test)), test, config.per_device_eval_batch_size, world, config)
         parts["test"] = (test, test_batches)
-    engine, reference, shared = policy_and_reference(config, ds, parts)
+    engine, weights, reference, shared = policy_and_reference(config, ds, parts)
     device = engine.device
 
     # The run's folder, its ledger, and where it stands.
-    if rank() == 0:
-        with writing(output):
-            output.mkdir(parents=True, exist_ok=True)
-        replace_text(output / "config.yaml", yaml.safe_dump(
-            {"config": dataclasses.asdict(config), "pairs_a_step": schedule.step_pairs, "versions": versions()},
-            sort_keys=False, allow_unicode=True))
-    dist.barrier()
+    write_config(config, output, schedule)
     asker = oracle.Oracle(annotator, output / "labels.sqlite", config.max_queries, config.oracle != "dataset")
     if asker.ledger:
         reused, of_ours = asker.ledger.check_pairs(train.ids)
@@ -1134,7 +1271,8 @@ def main(config, command_line=None):
             say(f"{reused:,} answers of other runs are in the ledger, {of_ours:,} of them of pairs of this run")
     step, skipped, seconds_before, evaluation = 0, 0, 0.0, None
     sums = torch.zeros(10, dtype=torch.float64, device=device)  # metrics since the last log
-    start = {"pairs a step": schedule.step_pairs, "pairs": train.fingerprint, "engine settings": decisive(ds)}
+    start = {"pairs a step": schedule.step_pairs, "pairs": train.fingerprint, "model": weights,
+             "engine settings": decisive(ds)}
     if resume:
         state = read_state(resume)
         check_same_start(resume, state.get("start"), start)
@@ -1250,26 +1388,155 @@ def main(config, command_line=None):
     asker.interrupt.remove()
 
     # The end: model, card, summary; then the hub.
-    summary = summarise(train, schedule, asker, evaluation, device, config)
-    names = save_model(engine, tokenizer, output)
+    summary = summarise(train, schedule, asker, evaluation, device, config, engine.module.lm)
+    names = save_model(engine, tokenizer, output, config)
     asker.close()
     engine.destroy()
+    if rank() == 0 and toy_prompts:
+        summary |= {f"gold_reward_{when}": toy.mean_gold_reward(folder, toy_prompts)
+                    for when, folder in (("before", config.model_name_or_path), ("after", output))}
+    finish(config, summary, output, names, command_line, seconds_before + time.time() - start_time)
+
+
+def finish(config, summary, output, names, command_line, seconds):
+    """What comes behind the model: card, summary, the last lines, the hub.  names: of the model's files."""
     failure = None
     if rank() == 0:
-        if toy_prompts:
-            summary |= {f"gold_reward_{when}": toy.mean_gold_reward(folder, toy_prompts)
-                        for when, folder in (("before", config.model_name_or_path), ("after", output))}
-        curves = draw_curves(output)
+        curves = [] if config.objective == "sft" else draw_curves(output)
         replace_text(output / "README.md", model_card(config, summary, command_line, curves))
-        summary["wall_seconds"] = seconds_before + time.time() - start_time
+        summary["wall_seconds"] = seconds
         replace_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
         say(closing_line(summary))
-        say(f"the model, its metrics and its ledger are in {output}")
+        what = "adapter" if config.use_peft and not config.merge_adapter else "model"
+        rest = " and its metrics" if config.objective == "sft" else ", its metrics and its ledger"
+        say(f"the {what}{rest} are in {output}")
         if config.push_to_hub:
             failure = push(config, output, names + curves)
     dist.barrier()
     if failure:
         raise UsageError(failure)
+
+
+def sft(config, ds, tokenizer, output, resume, start_time, command_line):
+    """Supervised fine-tuning: the loop of `main` without reference, gate and ledger. The loss of a step is the mean of
+    −log π(y_t | x, y_<t) over its response tokens, however they are cut into micro-batches and ranks."""
+    world = dist.get_world_size()
+    train, _, _ = load_split(config, tokenizer, "train", config.max_train_samples)
+    test = load_split(config, tokenizer, "test", config.max_eval_samples)[0] if config.do_eval else None
+    if config.do_eval and not test:
+        say("no test split: evaluation is skipped")
+    schedule = Schedule(config, train, world)
+    ds |= schedule.engine_batches()
+    engine, weights, _ = start_engine(config, ds, config.model_name_or_path, train)
+    device = engine.device
+
+    write_config(config, output, schedule)
+    step, skipped, seconds_before, evaluation = 0, 0, 0.0, None
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, response tokens, all tokens since the last log
+    start = {"examples a step": schedule.step_pairs, "examples": train.fingerprint, "model": weights,
+             "engine settings": decisive(ds)}
+    if resume:
+        state = read_state(resume)
+        check_same_start(resume, state.get("start"), start)
+        shards.load(engine, resume)
+        step, seconds_before, evaluation, skipped = (state[k] for k in ("step", "wall_seconds", "evaluation", "skipped"))
+        sums += torch.tensor(state["sums"], dtype=torch.float64, device=device) * (rank() == 0)
+        say(f"resumed from {resume} at step {step:,} of {schedule.total_steps:,}")
+    log = Log(output, engine, step if resume else -1)
+    say(f"{len(train):,} examples, {schedule.total_steps:,} steps of {schedule.step_pairs}, {world} "
+        f"process{'es' if world > 1 else ''} on {device.type}, ZeRO {ds['zero_optimization'].get('stage', 0)}")
+
+    def run_evaluation():
+        loss = sft_evaluate(engine, test, config)
+        log.write({"step": step, "epoch": step / schedule.epoch_steps, "split": "eval", "loss": loss})
+        say(f"step {step:,}: held-out loss {loss:.4f}")
+        return loss
+
+    def checkpoint():
+        state = {"step": step, "start": start, "skipped": skipped, "wall_seconds": seconds_before + time.time() - start_time,
+                 "evaluation": evaluation, "sums": reduced(sums)}
+        save_checkpoint(engine, output, state, config.save_total_limit)
+
+    if test and config.eval_on_start and step == 0:
+        evaluation = run_evaluation()
+    progress = bar(schedule.total_steps, "train", initial=step)
+    interrupt = oracle.Interrupt()
+    interrupt.install()
+    window_start = time.time()
+    while step < schedule.total_steps:
+        if max(all_gather(interrupt.asked)):  # one rank's signal stops all
+            progress.close()
+            if step and step not in checkpoints(output):
+                checkpoint()
+            interrupt.remove()
+            raise oracle.Waiting("interrupted")
+        engine.train()
+        lr = learning_rate(step, schedule.total_steps, config)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        step_tokens = sum(map(len, train.table[schedule.rows(step)]["first_ids"]))
+
+        micro_batches = schedule.micro_batches(step)
+        for n, rows in enumerate(micro_batches, 1):
+            engine.set_gradient_accumulation_boundary(n == len(micro_batches))
+            losses, batch = sft_losses(engine, train, rows)  # (N,)
+            engine.backward(losses.sum() * (engine.gradient_accumulation_steps() * world / step_tokens))
+            if engine.is_gradient_accumulation_boundary():
+                grad_norm = gradient_norm(engine)
+            engine.step()
+            sums += torch.stack([losses.detach().sum().double(), losses.new_tensor(len(losses) * bool(rows)).double(),
+                                 losses.new_tensor(batch.tokens).double()])
+
+        skipped = skipped_in_a_row(skipped, engine, grad_norm, step, [train.ids[row] for row in schedule.rows(step)])
+        step += 1
+        epoch_end, last = step % schedule.epoch_steps == 0, step == schedule.total_steps
+        if step % config.logging_steps == 0 or last or (step == 1 and config.logging_first_step):
+            loss, counted, tokens = reduced(sums)
+            log.write({"step": step, "epoch": step / schedule.epoch_steps, "split": "train", "loss": loss / counted,
+                       "learning_rate": lr,
+                       "grad_norm": float(engine.get_global_grad_norm() if grad_norm is None else grad_norm),
+                       "tokens_per_second": tokens / (time.time() - window_start)})
+            progress.set_postfix_str(f"loss {loss / counted:.3f}", refresh=False)
+            sums.zero_()
+            window_start = time.time()
+        progress.update()
+        if test and (last or due(config.eval_strategy, config.eval_steps, step, epoch_end)):
+            evaluation = run_evaluation()
+            window_start = time.time()
+        if due(config.save_strategy, config.save_steps, step, epoch_end):
+            checkpoint()
+            window_start = time.time()
+    progress.close()
+    interrupt.remove()
+
+    summary = {"examples": len(train), "eval_loss": evaluation, "peak_memory_bytes": peak_memory(device),
+               **adapter_summary(config, engine.module.lm)}
+    names = save_model(engine, tokenizer, output, config)
+    engine.destroy()
+    finish(config, summary, output, names, command_line, seconds_before + time.time() - start_time)
+
+
+def sft_losses(engine, examples, rows):
+    """(−log π(y_t | x, y_<t) of each response token (N,), 0 for those of a filler; the batch)."""
+    batch = data.collate(examples, rows, shared=False).to(engine.device)
+    logps = engine(batch, per_token="ours")  # (N,)
+    losses = -logps * batch.weights.repeat_interleave(batch.lengths, output_size=len(logps))
+    return losses * (1 + 0 * losses.detach()), batch  # times 1; an infinite loss gets a gradient of NaN, never a step
+
+
+@torch.no_grad()
+def sft_evaluate(engine, examples, config):
+    """Mean loss over the response tokens of the test split, in nats."""
+    engine.eval()
+    batches = my_batches(range(len(examples)), examples, config.per_device_eval_batch_size, dist.get_world_size(), config)
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    with bar(len(batches), "evaluate", leave=False) as progress:
+        for rows in batches:
+            losses, _ = sft_losses(engine, examples, rows)
+            sums += torch.stack([losses.sum().double(), losses.new_tensor(len(losses) * bool(rows)).double()])
+            progress.update()
+    loss, tokens = reduced(sums)
+    return loss / tokens
 
 
 def consult_gate(margin, ids, threshold, config):
@@ -1374,7 +1641,7 @@ def due(strategy, every, step, epoch_end):
     return strategy == "steps" and step % every == 0 or strategy == "epoch" and epoch_end
 
 
-def summarise(train, schedule, asker, evaluation, device, config):
+def summarise(train, schedule, asker, evaluation, device, config, lm):
     """summary.json without its times. All ranks call it together; what the ledger knows is known to rank 0 alone."""
     epoch = range(min(schedule.total_steps, schedule.epoch_steps))
     pairs = len({train.ids[row] for step in epoch for row in schedule.rows(step)})
@@ -1387,7 +1654,16 @@ def summarise(train, schedule, asker, evaluation, device, config):
             "audit_interval": audit and list(audit["interval"]), "cost": cost(asker, config),
             "budget_spent_at_step": state["budget_spent_at_step"],
             "eval_loss": evaluation and evaluation["loss"],
-            "eval_accuracy": evaluation and evaluation["rewards/accuracies"], "peak_memory_bytes": peak_memory(device)}
+            "eval_accuracy": evaluation and evaluation["rewards/accuracies"], "peak_memory_bytes": peak_memory(device),
+            **adapter_summary(config, lm)}
+
+
+def adapter_summary(config, lm):
+    """What is trained, where it is not all weights."""
+    if not config.use_peft:
+        return {}
+    settings = lm.peft_config["default"]
+    return {"adapter": f"LoRA of rank {settings.r}, alpha {settings.lora_alpha}"}
 
 
 def push(config, output, names):
@@ -1457,8 +1733,8 @@ def command(argv):
     try:
         main(config := parse_config(argv), same_command(argv))
     except oracle.Waiting as waiting:
-        say(f"stopped: {waiting}. All answers so far are in {config.output_dir}/labels.sqlite. Resume with\n"
-            f"    {same_command(argv)}")
+        answers = f" All answers so far are in {config.output_dir}/labels.sqlite." if config.objective == "adpo" else ""
+        say(f"stopped: {waiting}.{answers} Resume with\n    {same_command(argv)}")
         return 75
     except sqlite3.Error as error:
         what = oracle.in_words(Path(config.output_dir) / "labels.sqlite", error)

@@ -183,7 +183,12 @@ def test_flags_win_over_the_file(write):
     (["--loss_type=kto_pair"], "loss_type 'kto_pair' cannot be gated: it scores chosen and rejected responses apart"),
     (["--loss_type=hinge", "--label_smoothing=0.1"], "label_smoothing is defined for loss_type sigmoid, not hinge"),
     (["--torch_dtype=bfloat16"], "torch_dtype bfloat16 needs bf16: true"),
-    (["--use_peft=true"], "use_peft=true cannot be honoured: adapters are not supported"),
+    (["--use_peft=true", "--lora_dropout=0.05"], "lora_dropout=0.05 cannot be honoured: the gate reads the margin"),
+    (["--use_peft=true", "--load_in_4bit=true"], "load_in_4bit needs a GPU and the package bitsandbytes"),
+    (["--load_in_4bit=true"], "load_in_4bit goes with use_peft: true"),
+    (["--merge_adapter=true"], "merge_adapter goes with use_peft: true"),
+    (["--lora_task_type=SEQ_CLS"], "lora_task_type=SEQ_CLS cannot be honoured: it is CAUSAL_LM"),
+    (["--use_dora=true"], "use_dora=true cannot be honoured: the adapter is plain LoRA"),
     (["--fp16=true"], "fp16=true cannot be honoured: float16 needs loss scaling"),
     (["--precompute_ref_log_probs=false"], "the log-probs of the reference are always computed once"),
     (["--report_to=mlflow"], "report_to: expected some of tensorboard, wandb, csv_monitor, none, found 'mlflow'"),
@@ -202,7 +207,7 @@ def test_what_cannot_be_is_one_line_with_place_value_and_what_was_expected(flags
     ("model_name_or_path: [x]\n", "c.yaml, model_name_or_path: expected text, found ['x']"),
     ("beta: {a: 1}\n", "c.yaml, beta: expected a number, found {'a': 1}"),
     ("gamma:\n", "c.yaml, gamma: expected a number, found nothing"),
-    ("lora_r: 16\nuse_peft: true\n", "adapters are not supported"),
+    ("lora_r: 0\nuse_peft: true\n", "c.yaml, lora_r: expected a whole number of at least 1, found 0"),
 ])
 def test_a_file_that_cannot_be(text, message, write, capsys):
     assert message in refused(write(text=text), capsys)
@@ -215,7 +220,8 @@ def test_no_config_and_no_such_config(capsys):
 
 
 def test_what_recipes_switch_off_is_accepted(write):
-    parse_config(write(GOOD | {"use_peft": False, "load_in_4bit": False, "lora_r": 16, "fp16": False}))
+    parse_config(write(GOOD | {"use_peft": False, "load_in_4bit": False, "lora_r": 16, "fp16": False,
+                               "lora_dropout": 0.05, "lora_target_modules": ["q_proj"], "bnb_4bit_quant_storage": "uint8"}))
 
 
 def test_help_names_every_key(capsys):
