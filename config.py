@@ -155,6 +155,8 @@ class Config:
     toy_label_noise: float = key(0.05, "share of its labels that are wrong", low=0, high=0.5)
 
 
+BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}  # in any case
+
 EVALUATION_SPLITS = ("test", "eval", "valid", "dev")  # a split to evaluate on has one of these in its name
 
 ALIASES = {"Gamma": "gamma", "evaluation_strategy": "eval_strategy", "dtype": "torch_dtype",
@@ -304,15 +306,17 @@ def convert(value, name, place):
         raise UsageError(f"{place}: expected {describe(hint)}, found nothing")
     wrong = UsageError(f"{place}: expected {describe(hint)}, found {shown(repr(value))}")
     if hint is bool:
-        word = str(value).lower()
-        if word not in ("true", "yes", "1", "false", "no", "0"):
+        if str(value).lower() not in BOOLEANS:
             raise wrong
-        return word in ("true", "yes", "1")
+        return BOOLEANS[str(value).lower()]
     if hint in (int, float):
         value = convert_number(value, hint, wrong)
     elif hint is str:
-        if isinstance(value, bool):  # resume_from_checkpoint: false; and YAML reads save_strategy: no as false
-            value = "no" if not value and "no" in (spec.metadata["choices"] or ()) else str(value).lower()
+        choices = spec.metadata["choices"] or ()
+        if "true" in choices and str(value).lower() in BOOLEANS:  # pseudo_labels: the words of a boolean among others
+            value = str(BOOLEANS[str(value).lower()]).lower()
+        elif isinstance(value, bool):  # resume_from_checkpoint: false; and YAML reads save_strategy: no as false
+            value = "no" if not value and "no" in choices else str(value).lower()
         if isinstance(value, (int, float, datetime.date)):  # YAML reads 0123 as 83: what stood there is not known
             raise UsageError(f"{wrong}; put it in quotes")
         if not is_text(value):

@@ -282,3 +282,15 @@ def test_schedule_sees_each_pair_once_an_epoch(write):
     assert [len(schedule.rows(step)) for step in range(6)] == [8, 8, 8, 8, 8, 2]
     assert schedule.rows(6) != first[:8]  # the second epoch has an order of its own
     assert Schedule(config, FakePairs(), world=2).rows(7) == schedule.rows(7)  # a resume knows it
+
+
+@pytest.mark.parametrize("given, expected", [("True", "true"), ("no", "false"), ("0", "false"), ("soft", "soft")])
+def test_pseudo_labels_takes_a_boolean_in_any_form_and_words_of_its_own(given, expected, write):
+    values = {"model_name_or_path": "m", "dataset_mixer": {"d": 1.0}, "output_dir": "o"}
+    assert parse_config(write(values) + ["--pseudo_labels", given]).pseudo_labels == expected
+    assert parse_config(write(text=f"{json.dumps(values)[:-1]}, pseudo_labels: {given}}}")).pseudo_labels == expected
+
+
+def test_no_without_quotes_is_a_choice_where_there_is_one(write):
+    text = '{model_name_or_path: m, dataset_mixer: {d: 1.0}, output_dir: o, save_strategy: no, eval_strategy: No}'
+    assert parse_config(write(text=text)).save_strategy == parse_config(write(text=text)).eval_strategy == "no"
