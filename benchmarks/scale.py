@@ -173,7 +173,8 @@ def report(found, limits, labelled):
     lines += ["", f"- {PAIRS} pairs in steps of {STEP_PAIRS}, {EPOCHS} epochs: the last step of an epoch has "
               f"{PAIRS % STEP_PAIRS} pairs", "- the reference: one process, no accumulation, no checkpointing, ZeRO 0 (in "
               "bf16 it runs as ZeRO 1; one process in fp32 runs ZeRO 1 and 2 as ZeRO 0)",
-              "- the limit of bf16 is twice the distance of its reference from that of fp32: either of two runs may be that far off",
+              "- the limit of bf16 is twice the distance of its reference from that of fp32: either of two runs may be that "
+              "far off",
               "- answers: pairs that one run asked and the other did not, or at another step; a margin beside γ decides",
               f"- {versions}; CPU, one thread a process; Python {platform.python_version()}", "",
               "| dtype | processes | ZeRO | accumulation | checkpointing | loss | margins | answers that differ | weights, "
