@@ -177,6 +177,9 @@ def draw(results, path):
                     x, y, wide = zip(*points)
                     axis.errorbar([100 * v for v in x], y, wide, color=colour, marker=marker, linestyle=style, capsize=2,
                                   markersize=8 if marker == "*" else 5, label=line)
+            middles = [interval([r[key] for r in runs[name].values()])[0] for name in runs if METHODS[name][0]]
+            spare = 0.2 * (max(middles) - min(middles)) or 1  # a wide interval may leave the picture, a mean does not
+            axis.set_ylim(min(middles) - spare, max(middles) + spare)
             axis.set_ylabel(label)
             axis.grid(alpha=0.3)
         axes[0][column].set_title(f"{float(noise):.0%} of the labels wrong")
