@@ -190,6 +190,8 @@ def test_replay_takes_pairs_that_have_a_label_and_no_other(tmp_path):
     assert rows[:5] == [20, 21, 22, 23, 24] and len(set(rows)) == 20 and set(rows[5:]) <= set(range(20))
     assert rows != threshold.rows_to_train(list(range(20, 40)), 2)  # another draw
     assert threshold.rows_to_train(list(range(20, 60)), 1)[25:] == []  # no more than there are
+    later = threshold.rows_to_train([*range(15), *range(30, 35)], 40)  # in a second epoch, pairs of the pool come again
+    assert later[:15] == list(range(15)) and sorted(later[15:]) == list(range(15, 20))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
