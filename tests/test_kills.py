@@ -151,7 +151,11 @@ def in_an_evaluation(output, log, home):
 
 def in_the_middle_of_a_checkpoint(output, log, home):
     """Not that of the start: the run is to come further from kill to kill."""
-    return bool(list(output.glob(".checkpoint/checkpoint-*/rank-*.pt"))) and bool(list(output.glob("checkpoint-*")))
+    try:
+        parts = list(output.glob(".checkpoint/checkpoint-*/rank-*.pt"))
+    except FileNotFoundError:  # the folder was put in its place while it was looked into
+        return False
+    return bool(parts) and bool(list(output.glob("checkpoint-*")))
 
 
 def in_the_final_save(output, log, home):
