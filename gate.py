@@ -20,7 +20,6 @@ from collections import deque
 import torch
 
 import adpo
-from oracle import wilson
 
 WINDOW = 1024  # labels that the scale is fitted to
 FEWEST = 64  # labels before which everything is asked
@@ -85,16 +84,13 @@ class Gate:
         """The collapse guard: raise γ by half where the pairs audited since the last time agree less than the gate expects,
         beyond their 95 % interval."""
         state = self.asker.state
-        audits = self.asker.ledger.audits(step - 1, state["guarded_until"])
-        if not self.scale or len(audits) < AUDITS:
-            return None
-        right = sum((margin > 0) == (label > 0) for margin, label in audits)
-        expected = torch.sigmoid(self.scale * torch.tensor([margin for margin, _ in audits]).abs()).mean().item()
-        if wilson(right, len(audits))[1] >= expected:
+        audit = self.asker.audit(step - 1, state["guarded_until"], self.scale)
+        if not self.scale or not audit or audit["audited"] < AUDITS or audit["interval"][1] >= audit["predicted"]:
             return None
         state["guard"], state["guarded_until"] = 1.5 * state["guard"], step
-        return (f"step {step:,}: of {len(audits)} audited pairs {right / len(audits):.1%} agree with the annotator, where "
-                f"the gate expects {expected:.1%}: gamma is raised to {self.config.gamma * state['guard']:.3g}")
+        return (f"step {step:,}: of {audit['audited']} audited pairs {audit['accuracy']:.1%} agree with the annotator, "
+                f"where the gate expects {audit['predicted']:.1%}: gamma is raised to "
+                f"{self.config.gamma * state['guard']:.3g}")
 
     def follow(self, ids, margins, step):
         """With a budget: set γ so that this step's share of what is left of it is asked.
@@ -123,7 +119,8 @@ class Gate:
         if self.asker.ledger:
             unknown = set(self.asker.ledger.unanswered([self.ids[row] for row in rows]))
             chosen = [row for row in rows if self.ids[row] not in unknown]
-            others = [row for row in self.pool if row not in set(chosen)]
+            taken = set(chosen)
+            others = [row for row in self.pool if row not in taken]
             draw = random.Random(f"replay {self.config.seed} {step}")
             chosen += draw.sample(others, min(len(rows) - len(chosen), len(others)))
         return self.asker.from_rank_0(chosen)

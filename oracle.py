@@ -553,15 +553,15 @@ class Oracle:
         """Labels bought, over all ranks (rank 0; elsewhere 0)."""
         return self.ledger.count(step) if self.ledger else 0
 
-    def audit(self, step=None):
-        """What the audited pairs say of pseudo-labels (rank 0; elsewhere None): how many there are, the share of them on
-        which sign(margin) agrees with the annotator, its 95 % interval, and the share that the policy itself predicts,
-        the mean of σ(|m|)."""
-        pairs = self.ledger.audits(step) if self.ledger else []
+    def audit(self, step=None, first=0, scale=1.0):
+        """What the audited pairs of the steps from `first` to `step` say of pseudo-labels (rank 0; elsewhere None): how many
+        there are, the share of them on which sign(margin) agrees with the annotator, its 95 % interval, and the share that
+        is predicted, the mean of σ(a·|m|): by the policy itself, or with a as `scale` by a calibrated gate."""
+        pairs = self.ledger.audits(step, first) if self.ledger else []
         if not pairs:
             return None
         right = sum((margin > 0) == (label > 0) for margin, label in pairs)
-        predicted = sum(1 / (1 + math.exp(-min(abs(margin), 700))) for margin, _ in pairs) / len(pairs)
+        predicted = sum(1 / (1 + math.exp(-min(scale * abs(margin), 700))) for margin, _ in pairs) / len(pairs)
         return {"audited": len(pairs), "accuracy": right / len(pairs), "interval": wilson(right, len(pairs)),
                 "predicted": predicted}
 

@@ -312,6 +312,24 @@ def build(directory: str | os.PathLike, label_noise: float = 0.05, train_pairs: 
     return model_dir, pairs_dir
 
 
+def write_untrained(folder: Path, sizes: dict[str, int]) -> None:
+    """A small task without training, for tests and benchmarks: folder/model, its weights random, and for each file of
+    `sizes` {path in folder: number of pairs} sentences of the grammar, labelled by the gold reward."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    make_model(tokenizer).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    rng = random.Random(0)
+    for name, count in sizes.items():
+        rows = []
+        for _ in range(count):
+            a, b = write_response(rng), write_response(rng)
+            rows.append({"prompt": f"review of the {rng.choice(PLACES)} :", "response_a": a, "response_b": b,
+                         "label": "a" if gold_reward(a) >= gold_reward(b) else "b"})
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(folder / name, rows)
+
+
 def load(model_dir: str | os.PathLike) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """The model in fp32, ready to sample from, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()

@@ -388,6 +388,14 @@ def pairs_a_step(config, world):
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * world
 
 
+def set_learning_rate(engine, step, total, config):
+    """Give the engine the learning rate of a step. Returns it."""
+    lr = learning_rate(step, total, config)
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
 class Schedule:
     """Which pairs each optimiser step takes, and how they are dealt out to ranks and micro-steps."""
 
@@ -836,6 +844,11 @@ def check_same_start(resume, before, now):
                              f"{now[name]}: go on as it was, or choose another output_dir")
 
 
+def leaves_adapter(config):
+    """Whether the run leaves an adapter, not a model."""
+    return config.use_peft and not config.merge_adapter
+
+
 def save_adapter(config, lm, state, folder):
     """The adapter as PeftModel.from_pretrained reads it; with merge_adapter, the plain model, the adapter in its weights.
 
@@ -907,7 +920,7 @@ def on_hub(name):
 
 def front_matter(config, summary):
     """What the hub reads of a model card, as YAML."""
-    front = {"library_name": "peft" if config.use_peft and not config.merge_adapter else "transformers",
+    front = {"library_name": "peft" if leaves_adapter(config) else "transformers",
              "pipeline_tag": "text-generation",
              "tags": ["sft"] if config.objective == "sft" else ["adpo", "dpo", "preference-learning"]}
     sources = [name for name in config.dataset_mixer if on_hub(name)]
@@ -1332,9 +1345,7 @@ def main(config, command_line=None):
             asker.close()
             raise
         engine.train()
-        lr = learning_rate(step, schedule.total_steps, config)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = lr
+        lr = set_learning_rate(engine, step, schedule.total_steps, config)
         unasked = []  # (pair id, pseudo-label)
 
         micro_batches = schedule.micro_batches(step, rows)
@@ -1355,7 +1366,7 @@ def main(config, command_line=None):
 
             o = o.to(device)
             losses = adpo.preference_loss(margin, o, config.loss_type, config.beta, config.label_smoothing)  # (B,)
-            losses = losses * (1 + 0 * losses.detach())  # times 1; an infinite loss gets a gradient of NaN, never a step
+            losses = no_step_if_infinite(losses)
             # The step's loss is the mean over its pairs, however they are cut; DeepSpeed divides by micro-steps and ranks.
             engine.backward((losses * batch.weights).sum() * (engine.gradient_accumulation_steps() * world / len(rows)))
             if engine.is_gradient_accumulation_boundary():
@@ -1370,7 +1381,7 @@ def main(config, command_line=None):
         if step % config.logging_steps == 0 or last or (step == 1 and config.logging_first_step):
             metrics, tokens = means(reduced(sums))
             row = {"step": step, "epoch": step / schedule.epoch_steps, "split": "train", **metrics, "learning_rate": lr,
-                   "grad_norm": float(engine.get_global_grad_norm() if grad_norm is None else grad_norm),
+                   "grad_norm": norm_for_log(engine, grad_norm),
                    **labels_so_far(), **threshold.metrics(), "tokens_per_second": tokens / (time.time() - window_start)}
             log.write(row)
             warn_of_wrong_pseudo_labels(asker, step - 1, config)
@@ -1407,7 +1418,7 @@ def finish(config, summary, output, names, command_line, seconds):
         summary["wall_seconds"] = seconds
         replace_text(output / "summary.json", json.dumps(summary, indent=2) + "\n")
         say(closing_line(summary))
-        what = "adapter" if config.use_peft and not config.merge_adapter else "model"
+        what = "adapter" if leaves_adapter(config) else "model"
         rest = " and its metrics" if config.objective == "sft" else ", its metrics and its ledger"
         say(f"the {what}{rest} are in {output}")
         if config.push_to_hub:
@@ -1471,9 +1482,7 @@ def sft(config, ds, tokenizer, output, resume, start_time, command_line):
             interrupt.remove()
             raise oracle.Waiting("interrupted")
         engine.train()
-        lr = learning_rate(step, schedule.total_steps, config)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = lr
+        lr = set_learning_rate(engine, step, schedule.total_steps, config)
         step_tokens = sum(map(len, train.table[schedule.rows(step)]["first_ids"]))
 
         micro_batches = schedule.micro_batches(step)
@@ -1494,7 +1503,7 @@ def sft(config, ds, tokenizer, output, resume, start_time, command_line):
             loss, counted, tokens = reduced(sums)
             log.write({"step": step, "epoch": step / schedule.epoch_steps, "split": "train", "loss": loss / counted,
                        "learning_rate": lr,
-                       "grad_norm": float(engine.get_global_grad_norm() if grad_norm is None else grad_norm),
+                       "grad_norm": norm_for_log(engine, grad_norm),
                        "tokens_per_second": tokens / (time.time() - window_start)})
             progress.set_postfix_str(f"loss {loss / counted:.3f}", refresh=False)
             sums.zero_()
@@ -1520,8 +1529,7 @@ def sft_losses(engine, examples, rows):
     """(−log π(y_t | x, y_<t) of each response token (N,), 0 for those of a filler; the batch)."""
     batch = data.collate(examples, rows, shared=False).to(engine.device)
     logps = engine(batch, per_token="ours")  # (N,)
-    losses = -logps * batch.weights.repeat_interleave(batch.lengths, output_size=len(logps))
-    return losses * (1 + 0 * losses.detach()), batch  # times 1; an infinite loss gets a gradient of NaN, never a step
+    return no_step_if_infinite(-logps * batch.weights.repeat_interleave(batch.lengths, output_size=len(logps))), batch
 
 
 @torch.no_grad()
@@ -1619,6 +1627,16 @@ def gradient_norm(engine):
         engine.zero_grad()
         engine.set_gradient_accumulation_boundary(False)
     return norm
+
+
+def no_step_if_infinite(losses):
+    """The losses, times 1: an infinite one gets a gradient of NaN, so that the engine does not take the step."""
+    return losses * (1 + 0 * losses.detach())
+
+
+def norm_for_log(engine, grad_norm):
+    """The gradient's norm, behind the step: what gradient_norm said before it, or else the engine."""
+    return float(engine.get_global_grad_norm() if grad_norm is None else grad_norm)
 
 
 def skipped_in_a_row(before, engine, grad_norm, step, ids):

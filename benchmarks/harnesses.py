@@ -26,9 +26,7 @@ import os
 import platform
 import random
 import shutil
-import subprocess
 import sys
-import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +56,7 @@ TWO_STEPS = {"max_steps": 2, "dataset_splits": "train", "max_train_samples": 64,
              "num_threads": 1}
 # The two-turn questions: a category of each kind of temperature, and one that FastChat does not know.
 CATEGORIES = ("writing", "roleplay", "extraction", "math", "coding", "reasoning", "stem", "humanities", "gardening")
+PEERS = (*HARNESSES, "torch", "transformers", "accelerate")  # whose versions the results name
 Stop = trl_parity.Stop
 
 
@@ -135,35 +134,6 @@ def fastchat(job):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Our side
-
-def harness_python(outputs, given):
-    """The harnesses' interpreter, its environment made where it is not there. Raises Stop."""
-    python = Path(given) if given else outputs / "harness-env" / ("Scripts" if os.name == "nt" else "bin") / "python"
-    if not given and not python.exists():
-        print(f"making {outputs / 'harness-env'}", flush=True)
-        venv.create(outputs / "harness-env", with_pip=True)
-    if not given and versions_of(python) | HARNESSES != versions_of(python):
-        for packages in PACKAGES:
-            if subprocess.run([python, "-m", "pip", "install", *packages]).returncode:
-                raise Stop(f"pip could not install {' '.join(packages)}; --harness-python names an interpreter that has it")
-    found = versions_of(python)
-    for name, version in HARNESSES.items():
-        if found.get(name) != version:
-            raise Stop(f"{python}: needs {name} {version}, found {found.get(name) or 'none'}")
-    return python
-
-
-def versions_of(python):
-    """{package: version} of an interpreter, of those that the harnesses need. Raises Stop."""
-    code = ("import importlib.metadata as m, json; "
-            "names = 'lm_eval alpaca_eval fschat torch transformers accelerate'.split(); "
-            "have = {d.metadata['Name'].replace('-', '_').lower(): d.version for d in m.distributions()}; "
-            "print(json.dumps({n: have[n] for n in names if n in have}))")
-    try:
-        return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
-    except (OSError, subprocess.CalledProcessError, json.JSONDecodeError) as error:
-        raise Stop(f"{python}: is no Python that runs ({type(error).__name__})")
-
 
 def reviews():
     """The rows of the task: 100 prompts of the toy test split, each with two sentences of the grammar; better: 0 or 1."""
@@ -333,7 +303,7 @@ def main(options):
     import toy
     outputs = Path(options.outputs).resolve()
     outputs.mkdir(parents=True, exist_ok=True)
-    python = harness_python(outputs, options.harness_python)
+    python = trl_parity.environment(outputs / "harness-env", PACKAGES, HARNESSES, options.harness_python, "--harness-python")
     work = outputs / "harnesses"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
@@ -353,7 +323,7 @@ def main(options):
     wrong = differences(found, expected)
     wrong += [f"lm_eval, {name}: {row}" for name, row in accuracies.items()
               if row["harness"] != row["plain"] or row["gap"] > TOLERANCE]
-    text = document(accuracies, found, wrong, versions_of(python), options.model)
+    text = document(accuracies, found, wrong, trl_parity.versions_of(python, PEERS), options.model)
     results = Path(options.results)
     results.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(text, encoding="utf-8")

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import json
 import os
-import random
 import shlex
 import shutil
 import signal
@@ -130,26 +129,6 @@ class Hosts:
 # ----------------------------------------------------------------------------------------------------------------------
 # The runs
 
-def make_inputs(folder):
-    """A tiny model and 120 + 40 pairs of the toy task, as both hosts have them."""
-    import torch
-
-    import toy
-    torch.manual_seed(0)
-    tokenizer = toy.make_tokenizer()
-    toy.make_model(tokenizer).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    rng = random.Random(0)
-    (folder / "pairs").mkdir()
-    for split, count in (("train", 120), ("test", 40)):
-        with open(folder / "pairs" / f"{split}.jsonl", "w") as file:
-            for _ in range(count):
-                a, b = toy.write_response(rng), toy.write_response(rng)
-                label = "a" if toy.gold_reward(a) >= toy.gold_reward(b) else "b"
-                file.write(json.dumps({"prompt": f"review of the {rng.choice(toy.PLACES)} :", "response_a": a,
-                                       "response_b": b, "label": label}) + "\n")
-
-
 def arguments(work, output, **keys):
     keys = {"model_name_or_path": work / "inputs/model", "dataset_mixer": f"{{{work}/inputs/pairs: 1.0}}",
             "per_device_train_batch_size": 8, "max_prompt_length": 16, "max_length": 64, "max_steps": STEPS, "gamma": 0.2,
@@ -249,7 +228,8 @@ def main(options):
     shutil.rmtree(work, ignore_errors=True)
     for name in ("inputs", "own", "shared"):
         (work / name).mkdir(parents=True)
-    make_inputs(work / "inputs")
+    import toy
+    toy.write_untrained(work / "inputs", {"pairs/train.jsonl": 120, "pairs/test.jsonl": 40})  # as both hosts have them
     found = []
     with Hosts(work) as hosts:
         for stage in options.stages:

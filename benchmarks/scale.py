@@ -23,7 +23,6 @@ import itertools
 import json
 import os
 import platform
-import random
 import shutil
 import socket
 import sqlite3
@@ -45,25 +44,6 @@ FP32_LIMITS = {"loss": 1e-5, "margins": 1e-4, "answers": 0, "weights": 1e-5}
 
 class Stop(Exception):
     """The benchmark cannot be run; the message says why. Exit code 2."""
-
-
-def make_task(folder):
-    """A random model of the toy task and its pairs, labelled by the gold reward."""
-    import torch
-    import transformers
-
-    import toy
-    transformers.utils.logging.disable_progress_bar()
-    torch.manual_seed(0)
-    tokenizer = toy.make_tokenizer()
-    toy.make_model(tokenizer).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    rng = random.Random(0)
-    with open(folder / "train.jsonl", "w", encoding="utf-8") as file:
-        for _ in range(PAIRS):
-            a, b = (toy.write_response(rng) for _ in "ab")
-            file.write(json.dumps({"prompt": f"review of the {rng.choice(toy.PLACES)} :", "response_a": a,
-                                   "response_b": b, "label": "ab"[toy.gold_reward(a) < toy.gold_reward(b)]}) + "\n")
 
 
 def output_of(folder, run):
@@ -201,7 +181,8 @@ def main(options):
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("HF_HOME", str(folder / "hf"))
     if not (folder / "train.jsonl").exists():
-        make_task(folder)
+        import toy
+        toy.write_untrained(folder, {"train.jsonl": PAIRS})
     write_configs(folder)
     for processes in (1, 2):
         launch(folder, processes)

@@ -97,25 +97,34 @@ def peer(job_path):
 
 def peer_python(outputs, given):
     """TRL's interpreter, its environment made where it is not there. Raises Stop."""
-    python = Path(given) if given else outputs / "trl-env" / ("Scripts" if os.name == "nt" else "bin") / "python"
+    return environment(outputs / "trl-env", PEER_PACKAGES, {"trl": TRL}, given, "--trl-python")
+
+
+def environment(folder, installs, needed, given, flag):
+    """The interpreter of a peer's environment, made in `folder` where it is not there, or the one given. Raises Stop.
+
+    installs: the arguments of each `pip install`.  needed: {package: version}.  flag: what names another interpreter.
+    """
+    python = Path(given) if given else folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     if not given and not python.exists():
-        print(f"making {outputs / 'trl-env'}", flush=True)
-        venv.create(outputs / "trl-env", with_pip=True)
-    if not given and versions_of(python).get("trl") != TRL:
-        for packages in PEER_PACKAGES:
+        print(f"making {folder}", flush=True)
+        venv.create(folder, with_pip=True)
+    if not given and versions_of(python, needed) != needed:
+        for packages in installs:
             if subprocess.run([python, "-m", "pip", "install", *packages]).returncode:
-                raise Stop(f"pip could not install {' '.join(packages)}; --trl-python names an interpreter that has it")
-    found = versions_of(python).get("trl")
-    if found != TRL:
-        raise Stop(f"{python}: needs trl {TRL}, found {found or 'none'}")
+                raise Stop(f"pip could not install {' '.join(packages)}; {flag} names an interpreter that has it")
+    found = versions_of(python, needed)
+    for name, version in needed.items():
+        if found.get(name) != version:
+            raise Stop(f"{python}: needs {name} {version}, found {found.get(name) or 'none'}")
     return python
 
 
-def versions_of(python):
-    """{package: version} of an interpreter, of those that it has."""
-    code = ("import importlib.metadata as m, json; names = 'torch transformers trl accelerate datasets'.split(); "
-            "have = {d.metadata['Name'] for d in m.distributions()}; "
-            "print(json.dumps({n: m.version(n) for n in names if n in have}))")
+def versions_of(python, names=("torch", "transformers", "trl", "accelerate", "datasets")):
+    """{package: version} of an interpreter, of those that it has, in the order of the names. Raises Stop."""
+    code = ("import importlib.metadata as m, json; "
+            "have = {d.metadata['Name'].replace('-', '_').lower(): d.version for d in m.distributions()}; "
+            f"print(json.dumps({{n: have[n] for n in {list(names)} if n in have}}))")
     try:
         return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
     except (OSError, subprocess.CalledProcessError, json.JSONDecodeError) as error:

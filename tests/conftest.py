@@ -5,7 +5,6 @@ import io
 import itertools
 import json
 import os
-import random
 import shutil
 import signal
 import socket
@@ -43,23 +42,9 @@ def pytest_unconfigure(config):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A folder with a random model of the toy task (model/) and 120 + 40 pairs labelled by the gold reward (pairs/)."""
-    import torch
-
     import toy
     folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    tokenizer = toy.make_tokenizer()
-    toy.make_model(tokenizer).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    rng = random.Random(0)
-    (folder / "pairs").mkdir()
-    for split, count in (("train", 120), ("test", 40)):
-        with open(folder / "pairs" / f"{split}.jsonl", "w") as file:
-            for n in range(count):
-                a, b = (toy.write_response(rng) for _ in "ab")
-                best = "a" if toy.gold_reward(a) >= toy.gold_reward(b) else "b"
-                file.write(json.dumps({"prompt": f"review of the {rng.choice(toy.PLACES)} :", "response_a": a,
-                                       "response_b": b, "label": best}) + "\n")
+    toy.write_untrained(folder, {"pairs/train.jsonl": 120, "pairs/test.jsonl": 40})
     return folder
 
 
