@@ -36,6 +36,8 @@ import jinja2
 import pyarrow
 import torch
 
+from ranks import rank_0_first, say
+
 # Raise it with any change to what a row becomes: it is part of every cache key.
 VERSION = 3
 # Put into special-token text inside a message, so that the tokeniser does not take it for the token. Private-use
@@ -661,6 +663,16 @@ def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decont
     counts["contradicting"] = conflicts
     say(f"{kind}: {_plain(counts)}")
     return pairs, labels, truths
+
+
+def load_split(config, tokenizer, kind, limit):
+    """(pairs or None, labels, truths) of the splits to train on or to test on, as load_pairs has them."""
+    renderer = Renderer(tokenizer, config.max_prompt_length, config.max_length, config.auto_insert_empty_system_msg)
+    names = dict(zip(config.dataset_mixer, config.dataset_configs or ()))
+    splits = [split for split in config.dataset_splits if ("train" in split) == (kind == "train")]
+    return rank_0_first(lambda: load_pairs(
+        config.dataset_mixer, splits, renderer, kind, names, config.preprocessing_num_workers,
+        config.decontaminate_with if kind == "train" else None, limit, config.seed, say, config.objective == "sft"))
 
 
 def parse_source(source, split, config_name=None, examples=False):

@@ -4,7 +4,7 @@ A small grammar writes reviews such as "the view was lovely , the staff seemed r
 worth -1 to +1. The gold reward of a response is the sum of its opinion words, so that label noise, errors of
 pseudo-labels and the quality of a policy are measured exactly, without a download. What is made:
 
-    DIR/model/             a Llama of about 0.2 M parameters, trained by SFT on the grammar, and its tokenizer
+    DIR/model/             a Llama of about 0.2 M parameters and its tokenizer, trained by `objective: sft` on the grammar
     DIR/responses/         two responses a prompt, sampled from that model, without labels; shared by all noise levels
     DIR/pairs-noise-0.05/  train.jsonl (Bradley-Terry labels, 5 % of them wrong) and test.jsonl (noiseless labels)
 
@@ -20,6 +20,7 @@ import math
 import os
 import random
 import shutil
+import subprocess
 import sys
 import uuid
 from contextlib import contextmanager
@@ -31,8 +32,12 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-VERSION = 1  # raise it whenever the task changes, so that folders of an older task are not reused
-SFT_STEPS, SFT_BATCH, SFT_LR = 120, 128, 4e-3
+HERE = Path(__file__).resolve().parent
+VERSION = 2  # raise it whenever the task changes, so that folders of an older task are not reused
+SFT_SENTENCES = 15360  # 120 steps
+# What a launcher tells a rank: the run that trains the toy model is none.
+LAUNCHER = {"RANK", "LOCAL_RANK", "CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR",
+            "MASTER_PORT"}
 SAMPLE_BATCH = 1024  # responses sampled at once
 MAX_NEW_TOKENS = 48  # the grammar needs at most 20 and EOS
 
@@ -123,29 +128,30 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
 
 
-def train_sft(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], rng: random.Random,
-              quiet: bool) -> None:
-    """Plain SFT, in place: every step sees fresh sentences; the loss is the mean over response tokens and EOS."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=SFT_LR, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(  # a short warm-up, then linear to 0
-        optimizer, lambda step: min(1, (step + 1) / 10) * (1 - step / SFT_STEPS))
-    model.train()
-    bar = tqdm(range(SFT_STEPS), desc="toy model (SFT)", disable=quiet)
-    for _ in bar:
-        chosen = [rng.choice(prompts) for _ in range(SFT_BATCH)]
-        texts = [prompt + write_response(rng) + " " + tokenizer.eos_token for prompt in chosen]
-        batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-        prompt_length = torch.tensor([len(ids) for ids in tokenizer(chosen).input_ids])  # (B,)
-        labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)  # (B, T)
-        labels[torch.arange(labels.size(1)) < prompt_length[:, None]] = -100
-        loss = model(**batch, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    model.eval()
+def train_sft(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, prompts: list[str],
+              rng: random.Random, seed: int, quiet: bool) -> None:
+    """Writes `model`, after `objective: sft` (configs/toy-sft.yaml) on fresh sentences, and its tokenizer into `folder`.
+
+    It is a `train.py` of its own: this process may be one rank of many. On the CPU, so that all machines make one model.
+    Raises ValueError where that run fails."""
+    work = folder / ".sft"
+    for part in (model, tokenizer):
+        part.save_pretrained(work / "start")
+    (work / "texts").mkdir()
+    write_jsonl(work / "texts" / "train.jsonl", [
+        {"prompt": rng.choice(prompts), "completion": write_response(rng)} for _ in range(SFT_SENTENCES)])
+    command = [sys.executable, HERE / "train.py", "--config", HERE / "configs" / "toy-sft.yaml", f"--seed={seed}",
+               f"--model_name_or_path={work / 'start'}", f"--dataset_mixer={json.dumps({str(work / 'texts'): 1.0})}",
+               f"--output_dir={work / 'run'}"]
+    ours = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    done = subprocess.run(command, env=ours | {"DS_ACCELERATOR": "cpu"}, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE if quiet else None)  # its bar
+    if done.returncode:
+        raise ValueError(f"the fine-tuning of the toy model ended with exit code {done.returncode}: "
+                         f"{(done.stderr or done.stdout or 'its error stands above').strip().splitlines()[-1]}")
+    for part in load(work / "run"):
+        part.save_pretrained(folder)
+    shutil.rmtree(work)
 
 
 @torch.no_grad()
@@ -286,10 +292,7 @@ def build(directory: str | os.PathLike, label_noise: float = 0.05, train_pairs: 
 
     def fill_model(folder: Path) -> None:
         tokenizer = make_tokenizer()
-        model = make_model(tokenizer)
-        train_sft(model, tokenizer, train_prompts, random.Random(f"sentences {seed}"), quiet)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        train_sft(make_model(tokenizer), tokenizer, folder, train_prompts, random.Random(f"sentences {seed}"), seed, quiet)
 
     def fill_responses(folder: Path) -> None:
         model, tokenizer = load(model_dir)

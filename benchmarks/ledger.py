@@ -123,7 +123,7 @@ def measure_pairs(count):
     import data
     import toy
     from config import parse_config
-    from train import Schedule
+    from schedule import Schedule
     home = Path(os.environ["HF_HOME"])
     rng = random.Random(0)
     home.mkdir(parents=True, exist_ok=True)

@@ -159,11 +159,12 @@ def after(owner, name, then):
 
 def ours(job):
     """train.py as it is: its own metrics tell tokens and time; the functions around its loop mark where that begins."""
+    import engine
     import train
     memory, clock, reference = Memory(), Clock(), []
-    after(train, "load_model", lambda _: memory.mark())
-    after(train, "Log", lambda _: clock.tick())  # the last thing in front of the loop
-    after(train, "summarise", lambda _: clock.tick())  # the first behind it
+    after(engine, "load_model", lambda _: memory.mark())
+    after(train.report, "Log", lambda _: clock.tick())  # the last thing in front of the loop
+    after(train.report, "summarise", lambda _: clock.tick())  # the first behind it
     train.reference_logps = timed(train.reference_logps, reference)
     train.main(our_config(job))
     rows = [json.loads(line) for line in (Path(job["output"]) / "metrics.jsonl").read_text().splitlines()]
@@ -452,6 +453,7 @@ def profile(job):
     """A run of train.py in parts: [[part, seconds, calls, peak memory so far]], and the operators below."""
     import torch
 
+    import engine
     import train
     parts, memory, clock = {}, Memory(), Clock()
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU] + (
@@ -484,10 +486,10 @@ def profile(job):
     def end(_):
         clock.tick()
         profiler.stop()
-    after(train, "load_model", lambda _: memory.mark())
+    after(engine, "load_model", lambda _: memory.mark())
     after(train.deepspeed, "initialize", watch_engine)
-    after(train, "Log", begin)
-    after(train, "summarise", end)
+    after(train.report, "Log", begin)
+    after(train.report, "summarise", end)
     watch(train.data, "collate", "collate")
     watch(train, "consult_gate", "gate")
     watch(train.oracle.Oracle, "answer", "oracle and ledger")

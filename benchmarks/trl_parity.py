@@ -1,17 +1,17 @@
-"""Plain DPO here against TRL's DPOTrainer, step by step: train.py with data_selection false, and TRL 1.16 on the same
-model and the same pairs in the same order.
+"""Plain DPO and SFT here against TRL's DPOTrainer and SFTTrainer, step by step: train.py with data_selection false or with
+objective sft, and TRL 1.16, on the same model and the same rows in the same order.
 
     python benchmarks/trl_parity.py                      makes TRL's environment in outputs/trl-env at the first run
     python benchmarks/trl_parity.py --trl-python PATH    uses an interpreter that has TRL already
     python benchmarks/trl_parity.py --outputs DIR --results FILE    other places to work in and to write to
 
-A few minutes on one CPU thread. It builds the toy task (toy.py), asks train.Schedule which pairs each micro-step takes,
-hands TRL exactly those rows as {prompt, chosen, rejected} in that order, runs both for 20 steps, and compares what both
-log at each step. TRL's tokens are compared with ours too: both sides start from the same text, not from the same ids.
+A few minutes on one CPU thread. It builds the toy task (toy.py), asks Schedule which rows each micro-step takes, hands TRL
+exactly those in that order, as {prompt, chosen, rejected} or {prompt, completion}, runs both for 20 steps, and compares what
+both log at each step. TRL's tokens are compared with ours too: both sides start from the same text, not from the same ids.
 
-DPOTrainer itself is used, not a subclass: its sampler is set to sequential, and its log is read from the trainer's
-state, where no number is rounded. Two losses need a remark, which results/trl_parity.md repeats: TRL's sigmoid loss
-takes no label smoothing, and its ipo loss is another one.
+TRL's trainers are used as they are: their sampler is set to sequential, and the log is read from the trainer's state, where
+no number is rounded. Two losses need a remark, which results/trl_parity.md repeats: TRL's sigmoid loss takes no label
+smoothing, and its ipo loss is another one.
 
 Nothing departs from the paper: plain DPO is its baseline. Writes benchmarks/results/trl_parity.md. Exit code 0: every
 loss is within 1e-4 of TRL's, relative; 1: one is not, or tokens differ; 2: it could not be run.
@@ -35,8 +35,9 @@ TOLERANCE = 1e-4  # on each loss, relative to TRL's
 # 256 pairs in steps of 16: the 20 steps go into a second epoch, which has an order of its own. Some labels are wrong.
 TASK = {"train_pairs": 256, "test_pairs": 16, "label_noise": 0.05}
 # Of both sides. The model has 128 positions; no pair is longer, so nothing is truncated.
-COMMON = {"beta": 0.1, "max_length": 128, "max_steps": 20, "learning_rate": 1e-3, "lr_scheduler_type": "cosine",
+COMMON = {"max_length": 128, "max_steps": 20, "learning_rate": 1e-3, "lr_scheduler_type": "cosine",
           "weight_decay": 0.0, "max_grad_norm": 1.0, "bf16": False, "logging_steps": 1, "save_strategy": "no"}
+BETA = 0.1
 WARMUP = 0.1  # share of the steps; TRL's key takes a share too, under another name
 
 # name: (loss_type, label_smoothing, pairs a micro-batch, micro-batches a step) of each side
@@ -47,9 +48,12 @@ CASES = {
     # log-ratios over the micro-batch, which leaves one pair as it is: on one pair it is the smoothed sigmoid loss.
     "sigmoid, label smoothing 0.1": (("sigmoid", 0.1, 16, 1), ("aot", 0.1, 1, 16)),
     "hinge": (("hinge", 0.0, 16, 1), ("hinge", 0.0, 16, 1)),
+    "SFT": (("sft", 0.0, 16, 1), ("sft", 0.0, 16, 1)),
+    "SFT, accumulation 2": (("sft", 0.0, 8, 2), ("sft", 0.0, 8, 2)),
 }
 METRICS = ("loss", "grad_norm", "learning_rate", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected",
            "rewards/margins", "rewards/accuracies")
+SFT_METRICS = METRICS[:3]
 NOTES = """\
 - `sigmoid, label smoothing 0.1`: TRL's `sigmoid` loss ignores `label_smoothing`, so TRL runs `aot`, which applies it,
   on micro-batches of one pair, where the sort that distinguishes `aot` does nothing; 16 of them make a step.
@@ -68,7 +72,7 @@ class Stop(Exception):
 # TRL's side; `peer` runs in TRL's interpreter, so nothing outside this file is imported by it but TRL and what it needs
 
 def peer(job_path):
-    """Train by DPOTrainer on the job's pairs in their order; write its log, its tokens and its versions."""
+    """Train by DPOTrainer or SFTTrainer on the job's rows in their order; write its log and its tokens."""
     import datasets
     import torch
     import transformers
@@ -79,20 +83,26 @@ def peer(job_path):
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     loss_type, label_smoothing, micro_pairs, micro_steps = job["case"]
-    arguments = trl.DPOConfig(
-        **job["common"], output_dir=job["output"], loss_type=[loss_type], label_smoothing=label_smoothing,
-        per_device_train_batch_size=micro_pairs, gradient_accumulation_steps=micro_steps, warmup_steps=job["warmup"],
-        optim="adamw_torch", train_sampling_strategy="sequential", gradient_checkpointing=False, use_cpu=True,
-        report_to="none", disable_tqdm=True)
-    trainer = trl.DPOTrainer(
-        model=transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32), args=arguments,
-        processing_class=transformers.AutoTokenizer.from_pretrained(job["model"]),
-        train_dataset=datasets.Dataset.from_list(job["pairs"]))
-    columns = [trainer.train_dataset[name][:] for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    arguments = {
+        **job["common"], "output_dir": job["output"], "per_device_train_batch_size": micro_pairs,
+        "gradient_accumulation_steps": micro_steps, "warmup_steps": job["warmup"], "optim": "adamw_torch",
+        "train_sampling_strategy": "sequential", "gradient_checkpointing": False, "use_cpu": True, "report_to": "none",
+        "disable_tqdm": True}
+    both = {"model": transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32),
+            "processing_class": transformers.AutoTokenizer.from_pretrained(job["model"]),
+            "train_dataset": datasets.Dataset.from_list(job["rows"])}
+    if loss_type == "sft":
+        trainer = trl.SFTTrainer(args=trl.SFTConfig(**arguments), **both)
+        cuts = [(row["input_ids"], row["completion_mask"].index(1)) for row in trainer.train_dataset]
+        tokens = [(ids[:cut], ids[cut:]) for ids, cut in cuts]
+    else:
+        arguments |= {"beta": job["beta"], "loss_type": [loss_type], "label_smoothing": label_smoothing}
+        trainer = trl.DPOTrainer(args=trl.DPOConfig(**arguments), **both)
+        tokens = list(zip(*(trainer.train_dataset[name][:] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))))
     trainer.train()
     log = [row for row in trainer.state.log_history if "loss" in row]
     Path(job["result"]).write_text(json.dumps({
-        "log": log, "tokens": list(zip(*columns)), "dtype": str(trainer.model.dtype)}), encoding="utf-8")
+        "log": log, "tokens": tokens, "dtype": str(trainer.model.dtype)}), encoding="utf-8")
 
 
 def peer_python(outputs, given):
@@ -134,39 +144,50 @@ def versions_of(python, names=("torch", "transformers", "trl", "accelerate", "da
 # ----------------------------------------------------------------------------------------------------------------------
 # Our side
 
-def our_config(case, model_dir, pairs_dir, output):
+def our_config(case, model_dir, rows_dir, output):
     """The keys of train.py for one case."""
     loss_type, label_smoothing, micro_pairs, micro_steps = case
-    return COMMON | {
-        "model_name_or_path": str(model_dir), "dataset_mixer": {str(pairs_dir): 1.0}, "dataset_splits": ["train"],
-        "do_eval": False, "data_selection": False, "loss_type": loss_type, "label_smoothing": label_smoothing,
-        "per_device_train_batch_size": micro_pairs, "gradient_accumulation_steps": micro_steps, "warmup_ratio": WARMUP,
-        "max_prompt_length": 64, "num_threads": 1, "output_dir": str(output)}
+    objective = {"objective": "sft"} if loss_type == "sft" else {
+        "beta": BETA, "data_selection": False, "loss_type": loss_type, "label_smoothing": label_smoothing}
+    return COMMON | objective | {
+        "model_name_or_path": str(model_dir), "dataset_mixer": {str(rows_dir): 1.0}, "dataset_splits": ["train"],
+        "do_eval": False, "per_device_train_batch_size": micro_pairs, "gradient_accumulation_steps": micro_steps,
+        "warmup_ratio": WARMUP, "max_prompt_length": 64, "num_threads": 1, "output_dir": str(output)}
 
 
-def pairs_in_order(config_path, pairs_dir):
-    """The rows that a run takes, one after the other: [{prompt, chosen, rejected}] as text, and as our token ids."""
+def rows_in_order(config_path, rows_dir):
+    """The rows that a run takes, one after the other: as TRL wants their text, and as our token ids."""
     import data
     import toy
     import train
     config = train.parse_config(["--config", str(config_path)])
     data.datasets.disable_progress_bars()
-    renderer = data.Renderer(train.load_tokenizer(config), config.max_prompt_length, config.max_length)
-    pairs, labels, _ = data.load_pairs(
-        config.dataset_mixer, config.dataset_splits, renderer, "train", say=lambda _: None)
-    rows = toy.read_jsonl(pairs_dir / "train.jsonl")
+    pairs, labels, _ = data.load_split(config, train.load_tokenizer(config), "train", None)
+    rows = toy.read_jsonl(rows_dir / "train.jsonl")
     if len(pairs) != len(rows):
         raise Stop(f"{len(rows) - len(pairs)} of {len(rows)} toy pairs were dropped, so rows have no known place")
     schedule = train.Schedule(config, pairs, 1)
     order = [i for step in range(schedule.total_steps) for micro in schedule.micro_batches(step) for i in micro]
     texts, tokens = [], []
     for i in order:
-        row, pair = rows[i], pairs.table[i]
+        row, ids = rows[i], pairs.table[i]
+        if config.objective == "sft":
+            texts.append(row)
+            tokens.append([ids["prompt_ids"], ids["first_ids"]])
+            continue
         chosen, rejected = ("response_a", "response_b") if row["label"] == "a" else ("response_b", "response_a")
         texts.append({"prompt": row["prompt"], "chosen": row[chosen], "rejected": row[rejected]})
-        first, second = pair["first_ids"], pair["second_ids"]
-        tokens.append([pair["prompt_ids"], *((first, second) if labels[pair["id"]] > 0 else (second, first))])
+        both = ids["first_ids"], ids["second_ids"]
+        tokens.append([ids["prompt_ids"], *(both if labels[ids["id"]] > 0 else both[::-1])])
     return texts, tokens
+
+
+def write_examples(pairs_dir, folder):
+    """The toy pairs' first responses as rows {prompt, completion}, for SFT."""
+    import toy
+    folder.mkdir()
+    toy.write_jsonl(folder / "train.jsonl", [{"prompt": row["prompt"], "completion": row["response_a"]}
+                                             for row in toy.read_jsonl(pairs_dir / "train.jsonl")])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -185,17 +206,17 @@ def run(command, log_path):
         raise Stop(f"{log_path}: exit code {code}, {last}")
 
 
-def run_case(name, folder, python, model_dir, pairs_dir):
-    """Both sides of one case. Returns (our log, TRL's log), a row a step, and how many pairs have other tokens. Raises
+def run_case(name, folder, python, model_dir, rows_dir):
+    """Both sides of one case. Returns (our log, TRL's log), a row a step, and how many rows have other tokens. Raises
     Stop."""
     folder.mkdir()
     ours, theirs = CASES[name]
     config_path = folder / "config.yaml"  # JSON is YAML
-    config = our_config(ours, model_dir, pairs_dir, folder / "ours")
+    config = our_config(ours, model_dir, rows_dir, folder / "ours")
     config_path.write_text(json.dumps(config, indent=1), encoding="utf-8")
-    texts, tokens = pairs_in_order(config_path, pairs_dir)
-    job = {"case": theirs, "common": COMMON, "warmup": WARMUP, "model": str(model_dir), "output": str(folder / "trl"),
-           "result": str(folder / "trl.json"), "pairs": texts}
+    texts, tokens = rows_in_order(config_path, rows_dir)
+    job = {"case": theirs, "common": COMMON, "beta": BETA, "warmup": WARMUP, "model": str(model_dir),
+           "output": str(folder / "trl"), "result": str(folder / "trl.json"), "rows": texts}
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     print(f"{name}: train.py", flush=True)
     run([sys.executable, "train.py", "--config", str(config_path)], folder / "ours.log")
@@ -210,9 +231,9 @@ def run_case(name, folder, python, model_dir, pairs_dir):
             raise Stop(f"{name}: {side} logged {len(log)} steps, expected {COMMON['max_steps']}")
     if result["dtype"] != "torch.float32":
         raise Stop(f"{name}: TRL trained in {result['dtype']}, expected torch.float32")
-    longest = max(len(prompt) + max(len(a), len(b)) for prompt, a, b in result["tokens"])
+    longest = max(len(prompt) + max(map(len, responses)) for prompt, *responses in result["tokens"])
     if longest > COMMON["max_length"]:
-        raise Stop(f"{name}: a pair of {longest} tokens is cut at max_length {COMMON['max_length']}")
+        raise Stop(f"{name}: a row of {longest} tokens is cut at max_length {COMMON['max_length']}")
     different = sum(a != b for a, b in zip(tokens, result["tokens"], strict=True))
     return logs, different
 
@@ -232,13 +253,13 @@ def report_case(name, logs, different):
         lines.append(f"| {a['step']} | {a['loss']:.8f} | {b['loss']:.8f} | {difference(a['loss'], b['loss'])[1]:.1e} |")
     lines += ["", "| largest difference over the steps | absolute | relative to TRL |", "| --- | --: | --: |"]
     worst = {}
-    for metric in METRICS:
+    for metric in SFT_METRICS if CASES[name][0][0] == "sft" else METRICS:
         compared = steps[2:] if metric == "rewards/accuracies" else steps
         gaps = [difference(a[metric], b[metric]) for a, b in compared]
         worst[metric] = max(relative for _, relative in gaps)
         lines.append(f"| {metric} | {max(gap for gap, _ in gaps):.1e} | {worst[metric]:.1e} |")
     total = len(steps) * CASES[name][0][2] * CASES[name][0][3]
-    lines += ["", f"Pairs with the same token ids on both sides: {total - different} of {total}.", ""]
+    lines += ["", f"Rows with the same token ids on both sides: {total - different} of {total}.", ""]
     return "\n".join(lines), worst["loss"]
 
 
@@ -259,9 +280,9 @@ def document(reports, worst, different, peer_versions):
     table = "\n".join(f"| {name} | {value:.1e} |" for name, value in worst.items())
     verdict = (f"**Verdict: {'the same' if held else 'NOT the same'}.** Largest relative difference of a loss over "
                f"{len(worst)} settings and {COMMON['max_steps']} steps each: {max(worst.values()):.1e} (limit "
-               f"{TOLERANCE:.0e}); pairs with other tokens: {different}.")
+               f"{TOLERANCE:.0e}); rows with other tokens: {different}.")
     return f"""\
-# Plain DPO against TRL's DPOTrainer
+# Plain DPO and SFT against TRL's trainers
 
 Made by
 
@@ -273,12 +294,12 @@ Made by
 | --- | --: |
 {table}
 
-- train.py (`data_selection: false`): {listed[0]}
+- train.py (`data_selection: false`, or `objective: sft` on the pairs' first responses): {listed[0]}
 - TRL: {listed[1]}
 - CPU: {cpu_name()}, one thread, fp32, Python {platform.python_version()}
 - the toy model and {TASK['train_pairs']} of its pairs, {TASK['label_noise']:.0%} of the labels wrong; 16 pairs a \
 step, {COMMON['max_steps']} steps, so that a second epoch begins
-- both: β {COMMON['beta']}, AdamW, learning rate {COMMON['learning_rate']:g} (cosine, {WARMUP:.0%} linear warm-up), \
+- both: β {BETA}, AdamW, learning rate {COMMON['learning_rate']:g} (cosine, {WARMUP:.0%} linear warm-up), \
 weight decay {COMMON['weight_decay']:g}, gradients clipped at {COMMON['max_grad_norm']:g}
 
 Known differences:
@@ -304,10 +325,12 @@ def main(options):
         model_dir, pairs_dir = toy.build(work / "toy", **TASK)
     except ValueError as error:
         raise Stop(str(error))
+    write_examples(pairs_dir, examples := work / "examples")
     reports, worst, different = [], {}, 0
     for name in CASES:
         folder = work / name.replace(", ", "-").replace(" ", "-")
-        logs, other_tokens = run_case(name, folder, python, model_dir, pairs_dir)
+        rows_dir = examples if CASES[name][0][0] == "sft" else pairs_dir
+        logs, other_tokens = run_case(name, folder, python, model_dir, rows_dir)
         report, worst[name] = report_case(name, logs, other_tokens)
         reports.append(report)
         different += other_tokens

@@ -16,6 +16,7 @@ import transformers
 
 import adpo
 import data
+import model
 import train
 
 V = 97
@@ -83,7 +84,7 @@ def test_logps_and_gradients_agree_with_a_naive_double_precision_forward(name, c
     module = adpo.PairLogps(lm, chunk_size=7)
     assert (module.why_not_shared() is None) == ARCHITECTURES[name][1]
     if checkpointing:
-        train.recompute_activations(lm.train(), {"use_reentrant": False})
+        model.recompute_activations(lm.train(), {"use_reentrant": False})
         for layer in lm.modules():
             if isinstance(layer, torch.nn.Dropout):
                 layer.p = 0.0

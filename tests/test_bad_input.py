@@ -40,7 +40,8 @@ from test_data import CHATML, LLAMA_BOS, SPECIAL, as_jsonl, renderer, reply, sys
 import data
 from config import Config, UsageError, parse_config
 from data import DataError
-from train import command, one_line
+from ranks import one_line
+from train import command
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rows

@@ -7,7 +7,9 @@ import pytest
 from conftest import ROOT
 
 from config import Config, UsageError, parse_config
-from train import Schedule, command, engine_config, learning_rate
+from engine import engine_config
+from schedule import Schedule, learning_rate
+from train import command
 
 GOOD = {"model_name_or_path": "m", "dataset_mixer": {"d": 1.0}, "output_dir": "o"}
 

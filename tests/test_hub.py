@@ -8,6 +8,7 @@ The client is huggingface_hub's own. What the server takes is compared with the 
 import base64
 import errno
 import hashlib
+import importlib.util
 import json
 import shlex
 import subprocess
@@ -26,7 +27,7 @@ from conftest import free_port, launcher_environment
 from huggingface_hub import ModelCard, constants
 
 import oracle
-import train as loop
+import report
 from config import Config, is_repo_id
 from tools import plot
 
@@ -230,7 +231,7 @@ SUMMARY = {"pairs": 2000, "queries": 500, "query_fraction": 0.25, "pseudo_labels
 
 
 def card(config, command_line=None, curves=(), **summary):
-    text = loop.model_card(Config(**{"model_name_or_path": "org/base", "dataset_mixer": {"org/pairs": 0.5},
+    text = report.model_card(Config(**{"model_name_or_path": "org/base", "dataset_mixer": {"org/pairs": 0.5},
                                      "output_dir": "runs/mine", **config}), SUMMARY | summary, command_line, curves)
     assert what_the_hub_refuses(text) is None
     return text
@@ -281,8 +282,8 @@ def test_nothing_in_a_card_breaks_it_or_gives_a_key_away():
 
 
 def test_a_run_without_matplotlib_has_a_card_without_a_picture(train, monkeypatch):
-    find = loop.importlib.util.find_spec
-    monkeypatch.setattr(loop.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     monkeypatch.setattr(plot, "draw", None)
     run = train("plain", max_steps=1)
     assert not (run.output / "curves.png").exists() and "curves" not in (run.output / "README.md").read_text()

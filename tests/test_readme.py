@@ -4,6 +4,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 
 import pytest
 from conftest import ROOT, Run, launcher_environment
@@ -86,11 +87,23 @@ def test_what_may_differ_on_resume_is_what_the_code_lets_differ():
     assert set(named) == FREE_ON_RESUME and len(named) == len(FREE_ON_RESUME)
 
 
+CORE = {path.stem: path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")}
+
+
 def test_no_core_file_imports_trl():
-    for name in ("adpo", "config", "data", "oracle", "toy", "train"):
-        code = (ROOT / f"{name}.py").read_text()
+    assert {"adpo", "data", "oracle", "train"} <= set(CORE)
+    for code in CORE.values():
         assert not re.search(r"^\s*(import|from) (trl|accelerate)\b", code, flags=re.MULTILINE)
         assert not re.search(r"^(import|from) peft\b", code, flags=re.MULTILINE)  # only where an adapter is asked for
+
+
+def test_imports_of_the_core_go_one_way_and_the_readme_names_each_file():
+    imported = {name: set(re.findall(r"^\s*(?:import|from) (\w+)", code, flags=re.MULTILINE)) & set(CORE)
+                for name, code in CORE.items()}
+    order = list(TopologicalSorter(imported).static_order())  # raises CycleError
+    assert order[-1] == "train" and imported["adpo"] == set()
+    table = README.partition("## Read it")[2].partition("\n\n## ")[0]
+    assert set(re.findall(r"\[(\w+)\.py\]", table)) == set(CORE)
 
 
 @pytest.mark.parametrize("script", ["train.py --help", "data.py"])

@@ -26,7 +26,9 @@ from safetensors.torch import load_file
 from test_train import assert_same_weights
 
 import adpo
+import checkpoint
 import oracle
+import report
 import train as loop
 
 
@@ -293,8 +295,8 @@ def roomy(train):
 
 
 @pytest.mark.parametrize("place, name, call, every, file, reason", [
-    (loop, "save_checkpoint", 2, 10, "checkpoint-20", "the disk took only a part"),
-    (loop.Log, "write", 11, 10, "metrics.jsonl", "No space left on device"),
+    (checkpoint, "save", 2, 10, "checkpoint-20", "the disk took only a part"),
+    (report.Log, "write", 11, 10, "metrics.jsonl", "No space left on device"),
     (oracle.DatasetAnnotator, "answer", 3, 2, "labels.sqlite", "database or disk is full"),
     (loop, "save_model", 1, 10, "model.safetensors", "No space left on device"),
     (loop, "reference_logps", 1, 10, "config.yaml", "No space left on device"),

@@ -11,11 +11,10 @@ import toy
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A small build: few steps of SFT, few pairs."""
+    """A small build: half of the SFT, few pairs."""
     folder = tmp_path_factory.mktemp("toy")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy, "SFT_STEPS", 60)
-        patch.setattr(toy, "SFT_BATCH", 64)
+        patch.setattr(toy, "SFT_SENTENCES", 7680)
         return folder, *toy.build(folder, label_noise=0.2, train_pairs=400, test_pairs=100, quiet=True)
 
 

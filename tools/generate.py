@@ -306,7 +306,8 @@ def respond(lm, tokenizer, prompts, draw, ends):
 
 def generate(options):
     """Answer the questions of the command line, from where an earlier run stopped."""
-    import train  # here, for --compare does without DeepSpeed
+    import train  # here, for --compare does without DeepSpeed; before model, as it prepares DeepSpeed's surroundings
+    import model  # isort: skip
     format, name = FORMATS[options.format], options.name or Path(options.model).resolve().name
     folder = Path(options.model)
     if not folder.is_dir() and not options.output:
@@ -323,7 +324,7 @@ def generate(options):
     config = model_config(options, folder, device)
     tokenizer = train.load_tokenizer(config)
     train.check_models(config, tokenizer)
-    longest, new = lengths(train, config, options.max_new_tokens)
+    longest, new = lengths(config, options.max_new_tokens)
     prompts = Prompts(tokenizer, longest - new, config.auto_insert_empty_system_msg)
     settings = {"format": options.format, "name": name, "weights": weights(config, folder),
                 "bf16": config.bf16, "prompts": prompts.renderer.fingerprint(), "max_new_tokens": new,
@@ -335,7 +336,7 @@ def generate(options):
         todo.sort(key=lambda question: -first[question.key])  # what does not fit into memory is known at once
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(settings_path(path), json.dumps(settings) + "\n")
-        lm = train.load_model(config, options.model).lm.eval().to(device)
+        lm = model.load_model(config, options.model).lm.eval().to(device)
         ends = prompts.ends(lm)
         train.say(f"{len(todo):,} questions to {options.model} on {device} in {'bf16' if config.bf16 else 'fp32'}, "
                   f"{said(prompts, questions)}")
@@ -373,7 +374,7 @@ def answer_batch(lm, tokenizer, prompts, batch, ends, new, options, seed):
 
 
 def model_config(options, folder, device):
-    """The Config by which train.py's functions load the model; keys that are not given, as the run had them."""
+    """The Config by which model.py loads it; keys that are not given, as the run had them."""
     keys = ("bf16", "seed", "chat_template", "auto_insert_empty_system_msg", "model_revision", "trust_remote_code")
     given = {key: convert(getattr(options, key), key, f"command line, --{key}") for key in keys
              if getattr(options, key) is not None}
@@ -387,14 +388,15 @@ def model_config(options, folder, device):
     return Config(model_name_or_path=options.model, **{"bf16": device.type != "cpu"} | given)
 
 
-def lengths(train, config, wanted):
+def lengths(config, wanted):
     """(tokens of a prompt and an answer together, tokens of an answer). wanted: or None."""
+    import model
     try:
-        model = train.transformers.AutoConfig.from_pretrained(
+        shape = model.transformers.AutoConfig.from_pretrained(
             config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a damaged file may raise anything
-        raise train.cannot_load("model", config.model_name_or_path, error)
-    longest = getattr(model.get_text_config(), "max_position_embeddings", None) or ALL
+        raise model.cannot_load("model", config.model_name_or_path, error)
+    longest = getattr(shape.get_text_config(), "max_position_embeddings", None) or ALL
     if wanted and wanted >= longest:
         raise UsageError(f"--max_new_tokens {wanted:,}: the model has {longest:,} positions; leave some to the prompt")
     return longest, wanted or min(1024, longest // 2)

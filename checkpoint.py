@@ -1,0 +1,222 @@
+"""Which run lies in output_dir, which of its checkpoints are whole, and how one is written so that no kill leaves a half.
+
+A checkpoint is a folder checkpoint-N: the files of shards.py, and trainer_state.json with the loop's state and a checksum of
+every file. It is written aside and gets its name when it is complete. A run is the same only under a config that computes
+the same (config.yaml), from the same weights, pairs and engine settings (trainer_state.json).
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+import torch.distributed as dist
+import yaml
+
+import shards
+from config import FREE_ON_RESUME, UsageError
+from ranks import all_gather, one_line, rank, replace_text, say, writing
+
+
+def write_config(config, output, schedule):
+    """The run's folder and its config.yaml."""
+    if rank() == 0:
+        with writing(output):
+            output.mkdir(parents=True, exist_ok=True)
+        replace_text(output / "config.yaml", yaml.safe_dump(
+            {"config": dataclasses.asdict(config), "pairs_a_step": schedule.step_pairs, "versions": versions()},
+            sort_keys=False, allow_unicode=True))
+    dist.barrier()
+
+
+def versions():
+    return {name: importlib.metadata.version(name) for name in
+            ("torch", "transformers", "datasets", "deepspeed", "tqdm", "pyyaml")}
+
+
+def check_writable(output):
+    """Refuse an output_dir where nothing can be written, before hours are spent."""
+    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"output_dir {output}: nothing can be written in {there}: make it writable, or choose another one")
+
+
+def check_same_run(config, output, step_pairs):
+    """Refuse to go on with a run in output_dir under a config that computes something else. step_pairs: pairs a step."""
+    path = output / "config.yaml"
+    if not path.is_file():
+        return
+    try:
+        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+        before = dict(written["config"])
+        dict(written["versions"])  # it ends the file: without it, the file was cut
+    except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError) as error:
+        raise UsageError(f"{path} is damaged ({one_line(error)}), so that nobody can say whether this is the same run: "
+                         "restore it; or, if you are sure, delete it, and it is written anew")
+    now = dataclasses.asdict(config)
+    for name in now:
+        if name not in FREE_ON_RESUME and before.get(name) != now[name]:
+            raise UsageError(f"{path}: the run in there has {name} {before.get(name)!r}, this one {now[name]!r}: choose "
+                             "another output_dir, or move that one away")
+    if written.get("pairs_a_step", step_pairs) != step_pairs:
+        raise UsageError(f"{path}: the run in there has {written['pairs_a_step']} pairs a step, this one {step_pairs} "
+                         "(per_device_train_batch_size × gradient_accumulation_steps × processes): keep the product, or "
+                         "choose another output_dir")
+
+
+def check_same_start(resume, before, now):
+    """Refuse to go on from a checkpoint where something outside the config has changed that the result depends on.
+
+    before, now: {what: value}; before: None in checkpoints that do not have it.
+    """
+    for name in now if before else ():
+        if name in before and before[name] != now[name]:
+            raise UsageError(f"{resume}/trainer_state.json: the run in there has {name} {before[name]}, this one "
+                             f"{now[name]}: go on as it was, or choose another output_dir")
+
+
+def resume(engine, folder, start, total_steps):
+    """Put a checkpoint into the engine. Returns the loop's state, that of step 0 where folder is None.
+
+    start: {what: value}, what the result depends on besides the config.
+    """
+    state = {"step": 0, "skipped": 0, "wall_seconds": 0.0, "evaluation": None}
+    if folder:
+        state |= read_state(folder)
+        check_same_start(folder, state.get("start"), start)
+        shards.load(engine, folder)
+        say(f"resumed from {folder} at step {state['step']:,} of {total_steps:,}")
+    return state
+
+
+def find(config, output):
+    """The checkpoint folder to resume from, or None. Raises UsageError where the one that is asked for is damaged."""
+    wanted = config.resume_from_checkpoint
+    if wanted is not None and wanted.lower() in ("false", "no", "0"):
+        if complete(output):
+            raise UsageError(f"resume_from_checkpoint false, but {output} holds the checkpoints of a run: choose another "
+                             "output_dir, or move that one away")
+        return None
+    if wanted is None or wanted.lower() in ("true", "yes", "1"):
+        newest = newest_whole(output)
+        if not newest and wanted is not None:
+            raise UsageError(f"resume_from_checkpoint: {output} holds no complete checkpoint")
+        return newest
+    folder = Path(wanted)
+    if not (folder / "trainer_state.json").is_file():
+        raise UsageError(f"resume_from_checkpoint {folder}: no complete checkpoint there (no trainer_state.json)")
+    if problem := damage(folder):
+        raise UsageError(f"resume_from_checkpoint: {problem}: name another one, or none to take the newest that is whole")
+    return folder
+
+
+def newest_whole(output):
+    """The folder of the newest checkpoint that is what was written, or None where there is none at all.
+
+    Damaged ones that are newer are renamed, so that nothing takes them for checkpoints again: the run comes to their steps
+    once more, with the same answers, which are in the ledger. All ranks call it together.
+    """
+    for path in [output / ".checkpoint", *sorted(output.glob("checkpoint-*"))]:
+        if path.is_dir() and path.suffix != ".damaged" and not (path / "trainer_state.json").is_file():
+            say(f"{path} is half-written: skipped")
+    damaged = {}
+    for folder in reversed(complete(output).values()):
+        problem = damage(folder)
+        if problem is None:
+            break
+        damaged[folder] = problem
+    else:
+        if damaged:
+            raise UsageError(f"{'; '.join(damaged.values())}; no other checkpoint is there: restore it, or move it away to "
+                             f"start from step 0, with the labels of {output}/labels.sqlite")
+        return None
+    for bad, problem in damaged.items():
+        aside = bad.with_name(f"{bad.name}.damaged")
+        say(f"{problem}: set aside as {aside.name}, going back to {folder.name}")
+        if rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(bad, aside)
+    dist.barrier()
+    return folder
+
+
+def complete(output):
+    """{step: folder} of the complete checkpoints of a run."""
+    found = {}
+    for path in output.glob("checkpoint-*"):
+        number = path.name.removeprefix("checkpoint-")
+        if number.isdigit() and (path / "trainer_state.json").is_file():
+            found[int(number)] = path
+    return dict(sorted(found.items()))
+
+
+def damage(folder):
+    """What is wrong with a checkpoint, naming the file, or None. All ranks call it together."""
+    try:
+        expected = read_state(folder).get("files")
+    except (OSError, ValueError) as error:
+        return f"{folder}/trainer_state.json is damaged ({one_line(error)})"
+    if expected is None:
+        say(f"{folder} was written before checkpoints had checksums: taken as it is")
+        return None
+    found = checksums(folder)
+    for name, (size, crc) in expected.items():
+        if name not in found:
+            return f"{folder}/{name} is missing"
+        if found[name] != [size, crc]:
+            what = f"{found[name][0]:,} of {size:,} bytes" if found[name][0] != size else "its checksum differs"
+            return f"{folder}/{name} is damaged ({what})"
+    return None
+
+
+def checksums(folder):
+    """{file: [bytes, CRC-32]} of a checkpoint but for trainer_state.json. All ranks call it together and share the work."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    mine = {}
+    for name in [name for name in names if name != "trainer_state.json"][rank()::dist.get_world_size()]:
+        size = crc = 0
+        with open(folder / name, "rb") as file:
+            while block := file.read(1 << 24):
+                size, crc = size + len(block), zlib.crc32(block, crc)
+            os.fsync(file.fileno())  # on the disk before an older checkpoint goes
+        mine[name] = [size, crc]
+    return {name: found for part in all_gather(mine) for name, found in part.items()}
+
+
+def state_text(state):
+    """trainer_state.json, with a checksum of its own."""
+    return json.dumps({**state, "checksum": zlib.crc32(json.dumps(state).encode())}, indent=2)
+
+
+def read_state(folder):
+    """What trainer_state.json holds. Raises OSError or ValueError where it cannot be read or is not what was written."""
+    state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    if not isinstance(state, dict):
+        raise ValueError("it holds no keys")
+    checksum = state.pop("checksum", None)
+    if "files" in state and checksum != zlib.crc32(json.dumps(state).encode()):
+        raise ValueError("its checksum differs")
+    return state
+
+
+def save(engine, output, state, limit):
+    """Write a checkpoint aside, give it its name when it is complete, then drop what save_total_limit does not keep."""
+    aside, name = output / ".checkpoint", f"checkpoint-{state['step']}"
+    if rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+    dist.barrier()
+    with writing(output / name, aside):
+        shards.save(engine, aside / name)
+        dist.barrier()
+        state = state | {"files": checksums(aside / name)}
+    if rank() == 0:
+        replace_text(aside / name / "trainer_state.json", state_text(state))
+        shutil.rmtree(output / name, ignore_errors=True)
+        os.replace(aside / name, output / name)
+        shutil.rmtree(aside)
+        for step in list(complete(output))[:-limit] if limit else ():
+            shutil.rmtree(output / f"checkpoint-{step}")
+    dist.barrier()

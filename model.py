@@ -1,0 +1,253 @@
+"""The language model and its tokenizer: loaded and checked, with an adapter where one is trained, and saved.
+
+Whatever is wrong with a folder or a name is one line that says what to do. Weights are read from safetensors alone, and a
+model's own code is run only where the user asked for it.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from pathlib import Path
+
+import deepspeed
+import huggingface_hub
+import torch
+import torch.distributed as dist
+import transformers
+from deepspeed.accelerator import get_accelerator
+from safetensors.torch import save_file
+
+import adpo
+from config import UsageError
+from ranks import one_line, rank, say, writing
+
+
+def load_tokenizer(config):
+    name = config.tokenizer_name_or_path or config.model_name_or_path
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            name, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # a damaged file of a folder may raise anything
+        raise cannot_load("tokenizer", name, error)
+    if config.chat_template:
+        try:
+            is_file = config.chat_template.endswith(".jinja")
+            template = Path(config.chat_template).read_text(encoding="utf-8") if is_file else config.chat_template
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"chat_template {config.chat_template}: cannot be read ({one_line(error)})")
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+def cannot_load(what, name, error):
+    """UsageError in one line about a model or tokenizer that transformers does not load."""
+    why = one_line(error)
+    if "trust_remote_code=True" in why:
+        why = "it needs code of its own: read that code, then say --trust_remote_code=true to run it"
+    elif "model.safetensors" in why:
+        why += "; weights are read from safetensors alone"
+    elif not os.path.exists(name):
+        why = f"there is no such folder here, and as a name on the hub: {why}"
+    return UsageError(f"{what} {name}: cannot be loaded ({type(error).__name__}: {why[:500]})")
+
+
+def check_models(config, tokenizer):
+    """Refuse, before the data is read, an encoder and a model with fewer embeddings than the tokenizer has tokens."""
+    names = transformers.models.auto.modeling_auto
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    for name in filter(None, (config.model_name_or_path, config.ref_model_name_or_path)):
+        name, revision, _ = resolve_model(config, name)
+        try:
+            model = transformers.AutoConfig.from_pretrained(
+                name, revision=revision, trust_remote_code=config.trust_remote_code)
+        except Exception as error:  # as above
+            raise cannot_load("model", name, error)
+        decoder = getattr(model, "is_decoder", False) or getattr(model, "is_encoder_decoder", False)
+        known = model.model_type in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(model, "auto_map")
+        if not known or model.model_type in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder:
+            raise UsageError(f"model {name}: {model.model_type} is no causal language model; it takes one that writes text "
+                             "from left to right")
+        size = getattr(model.get_text_config(), "vocab_size", tokens)
+        if tokens > size:
+            raise UsageError(f"model {name}: has embeddings for {size:,} tokens, but the tokenizer has {tokens:,}: take the "
+                             "model's own tokenizer, or resize the embeddings (resize_token_embeddings) and save the model")
+
+
+def resolve_model(config, name):
+    """(model, its revision, None); of an adapter, (the model that it was trained on, its revision, the adapter's folder)."""
+    try:
+        path = transformers.utils.find_adapter_config_file(name, revision=config.model_revision)
+        if path is None:
+            return name, config.model_revision, None
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+        base, revision = settings["base_model_name_or_path"], settings.get("revision") or "main"
+    except Exception as error:  # as above
+        raise cannot_load("model", name, error)
+    if importlib.util.find_spec("peft") is None:
+        raise UsageError(f"model {name}: is an adapter, which needs the package peft: pip install -r requirements-extra.txt")
+    return base, revision, Path(path).parent
+
+
+def load_weights(config, name, revision, in_4bit=False):
+    """The causal LM, in the dtype that it is trained in."""
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    quantised = {}
+    if in_4bit:
+        quantised = {"device_map": {"": get_accelerator().current_device_name()},
+                     "quantization_config": transformers.BitsAndBytesConfig(
+                         load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type=config.bnb_4bit_quant_type,
+                         bnb_4bit_use_double_quant=config.use_bnb_nested_quant)}
+    try:
+        lm, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            name, revision=revision, dtype=dtype, output_loading_info=True, **quantised,
+            attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code, use_safetensors=True)
+    except Exception as error:  # as above
+        raise cannot_load("model", name, error)
+    if loading["missing_keys"]:  # transformers draws them at random
+        raise UsageError(f"model {name}: its weights lack {sorted(loading['missing_keys'])[0]} "
+                         f"({len(loading['missing_keys'])} in all); it takes a causal language model, saved whole")
+    return lm
+
+
+def add_adapter(config, lm):
+    """Put LoRA weights into the layers of `lm`, in place, and freeze all others. Their output is 0 until they are trained,
+    so that the policy before its first step is the model that was loaded."""
+    import peft
+    targets = config.lora_target_modules
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets, modules_to_save=config.lora_modules_to_save)
+    try:
+        peft.get_peft_model(lm, settings)
+    except ValueError as error:
+        raise UsageError(f"lora_target_modules {targets}: {one_line(error)}; layers of {type(lm).__name__} are needed, or "
+                         "all-linear")
+
+
+def load_adapter(config, lm, name, trained):
+    """`lm` with the adapter `name` in its layers, to be trained further; where all weights are trained, merged into them."""
+    import peft
+    try:
+        adapted = peft.PeftModel.from_pretrained(lm, name, revision=config.model_revision, is_trainable=config.use_peft)
+        if not config.use_peft:
+            return adapted.merge_and_unload().requires_grad_(True)  # peft has frozen them
+    except Exception as error:  # as above
+        raise cannot_load("adapter", name, error)
+    if not trained:
+        return lm
+    settings = lm.peft_config["default"]
+    if settings.peft_type != "LORA":
+        raise UsageError(f"adapter {name}: its kind is {settings.peft_type}, and LoRA alone is trained further; with "
+                         "use_peft: false it is merged, and all weights are trained")
+    say(f"the adapter {name} is trained further, as it is (rank {settings.r}, alpha {settings.lora_alpha}); the lora_ keys "
+        "make a new one")
+    return lm
+
+
+def load_model(config, name, trained=True):
+    """The causal LM inside the module that the engine wraps, with its adapter where one is trained, dropout off."""
+    torch.manual_seed(config.seed)
+    base, revision, adapter = resolve_model(config, name)
+    lm = load_weights(config, base, revision, config.load_in_4bit)
+    if adapter:
+        lm = load_adapter(config, lm, name, trained)
+    elif config.use_peft and trained:
+        add_adapter(config, lm)
+    for module in lm.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for attribute, value in vars(module).items():  # some models keep the rate and call the function
+            if "dropout" in attribute and isinstance(value, float):
+                setattr(module, attribute, 0.0)
+    if config.gradient_checkpointing:
+        recompute_activations(lm, config.gradient_checkpointing_kwargs)
+        if config.gradient_checkpointing_kwargs.get("use_reentrant"):
+            lm.enable_input_require_grads()  # or the reentrant kind sees no input that needs a gradient
+    return adpo.PairLogps(lm, config.logits_chunk_size)
+
+
+def recompute_activations(lm, options):
+    """Activation checkpointing by either of its names: transformers before 5.21 has the older one alone."""
+    new = hasattr(lm, "activation_checkpointing_enable")
+    (lm.activation_checkpointing_enable if new else lm.gradient_checkpointing_enable)(options)
+
+
+def weights_fingerprint(config, name):
+    """Hash of a model's weights: the commit of a hub model, the content of a folder's files. Of an adapter, of both."""
+    base, revision, adapter = resolve_model(config, name)
+    if Path(base).exists():
+        found = folder_fingerprint(base)
+    else:  # loaded before this from the hub's cache, whose folders have the names of commits
+        found = f"{base}@{Path(huggingface_hub.try_to_load_from_cache(base, 'config.json', revision=revision)).parent.name}"
+    if adapter:
+        # Merged, log-probs are not the same to the last bit.
+        found += f" {'+' if config.use_peft else 'merged with'} {folder_fingerprint(adapter)}"
+    if config.load_in_4bit:
+        found += f", {config.bnb_4bit_quant_type}{' nested' if config.use_bnb_nested_quant else ''}"
+    return found
+
+
+def folder_fingerprint(folder):
+    digest = hashlib.blake2b(digest_size=16)
+    names = [name for name in ("config.json", "adapter_config.json") if (Path(folder) / name).is_file()]
+    for path in sorted([*Path(folder).glob("*.safetensors"), *(Path(folder) / name for name in names)]):
+        with open(path, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def leaves_adapter(config):
+    """Whether the run leaves an adapter, not a model."""
+    return config.use_peft and not config.merge_adapter
+
+
+def save_adapter(config, lm, state, folder):
+    """The adapter as PeftModel.from_pretrained reads it; with merge_adapter, the plain model, the adapter in its weights.
+
+    state: {name: weight} of all that was trained.
+    """
+    import peft
+    settings = lm.peft_config["default"]
+    settings.inference_mode = True  # who loads it wants it as it is
+    weights = peft.get_peft_model_state_dict(lm, state, save_embedding_layers=False)
+    folder.mkdir()
+    save_file({f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()},
+              folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings.save_pretrained(folder)
+    if config.merge_adapter:  # into the model as it was loaded, not into the 4 bits of it
+        base, revision, _ = resolve_model(config, config.model_name_or_path)
+        merged = peft.PeftModel.from_pretrained(load_weights(config, base, revision), folder).merge_and_unload()
+        merged.save_pretrained(folder)
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            (folder / name).unlink()
+
+
+def save_model(engine, tokenizer, output, config):
+    """The trained model, or its adapter, in Hugging Face form, gathered over ranks; each file is put in place when it is
+    complete. Returns their names, on rank 0."""
+    state = {}
+    for name, parameter in engine.module.lm.named_parameters():
+        if not parameter.requires_grad and config.use_peft:
+            continue  # what was not trained is where it was loaded from
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if rank() == 0:
+                state[name] = parameter.detach().to("cpu", copy=True)
+    if rank() == 0:
+        transformers.utils.logging.disable_progress_bar()
+        staging = output / ".model"
+        shutil.rmtree(staging, ignore_errors=True)
+        with writing(output / "model.safetensors", staging):
+            if config.use_peft:
+                save_adapter(config, engine.module.lm, state, staging)
+            else:
+                engine.module.lm.save_pretrained(staging, state_dict=state)
+            tokenizer.save_pretrained(staging)
+            names = sorted(path.name + "/" * path.is_dir() for path in staging.iterdir())
+            for name in names:
+                os.replace(staging / name, output / name)
+        staging.rmdir()
+    dist.barrier()
+    return names if rank() == 0 else None
