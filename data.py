@@ -74,10 +74,10 @@ def reading(what):
     except (OSError, ValueError, LookupError, TypeError, RecursionError, pyarrow.ArrowException,
             datasets.exceptions.DatasetsError) as error:
         error = error.__cause__ or error  # the library wraps what went wrong
-        raise DataError(f"{what}: cannot be read ({type(error).__name__}: {_short(error, 200)})")
+        raise DataError(f"{what}: cannot be read ({type(error).__name__}: {shortened(error, 200)})")
 
 
-def _short(value, limit=80):
+def shortened(value, limit=80):
     """A value from the data inside a message: one line, cut, without control characters."""
     text = " ".join(str(value)[:4 * limit].split())
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -112,7 +112,7 @@ def has_split(source, split, config_name=None):
         try:
             return split in datasets.get_dataset_split_names(source, config_name)
         except (OSError, ValueError) as error:
-            raise DataError(f"{source}: neither a file or folder here nor a data set of the hub ({_short(error, 400)})")
+            raise DataError(f"{source}: neither a file or folder here nor a data set of the hub ({shortened(error, 400)})")
     if (path / "dataset_dict.json").is_file():
         with reading(path / "dataset_dict.json"):
             return split in json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
@@ -149,7 +149,7 @@ def read_file(path):
 
 
 def read_text(path):
-    """Yield (number, row) of a text file. What is not UTF-8 inside a row is left to `_checked`, which names the field."""
+    """Yield (number, row) of a text file. What is not UTF-8 inside a row is left to checked_text, which names the field."""
     opened = gzip.open if path.name.endswith(".gz") else open
     is_csv = path.name.endswith((".csv", ".csv.gz"))
     with opened(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="" if is_csv else None) as file:
@@ -173,7 +173,7 @@ def unique_keys(items):
     if len(found) < len(items):
         names = [name for name, _ in items]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {_short(twice)} stands there twice; keep one")
+        raise ValueError(f"the key {shortened(twice)} stands there twice; keep one")
     return found
 
 
@@ -186,7 +186,7 @@ def read_line(path, n, line):
     except json.JSONDecodeError as error:
         raise DataError(f"{path}, row {n}: not a JSON object ({error.msg} at character {error.pos})")
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets, a key twice
-        raise DataError(f"{path}, row {n}: not a JSON object ({_short(error)})")
+        raise DataError(f"{path}, row {n}: not a JSON object ({shortened(error)})")
 
 
 def read_csv(path, file):
@@ -196,7 +196,7 @@ def read_csv(path, file):
     try:
         header = next(reader, [])
         if len(set(header)) < len(header):
-            raise DataError(f"{path}: two columns of the same name ({_short(', '.join(header))})")
+            raise DataError(f"{path}: two columns of the same name ({shortened(', '.join(header))})")
         for n, cells in enumerate(filter(None, reader), 1):  # a blank line is no row
             if len(cells) > len(header):
                 raise DataError(f"{path}, row {n}: {len(cells)} cells, but the header has {len(header)}; put quotes around "
@@ -232,20 +232,20 @@ def parse_row(row, place):
         label, truth = (_letter(row, name, place) for name in ("label", "truth"))
     else:
         raise DataError(f"{place}: needs chosen and rejected, or response_a and response_b; "
-                        f"it has {_short(', '.join(map(str, row))) or 'no field'}")
-    sides = [_text_or_messages(row.get(field), f"{place}, field {field}") for field in fields]
+                        f"it has {shortened(', '.join(map(str, row))) or 'no field'}")
+    sides = [text_or_messages(row.get(field), f"{place}, field {field}") for field in fields]
     if isinstance(sides[0], str) != isinstance(sides[1], str):
         raise DataError(f"{place}: {fields[0]} and {fields[1]} must both be strings or both be lists of messages")
     prompt = row.get("prompt")
     if prompt is not None:
-        prompt = _text_or_messages(prompt, f"{place}, field prompt")
+        prompt = text_or_messages(prompt, f"{place}, field prompt")
 
     if isinstance(sides[0], list):
         prompt, sides = _split_messages(prompt, sides, fields, place)
         for field, side in zip(fields, sides):
             if side[-1]["role"] != "assistant":
                 raise DataError(f"{place}, field {field}: must end with a message of the assistant, ends with one of "
-                                f"{_short(side[-1]['role'])}")
+                                f"{shortened(side[-1]['role'])}")
     elif prompt is None:
         if fields[0] == "response_a":
             raise DataError(f"{place}, field prompt: expected a string or a list of messages, found nothing")
@@ -265,19 +265,19 @@ def parse_example(row, place):
     if not isinstance(row, dict):
         raise DataError(f"{place}: expected an object with fields, found {type(row).__name__}")
     if row.get("messages") is not None:
-        field, prompt, completion = "messages", [], _text_or_messages(row["messages"], f"{place}, field messages")
+        field, prompt, completion = "messages", [], text_or_messages(row["messages"], f"{place}, field messages")
         if isinstance(completion, str):
             raise DataError(f"{place}, field messages: expected a list of messages, found a string")
     elif row.get("completion") is not None:
         field = "completion"
-        prompt, completion = (_text_or_messages(row.get(name), f"{place}, field {name}") for name in ("prompt", field))
+        prompt, completion = (text_or_messages(row.get(name), f"{place}, field {name}") for name in ("prompt", field))
         if isinstance(prompt, str) and isinstance(completion, str):
             return [(prompt, completion)]
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         completion = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
     else:
         raise DataError(f"{place}: needs messages, or prompt and completion; it has "
-                        f"{_short(', '.join(map(str, row))) or 'no field'}")
+                        f"{shortened(', '.join(map(str, row))) or 'no field'}")
     examples = [(prompt + completion[:n], [message]) for n, message in enumerate(completion)
                 if message["role"] == "assistant" and prompt + completion[:n]]
     if not examples:
@@ -294,10 +294,10 @@ def _letter(row, name, place):
     return "ab".index(value)
 
 
-def _text_or_messages(value, place):
+def text_or_messages(value, place):
     """Check a prompt or response: a string, or a list of messages, of which role and content alone are kept."""
     if isinstance(value, str):
-        return _checked(value, place)
+        return checked_text(value, place)
     if not isinstance(value, list) or not value:
         raise DataError(f"{place}: expected a string or a list of messages, found "
                         f"{'nothing' if value is None else 'an empty list' if value == [] else type(value).__name__}")
@@ -305,11 +305,11 @@ def _text_or_messages(value, place):
     for n, message in enumerate(value, 1):
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise DataError(f"{place}, message {n}: expected {{\"role\": text, \"content\": text}}, found {message!r:.80}")
-        messages.append({k: _checked(message[k], f"{place}, message {n}") for k in ("role", "content")})
+        messages.append({k: checked_text(message[k], f"{place}, message {n}") for k in ("role", "content")})
     return messages
 
 
-def _checked(text, place):
+def checked_text(text, place):
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -336,7 +336,7 @@ def _split_messages(prompt, sides, fields, place):
     ends = [side[common]["role"] for side in sides]
     if ends != ["assistant", "assistant"]:
         raise DataError(f"{place}: the prompts of {fields[0]} and {fields[1]} differ at message {common + 1} "
-                        f"({_short(' against '.join(ends))}); both responses must answer the same prompt")
+                        f"({shortened(' against '.join(ends))}); both responses must answer the same prompt")
     if isinstance(prompt, list) and shared[:len(prompt)] != prompt:
         raise DataError(f"{place}, field prompt: is not how {fields[0]} and {fields[1]} begin")
     if isinstance(prompt, str) and prompt.strip() not in [m["content"].strip() for m in shared]:
@@ -429,7 +429,7 @@ class Renderer:
         content = repr(self.tokenizer)
         if self.tokenizer.is_fast:  # its padding and truncation are state of the last call, not of the tokeniser
             content = {**json.loads(self.tokenizer.backend_tokenizer.to_str()), "padding": None, "truncation": None}
-        return _hash(VERSION, content, self.tokenizer.chat_template, self.tokenizer.special_tokens_map, self.bos, self.eos,
+        return hash_of(VERSION, content, self.tokenizer.chat_template, self.tokenizer.special_tokens_map, self.bos, self.eos,
                      self.max_prompt_length, self.max_length, self.empty_system)
 
     def protect(self, text):
@@ -639,7 +639,7 @@ def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decont
     table = rows.map(
         tokenize_rows, fn_kwargs={"renderer": renderer}, batched=True, batch_size=256,
         num_proc=_processes(workers, len(rows)), desc=f"tokenising {kind} pairs",
-        new_fingerprint=_hash(rows._fingerprint, rendering))
+        new_fingerprint=hash_of(rows._fingerprint, rendering))
     drops = table["drop"][:]
     for reason in ("empty response", "equal responses"):
         counts[reason] = drops.count(reason)
@@ -657,7 +657,7 @@ def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decont
         if truth:
             truths.setdefault(id, truth)
     pairs = Pairs(table.select_columns(["id", "prompt_ids", "first_ids", "second_ids", "tokens"]),
-                  _hash(rendering, table["id"][:]), counts,
+                  hash_of(rendering, table["id"][:]), counts,
                   table.select_columns(["prompt", "first", "second", "place"]))
     counts["repeated"] = len(pairs) - len(set(pairs.ids))
     counts["contradicting"] = conflicts
@@ -691,7 +691,7 @@ def parse_source(source, split, config_name=None, examples=False):
         return datasets.Dataset.from_generator(
             parsed_examples if examples else parsed_rows,
             gen_kwargs={"source": source, "split": split, "config_name": config_name}, features=datasets.Features(columns),
-            fingerprint=_hash(VERSION, where, split, config_name, state, *(["examples"] if examples else [])))
+            fingerprint=hash_of(VERSION, where, split, config_name, state, *(["examples"] if examples else [])))
     except datasets.exceptions.DatasetGenerationError as error:  # the library's wrapping of what went wrong in a row
         raise error.__cause__ or error
 
@@ -767,7 +767,7 @@ def decontaminate(rows, source, workers):
         raise DataError(f"decontaminate_with {source}: holds no string of {DECONTAMINATION_MIN_CHARS} characters or more")
     return rows.filter(is_clean, fn_kwargs={"strings": strings}, num_proc=_processes(workers, len(rows)),
                        desc=f"removing pairs that contain {source}",
-                       new_fingerprint=_hash("clean", rows._fingerprint, *strings))
+                       new_fingerprint=hash_of("clean", rows._fingerprint, *strings))
 
 
 def benchmark_strings(row):
@@ -792,7 +792,7 @@ def _fold(text):
     return " ".join(text.lower().split())
 
 
-def _hash(*parts):
+def hash_of(*parts):
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 

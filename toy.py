@@ -35,6 +35,9 @@ from transformers.utils import logging
 HERE = Path(__file__).resolve().parent
 VERSION = 2  # raise it whenever the task changes, so that folders of an older task are not reused
 SFT_SENTENCES = 15360  # 120 steps
+SFT = {"objective": "sft", "max_length": 96, "max_prompt_length": 32, "num_train_epochs": 1, "do_eval": False,
+       "per_device_train_batch_size": 128, "learning_rate": 4e-3, "lr_scheduler_type": "linear", "warmup_ratio": 0.08,
+       "weight_decay": 0.01, "num_threads": 1, "save_strategy": "no"}  # keys of train.py
 # What a launcher tells a rank: the run that trains the toy model is none.
 LAUNCHER = {"RANK", "LOCAL_RANK", "CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR",
             "MASTER_PORT"}
@@ -130,22 +133,22 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 def train_sft(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, prompts: list[str],
               rng: random.Random, seed: int, quiet: bool) -> None:
-    """Writes `model`, after `objective: sft` (configs/toy-sft.yaml) on fresh sentences, and its tokenizer into `folder`.
+    """Writes `model`, after supervised fine-tuning on fresh sentences, and its tokenizer into `folder`.
 
-    It is a `train.py` of its own: this process may be one rank of many. On the CPU, so that all machines make one model.
-    Raises ValueError where that run fails."""
+    It is a run of train.py of its own, as this process may be one rank of many; on the CPU, so that all machines make the
+    same model. Raises ValueError where it fails."""
     work = folder / ".sft"
     for part in (model, tokenizer):
         part.save_pretrained(work / "start")
     (work / "texts").mkdir()
     write_jsonl(work / "texts" / "train.jsonl", [
         {"prompt": rng.choice(prompts), "completion": write_response(rng)} for _ in range(SFT_SENTENCES)])
-    command = [sys.executable, HERE / "train.py", "--config", HERE / "configs" / "toy-sft.yaml", f"--seed={seed}",
-               f"--model_name_or_path={work / 'start'}", f"--dataset_mixer={json.dumps({str(work / 'texts'): 1.0})}",
-               f"--output_dir={work / 'run'}"]
-    ours = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
-    done = subprocess.run(command, env=ours | {"DS_ACCELERATOR": "cpu"}, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE if quiet else None)  # its bar
+    (work / "sft.yaml").write_text(json.dumps(SFT | {  # JSON is YAML
+        "model_name_or_path": str(work / "start"), "dataset_mixer": {str(work / "texts"): 1.0}, "dataset_splits": ["train"],
+        "seed": seed, "output_dir": str(work / "run")}), encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER} | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, HERE / "train.py", "--config", work / "sft.yaml"], env=environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE if quiet else None)  # there its bar is
     if done.returncode:
         raise ValueError(f"the fine-tuning of the toy model ended with exit code {done.returncode}: "
                          f"{(done.stderr or done.stdout or 'its error stands above').strip().splitlines()[-1]}")

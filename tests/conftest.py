@@ -66,7 +66,7 @@ def train(tiny, tmp_path_factory):
     """train(name, processes=None, check=0, config=…, **keys) → Run.
 
     With `processes`, the real command line through the `deepspeed` launcher; without, the same command inside this process,
-    which spares the seconds that the imports take. check: the exit code that is expected.
+    which spares the seconds that the imports take. check: the exit code that is expected; None: any.
     """
     base, numbers = tmp_path_factory.mktemp("runs"), itertools.count()
     default = base / "tiny.yaml"
@@ -100,7 +100,7 @@ num_threads: 1
             with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
                 code = command(argv)
             run = Run(output, out.getvalue(), err.getvalue(), code)
-        assert run.code == check, f"exit code {run.code}\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
+        assert check is None or run.code == check, f"exit code {run.code}\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
         return run
 
     def start(processes=None, stderr=subprocess.PIPE, **keys):

@@ -1,7 +1,7 @@
 """Bad input: rows, configs, files and models that are not what they should be, and what must not be run or reached.
 
     python -m pytest tests/test_bad_input.py                                      a short form, as in CI
-    python -m pytest tests/test_bad_input.py -n 0 --examples 5000 --fuzz 1000     the long one
+    python -m pytest tests/test_bad_input.py -n 0 --examples 5000 --fuzz 1000     the long one; writes results/bad_input.md
 
 The rule everywhere: either it is used rightly, or it is refused in one line that names the place. Never a traceback, and
 never something else than what the user wrote.
@@ -213,6 +213,21 @@ def check(kind, row, parsed):
     return drop or "trained"
 
 
+@pytest.fixture(scope="module")
+def counted(pytestconfig):
+    """{what: Counter of what became of it}; of a long run, written to benchmarks/results/bad_input.md."""
+    found = {}
+    yield found
+    if pytestconfig.getoption("--examples") >= 1000 and pytestconfig.getoption("--fuzz") >= 1000:
+        lines = ["# Bad rows and bad configs", "",
+                 "    python -m pytest tests/test_bad_input.py -n 0 --examples 5000 --fuzz 1000", "",
+                 "Each is used as it is written or refused in one line that names the place; none ended in a traceback.", "",
+                 "| what | tried | |", "| --- | --: | --- |"]
+        lines += [f"| {what} | {seen.total():,} | {', '.join(f'{n:,} {how}' for how, n in seen.most_common())} |"
+                  for what, seen in found.items()]
+        (ROOT / "benchmarks" / "results" / "bad_input.md").write_text("\n".join([*lines, ""]))
+
+
 def for_all(pytestconfig, strategy, holds, times=1):
     """Run `holds` on --examples values of the strategy: the same ones each time."""
     settings(max_examples=times * pytestconfig.getoption("--examples"), derandomize=True, database=None, deadline=None,
@@ -220,8 +235,8 @@ def for_all(pytestconfig, strategy, holds, times=1):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_good_rows_with_any_text_are_trained_on_as_they_are(kind, tmp_path, pytestconfig):
-    seen = Counter()
+def test_good_rows_with_any_text_are_trained_on_as_they_are(kind, tmp_path, pytestconfig, counted):
+    seen = counted[f"good rows with odd texts, {kind}"] = Counter()
 
     def holds(drawn):
         row, prompt, responses = drawn
@@ -232,6 +247,7 @@ def test_good_rows_with_any_text_are_trained_on_as_they_are(kind, tmp_path, pyte
         if refused or kind == "chatml" and prompt == "":
             with pytest.raises(DataError, match=r"f\.jsonl, row 2: (messages need a|the chat|the prompt is empty)"):
                 render(made(kind, *LIMITS), parsed)
+            seen["refused"] += 1
         else:
             seen[check(kind, row, parsed)] += 1
 
@@ -240,8 +256,8 @@ def test_good_rows_with_any_text_are_trained_on_as_they_are(kind, tmp_path, pyte
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_with_anything_wrong_are_trained_on_rightly_or_refused(kind, tmp_path, pytestconfig):
-    seen = Counter()
+def test_rows_with_anything_wrong_are_trained_on_rightly_or_refused(kind, tmp_path, pytestconfig, counted):
+    seen = counted[f"rows with something wrong, {kind}"] = Counter()
 
     def holds(row):
         try:
@@ -517,9 +533,10 @@ def assert_valid(config, values):
     assert config.max_prompt_length < config.max_length and any("train" in split for split in config.dataset_splits)
 
 
-def test_mutated_configs_parse_or_are_refused_in_one_line(tmp_path, pytestconfig, capsys):
+def test_mutated_configs_parse_or_are_refused_in_one_line(tmp_path, pytestconfig, capsys, counted):
     recipes = sorted((ROOT / "configs").glob("*.yaml"))
-    path, again, seen = tmp_path / "c.yaml", tmp_path / "again.yaml", Counter()
+    path, again = tmp_path / "c.yaml", tmp_path / "again.yaml"
+    seen = {kind: counted.setdefault(f"mutated configs: {kind}", Counter()) for kind in ("values", "text", "flags")}
     for n in range(pytestconfig.getoption("--fuzz")):
         rng = random.Random(n)
         text = rng.choice(recipes).read_text()
@@ -542,16 +559,43 @@ def test_mutated_configs_parse_or_are_refused_in_one_line(tmp_path, pytestconfig
         try:
             config = parse_config(argv)
         except UsageError as error:
-            seen[kind, "refused"] += 1
+            seen[kind]["refused"] += 1
             assert str(error).isprintable() and 20 < len(str(error)) < 700, (n, error)
             assert command(argv) == 2 and capsys.readouterr().err == f"error: {one_line(error)}\n", (n, error)
             continue
-        seen[kind, "parsed"] += 1
+        seen[kind]["parsed"] += 1
         assert not must_refuse, (n, argv)
         assert_valid(config, values)
         again.write_text(yaml.safe_dump(dataclasses.asdict(config)))
         assert parse_config(["--config", str(again)]) == config
-    assert len(seen) == 6 and min(seen.values()) > 1, seen
+    assert all(min(seen[kind]["refused"], seen[kind]["parsed"]) > 1 for kind in seen), seen
+
+
+# Values of the right type, for keys that say nothing narrower.
+PLAUSIBLE = {int: [0, 1, 3, 40], float: [0.0, 0.25, 1.0, 3.0], bool: [True, False], str: ["x", "none"]}
+# These would wait for somebody, take long, or write elsewhere.
+NOT_TRIED = {"max_steps", "oracle", "push_to_hub", "num_threads", "preprocessing_num_workers", "output_dir", "toy_dir"}
+
+
+def test_configs_of_plausible_values_run_or_end_in_one_line(train, pytestconfig, counted):
+    """A tenth of --fuzz: one to three keys of a real, tiny run are changed, and it is started."""
+    seen = counted["runs with plausible values"] = Counter()
+    keys = sorted(KNOWN.keys() - NOT_TRIED)
+    for n in range(pytestconfig.getoption("--fuzz") // 10):
+        rng, chosen = random.Random(n), {}
+        for name in rng.sample(keys, rng.randint(1, 3)):
+            field = KNOWN[name]
+            hint = next((t for t in typing.get_args(field.type) if t is not types.NoneType), field.type)
+            values = list(field.metadata["choices"] or PLAUSIBLE.get(hint, ["x"]))
+            chosen[name] = rng.choice(values)
+        run = train("fuzzed", check=None, **{"max_steps": 2} | chosen)
+        errors = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+        assert "Traceback" not in run.stdout + run.stderr, (n, chosen)
+        assert (run.code, len(errors)) in ((0, 0), (2, 1)), (n, chosen, run.code, errors)
+        assert all(error.isprintable() and len(error) < 900 for error in errors), (n, chosen)
+        assert (run.output / "summary.json").is_file() == (run.code == 0), (n, chosen)
+        seen["trained" if run.code == 0 else "refused"] += 1
+    assert min(seen["trained"], seen["refused"]) > 1, seen
 
 
 GOOD_YAML = "model_name_or_path: m\ndataset_mixer: {d: 1.0}\noutput_dir: o\n"

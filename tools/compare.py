@@ -103,7 +103,7 @@ def read(path):
             key, name, turns = row.get("instruction"), row.get("generator"), [row["output"]]
         else:
             key, turns = row.get("prompt"), [row.get("response")]
-            key = as_text(data._text_or_messages(key, f"{place}, field prompt"))
+            key = as_text(data.text_or_messages(key, f"{place}, field prompt"))
         if not isinstance(key, (str, int)) or not is_list_of(turns, str):
             raise data.DataError(f"{place}: is no answer as tools/generate.py writes it")
         answers.setdefault(key, turns)

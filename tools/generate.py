@@ -73,8 +73,8 @@ class Question:
 def text_field(row, name, place):
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise data.DataError(f"{place}, field {name}: expected a text, found {data._short(repr(value))}")
-    return data._checked(value, f"{place}, field {name}")
+        raise data.DataError(f"{place}, field {name}: expected a text, found {data.shortened(repr(value))}")
+    return data.checked_text(value, f"{place}, field {name}")
 
 
 class Jsonl:
@@ -90,7 +90,7 @@ class Jsonl:
 
     @staticmethod
     def question(row, place):
-        prompt = data._text_or_messages(row.get("prompt"), f"{place}, field prompt")
+        prompt = data.text_or_messages(row.get("prompt"), f"{place}, field prompt")
         return Question(Jsonl.key({"prompt": prompt}), [prompt], {"prompt": prompt}, place, chat=False)
 
     @staticmethod
@@ -145,10 +145,11 @@ class MtBench:
     def question(row, place):
         id, turns = row.get("question_id"), row.get("turns")
         if type(id) not in (int, str) or id == "":
-            raise data.DataError(f"{place}, field question_id: expected a number or a text, found {data._short(repr(id))}")
+            raise data.DataError(f"{place}, field question_id: expected a number or a text, found "
+                                 f"{data.shortened(repr(id))}")
         category = text_field(row, "category", place)
         if not isinstance(turns, list) or not turns:
-            raise data.DataError(f"{place}, field turns: expected a list of texts, found {data._short(repr(turns))}")
+            raise data.DataError(f"{place}, field turns: expected a list of texts, found {data.shortened(repr(turns))}")
         turns = [text_field({"turns": turn}, "turns", place) for turn in turns]
         return Question(id, turns, row, place, TEMPERATURES.get(category, OTHER_TEMPERATURE))
 
@@ -189,8 +190,8 @@ def read_answers(format, path, settings, questions):
     before = dict(row for _, line in rows_of(beside) for row in line.items())
     for name in settings:
         if before.get(name) != settings[name]:
-            raise UsageError(f"{path} holds answers of another {name} ({data._short(before.get(name))}; now "
-                             f"{data._short(settings[name])}): {other}")
+            raise UsageError(f"{path} holds answers of another {name} ({data.shortened(before.get(name))}; now "
+                             f"{data.shortened(settings[name])}): {other}")
     found, seen, known = {}, Counter(), {question.key for question in questions}
     for place, row in rows_of(path):
         key = format.key(row)
@@ -407,7 +408,7 @@ def weights(config, folder):
     if not folder.is_dir():
         return f"{config.model_name_or_path} {config.model_revision}"
     files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(folder.glob("*.safetensors"))]
-    return data._hash(*files)
+    return data.hash_of(*files)
 
 
 def said(prompts, questions):
