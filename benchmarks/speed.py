@@ -676,7 +676,8 @@ def mark(value, target, least):
 
 def report(found):
     """The Markdown of all numbers."""
-    rows, missed, steps = [], [], found["steps"]
+    rows, missed, tight, steps = [], [], [], found["steps"]
+    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for key, row in found["rows"].items():
         name, threads = key.split("/")
         title, *_, speed_target, memory_target = CASES[name]
@@ -688,6 +689,9 @@ def report(found):
                                           ("a whole epoch", epoch, 1.5, epoch >= 1.5)):
             if not good:
                 missed.append(f"{title}, {threads} thread(s): {what} {value:.2f}, aimed at {target}")
+        if not found["suffix"] and b["memory"] > 0.8 * room:
+            tight.append(f"{title}, {threads} thread(s): of its steps the fastest had {b['spread'][1]:,.0f} tokens/s, "
+                         f"{a['speed'] / b['spread'][1]:.2f} times less than the median of train.py")
         rows.append(
             f"| {title} | {threads} | {a['speed']:,.0f} | {b['speed']:,.0f} | {mark(speed, speed_target, True)} "
             f"(≥ {speed_target}) | {a['memory'] / 1e6:,.0f} | {b['memory'] / 1e6:,.0f} | "
@@ -719,6 +723,8 @@ one-epoch run is from its start to its end, that pass included. In bold: what re
 {chr(10).join(rows)}
 
 {"Every aim is reached." if not missed else "Not reached: " + "; ".join(missed) + "."}
+
+{"The peer came near the memory of the machine, and may have waited for it. " + "; ".join(tight) + "." if tight else ""}
 
 All sides compute the same loss, here of {MICRO} pairs in fp32 against a reference that is not the policy:
 
