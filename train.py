@@ -14,6 +14,7 @@ never the gate; metrics are those of all ranks; a run is resumed exactly.
 Legend: B pairs of a micro-batch, T tokens of a row, N response tokens, V vocabulary, H hidden size.
 """
 
+import ctypes
 import errno
 import gc
 import hashlib
@@ -34,6 +35,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # `map` forks; threads
 os.environ.setdefault("DEEPSPEED_TIMEOUT", "60")  # minutes: ranks wait while rank 0 tokenises, or uploads the model
 if torch.accelerator.current_accelerator() is None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed's search for one, and its warnings
+    # oneDNN keeps what it compiled for its last 1,024 shapes of products, hundreds of MB; few micro-batches share one.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 
 import deepspeed
 import torch.distributed as dist
@@ -231,6 +234,8 @@ def setup(config):
     """Threads, log levels and the process group."""
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-8, 1)  # M_ARENA_MAX: one heap; that of another thread keeps what it once held
     transformers.logging.set_verbosity(getattr(transformers.logging, config.log_level.upper()))
     data.datasets.logging.set_verbosity(getattr(data.datasets.logging, config.log_level.upper()))
     deepspeed.utils.logging.logger.setLevel(config.log_level.upper())
