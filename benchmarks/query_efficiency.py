@@ -4,9 +4,10 @@
     python benchmarks/query_efficiency.py --short     2 seeds of a smaller task; five minutes, writes to outputs/ alone
 
 Each run is `python train.py` with one thread on the controlled task (toy.py: 16,384 pairs, 4,096 test pairs with noiseless
-labels), several side by side. A seed is a task of its own: its model, pairs, labels and order. The learning rate is the best
-for DPO on all labels of three (rows "DPO, learning rate …"), so that the strongest baseline sets it. "Equal compute" trains
-a random subset for as many steps as DPO takes on all pairs. Gold reward is the mean of 512 generations, one a test prompt.
+labels), several side by side. A seed is a task of its own: its model, pairs, labels and order. The learning rate was chosen
+for DPO on all labels, on two seeds before these runs; the rows "DPO, learning rate …" show what half and twice of it give.
+"Equal compute" trains a random subset for as many steps as DPO takes on all pairs. Gold reward is the mean of 512
+generations, one a test prompt.
 
 A run that is finished is not run again; --report writes the results from those that are there. Writes
 benchmarks/results/query_efficiency.md, .json and .png.
@@ -192,11 +193,11 @@ def draw(results, path):
     figure.savefig(path, dpi=130)
 
 
-def write_up(results, path, seeds):
+def write_up(results, path, seeds, version):
     lines = ["# Query efficiency", "", "Made by `python benchmarks/query_efficiency.py`.", "",
              "![Accuracy and gold reward against labels bought](query_efficiency.png)", "",
-             f"Controlled task (toy.py), up to {seeds} seeds, each with a model, pairs, labels and order of its own; mean ± "
-             "95 % interval by Student's t. β = 0.1, AdamW, learning rate 2e-3 where nothing else is said, 64 pairs a step; "
+             f"Controlled task (toy.py, version {version}), up to {seeds} seeds, each with a model, pairs, labels and order of its "
+             "own; mean ± 95 % interval by Student's t. β = 0.1, AdamW, learning rate 2e-3 where nothing else is said, 64 pairs a step; "
              "256 steps. Accuracy is that of the implicit reward against the noiseless truth of 4,096 test pairs.", ""]
     for noise, runs in results.items():
         lines += [f"## {float(noise):.0%} of the labels wrong", "",
@@ -249,7 +250,8 @@ def main():
     target = folder if args.short else ROOT / "benchmarks" / "results"
     (target / "query_efficiency.json").write_text(json.dumps(results, indent=1) + "\n")
     draw(results, target / "query_efficiency.png")
-    write_up(results, target / "query_efficiency.md", len(seeds))
+    version = json.loads((folder / "task-0" / "model" / "toy.json").read_text())["version"]
+    write_up(results, target / "query_efficiency.md", len(seeds), version)
     print((target / "query_efficiency.md").read_text())
 
 
