@@ -28,8 +28,8 @@ FLAGS = {"max_steps": STEPS, "per_device_train_batch_size": 4, "gradient_accumul
 DPO = {"data_selection": "false"}
 METHODS = {
     "DPO, all labels": DPO | {"max_train_samples": PAIRS},
-    "DPO, a random third, three epochs": DPO | {"max_train_samples": PAIRS // 3},
     "budget of a third, replay": {"max_train_samples": PAIRS, "target_query_fraction": 0.333, "pseudo_labels": "replay"},
+    "DPO, a random third, three epochs": DPO | {"max_train_samples": PAIRS // 3},
     "ADPO of the paper, γ = 0.5": {"max_train_samples": PAIRS, "gamma": 0.5},
 }
 
@@ -60,7 +60,8 @@ def read(name):
 
 
 def report(flags, held_out):
-    """The results file.  held_out: pairs of the test split."""
+    """The results file, of the methods that are finished.  held_out: pairs of the test split."""
+    finished = [name for name in METHODS if (output(name) / "summary.json").is_file()]
     error = math.sqrt(0.25 / held_out)
     lines = ["# SmolLM2-135M-Instruct on HH (harmless), on a CPU", "",
              "    python benchmarks/hh_smollm2.py MODEL_DIR HH_FILE", "",
@@ -70,14 +71,14 @@ def report(flags, held_out):
              f"standard error is {error:.3f}, so that differences under {2 * math.sqrt(2) * error:.2f} say nothing.", "",
              "| method | labels bought | " + " | ".join(f"held-out accuracy, step {n}" for n in (20, 40, 60))
              + " | held-out loss | pseudo-labels, of them right | seconds | peak GB |", "| --- |" + " --: |" * 8]
-    for name in METHODS:
+    for name in finished:
         summary, _, evaluations = read(name)
         right = summary["pseudo_label_accuracy"]
         lines.append(f"| {name} | {summary['queries']} | "
                      + " | ".join(f"{row['rewards/accuracies']:.3f}" for row in evaluations)
                      + f" | {summary['eval_loss']:.4f} | {summary['pseudo_labels']}{f', {right:.1%}' if right else ''} | "
                      f"{summary['wall_seconds']:.0f} | {summary['peak_memory_bytes'] / 1e9:.1f} |")
-    for name in METHODS:
+    for name in finished:
         lines += ["", f"## {name}", "",
                   "| step | labels bought | loss | margin | by the labels used, right | gradient norm |",
                   "| --: | --: | --: | --: | --: | --: |"]
@@ -96,7 +97,7 @@ def main():
                         f"--model_name_or_path={sys.argv[1]}", f"--dataset_mixer={json.dumps({str(pairs): 1.0})}",
                         f"--output_dir={output(name)}", *flags, *(f"--{key}={value}" for key, value in own.items())],
                        cwd=ROOT, check=True)
-    report(flags, len((pairs / "test.jsonl").read_text().splitlines()))
+        report(flags, len((pairs / "test.jsonl").read_text().splitlines()))
 
 
 if __name__ == "__main__":

@@ -196,9 +196,10 @@ def draw(results, path):
 def write_up(results, path, seeds, version):
     lines = ["# Query efficiency", "", "Made by `python benchmarks/query_efficiency.py`.", "",
              "![Accuracy and gold reward against labels bought](query_efficiency.png)", "",
-             f"Controlled task (toy.py, version {version}), up to {seeds} seeds, each with a model, pairs, labels and order of its "
-             "own; mean ± 95 % interval by Student's t. β = 0.1, AdamW, learning rate 2e-3 where nothing else is said, 64 pairs a step; "
-             "256 steps. Accuracy is that of the implicit reward against the noiseless truth of 4,096 test pairs.", ""]
+             f"Controlled task (toy.py, version {version}), up to {seeds} seeds, each with a model, pairs, labels and order "
+             "of its own; mean ± 95 % interval by Student's t. β = 0.1, AdamW, learning rate 2e-3 where nothing else is "
+             "said, 64 pairs a step; 256 steps. Accuracy is that of the implicit reward against the noiseless truth of "
+             "4,096 test pairs.", ""]
     for noise, runs in results.items():
         lines += [f"## {float(noise):.0%} of the labels wrong", "",
                   "| method | seeds | labels | accuracy | gold reward |", "| --- | --: | --: | --: | --: |"]

@@ -162,7 +162,9 @@ def rows_in_order(config_path, rows_dir):
     import train
     config = train.parse_config(["--config", str(config_path)])
     data.datasets.disable_progress_bars()
-    pairs, labels, _ = data.load_split(config, train.load_tokenizer(config), "train", None)
+    renderer = data.Renderer(train.load_tokenizer(config), config.max_prompt_length, config.max_length)
+    pairs, labels, _ = data.load_pairs(config.dataset_mixer, config.dataset_splits, renderer, "train", say=lambda _: None,
+                                       examples=config.objective == "sft")
     rows = toy.read_jsonl(rows_dir / "train.jsonl")
     if len(pairs) != len(rows):
         raise Stop(f"{len(rows) - len(pairs)} of {len(rows)} toy pairs were dropped, so rows have no known place")
