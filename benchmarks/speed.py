@@ -37,6 +37,7 @@ import trl_parity  # makes TRL's environment
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-4  # on the loss of the check, relative
+HH_WINDOW = 2048  # pairs of HH whose padding is counted: a whole window of length order
 MICRO = 8  # pairs a micro-batch and a step, TRL's default
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 4,
          "num_key_value_heads": 4, "max_position_embeddings": 4096, "tie_word_embeddings": False}
@@ -549,15 +550,17 @@ class Bench:
             write_pairs(folder.with_name(folder.name + "-few"), pairs[:MICRO])
         return folder, folder.with_name(folder.name + "-few")
 
-    def lengths(self, case):
-        """[(prompt, first, second)] in tokens, of a case's pairs."""
+    def lengths(self, case, window=None):
+        """[(prompt, first, second)] in tokens, of a case's pairs; with `window`, of so many pairs of HH."""
         import transformers
         tokenizer = transformers.AutoTokenizer.from_pretrained(self.model(case)[0])
+        pairs = (hh_pairs(self.options.hh, tokenizer, window) if window
+                 else read_pairs(self.pairs(case, self.options.steps)[0]))
 
         def count(text):
             return len(tokenizer(text, add_special_tokens=False).input_ids)
         return [(n := count(p["prompt"]), *(count(p["prompt"] + p[side]) + 1 - n for side in ("chosen", "rejected")))
-                for p in read_pairs(self.pairs(case, self.options.steps)[0])]
+                for p in pairs]
 
     def run(self, worker, job):
         """A worker's result, in a process of its own. Raises Stop with its last line."""
@@ -635,6 +638,8 @@ def measure(bench, names, found, keep):
                 speed = found["rows"][f"{name}/{count}"]["ours"]["speed"]
                 found["limit"][f"{name}/{count}"] = {"rate": rate, "achieved": speed * flops / tokens}
         found["padding"][name] = padding(bench.lengths(name))
+        if name == "smollm2":
+            found["hh_padding"] = padding(bench.lengths(name, HH_WINDOW))
         found["fit"][name] = predicted(bench, name)
         keep(found)
     if "growth" not in found:
@@ -702,6 +707,8 @@ def report(found):
     limits = [f"| {CASES[key.split('/')[0]][0]} | {key.split('/')[1]} | {x['rate'] / 1e9:,.1f} | "
               f"{x['achieved'] / 1e9:,.1f} | {x['achieved'] / x['rate']:.2f} |" for key, x in found["limit"].items()]
     paddings = ", ".join(f"{CASES[name][0]} {share:.1%}" for name, share in found["padding"].items())
+    if "hh_padding" in found:
+        paddings += f". From {HH_WINDOW:,} pairs of HH, one window of length order, it is {found['hh_padding']:.2%}"
     fits = []
     for name, expected in found["fit"].items():
         peaks = [f"{row['ours']['memory'] / 1e6:,.0f}" for key, row in found["rows"].items() if key.startswith(f"{name}/")]
@@ -742,7 +749,7 @@ seen.
 | --- | --: | --: | --: | --: |
 {chr(10).join(limits)}
 
-Padding, as a share of the computed positions (from {steps * MICRO} pairs; a window of 2,048 leaves less): {paddings}.
+Padding, as a share of the computed positions (from {steps * MICRO} pairs alone): {paddings}.
 
 What `tools/fit.py` expects above the loaded model, and what was measured (one thread, two), in MB; the resident set of a CPU
 process also holds what its allocator keeps:
