@@ -480,14 +480,14 @@ def check_adapter(config, path):
             raise UsageError(f"{path}: {name} goes with use_peft: true, which trains an adapter")
     if not config.use_peft:
         return
-    if importlib.util.find_spec("peft") is None:
-        raise UsageError(f"{path}: use_peft needs the package peft: pip install -r requirements-extra.txt")
     if config.lora_dropout:
         raise UsageError(f"{path}: lora_dropout={config.lora_dropout} cannot be honoured: the gate reads the margin that is "
                          "trained on, and dropout would make it noise; say lora_dropout: 0")
     if config.load_in_4bit and (importlib.util.find_spec("bitsandbytes") is None or not torch.cuda.is_available()):
         raise UsageError(f"{path}: load_in_4bit needs a GPU and the package bitsandbytes (pip install bitsandbytes); "
                          "without them say load_in_4bit: false")
+    if importlib.util.find_spec("peft") is None:
+        raise UsageError(f"{path}: use_peft needs the package peft: pip install -r requirements-extra.txt")
 
 
 def help_text():

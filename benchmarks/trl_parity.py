@@ -93,7 +93,7 @@ def peer(job_path):
             "train_dataset": datasets.Dataset.from_list(job["rows"])}
     if loss_type == "sft":
         trainer = trl.SFTTrainer(args=trl.SFTConfig(**arguments), **both)
-        cuts = [(row["input_ids"], row["completion_mask"].index(1)) for row in trainer.train_dataset]
+        cuts = [(row["input_ids"], row["labels"].count(-100)) for row in trainer.train_dataset]  # the prompt has no label
         tokens = [(ids[:cut], ids[cut:]) for ids, cut in cuts]
     else:
         arguments |= {"beta": job["beta"], "loss_type": [loss_type], "label_smoothing": label_smoothing}
