@@ -84,6 +84,13 @@ def test_a_build_that_is_killed_leaves_nothing_that_looks_finished(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+def test_a_fine_tuning_that_fails_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(toy.SFT, "learning_rat", 1)
+    with pytest.raises(ValueError, match="of the toy model ended with exit code 2: error: .*learning_rat"):
+        toy.build(tmp_path, train_pairs=8, test_pairs=8, quiet=True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_mean_gold_reward_is_seeded_and_reads_a_saved_model(built):
     prompts = [row["prompt"] for row in rows(built[2] / "test.jsonl")]
     first = toy.mean_gold_reward(built[1], prompts)
