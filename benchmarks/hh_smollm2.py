@@ -29,8 +29,8 @@ DPO = {"data_selection": "false"}
 METHODS = {
     "DPO, all labels": DPO | {"max_train_samples": PAIRS},
     "budget of a third, replay": {"max_train_samples": PAIRS, "target_query_fraction": 0.333, "pseudo_labels": "replay"},
-    "DPO, a random third, three epochs": DPO | {"max_train_samples": PAIRS // 3},
     "ADPO of the paper, γ = 0.5": {"max_train_samples": PAIRS, "gamma": 0.5},
+    "DPO, a random third, three epochs": DPO | {"max_train_samples": PAIRS // 3},
 }
 
 
