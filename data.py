@@ -430,7 +430,7 @@ class Renderer:
         if self.tokenizer.is_fast:  # its padding and truncation are state of the last call, not of the tokeniser
             content = {**json.loads(self.tokenizer.backend_tokenizer.to_str()), "padding": None, "truncation": None}
         return hash_of(VERSION, content, self.tokenizer.chat_template, self.tokenizer.special_tokens_map, self.bos, self.eos,
-                     self.max_prompt_length, self.max_length, self.empty_system)
+                       self.max_prompt_length, self.max_length, self.empty_system)
 
     def protect(self, text):
         """Make special-token text inside a message plain text."""

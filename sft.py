@@ -88,8 +88,7 @@ def sft(config, ds, tokenizer, output, resume, start_time, command_line):
         if step % config.logging_steps == 0 or last or (step == 1 and config.logging_first_step):
             loss, counted, tokens = reduced(sums)
             log.write({"step": step, "epoch": step / schedule.epoch_steps, "split": "train", "loss": loss / counted,
-                       "learning_rate": lr,
-                       "grad_norm": norm_for_log(engine, grad_norm),
+                       "learning_rate": lr, "grad_norm": norm_for_log(engine, grad_norm),
                        "tokens_per_second": tokens / (time.time() - window_start)})
             progress.set_postfix_str(f"loss {loss / counted:.3f}", refresh=False)
             sums.zero_()

@@ -148,10 +148,10 @@ def train_sft(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folde
         "seed": seed, "output_dir": str(work / "run")}), encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER} | {"DS_ACCELERATOR": "cpu"}
     done = subprocess.run([sys.executable, HERE / "train.py", "--config", work / "sft.yaml"], env=environment, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE if quiet else None)  # there its bar is
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE if quiet else None)  # there its bar is
     if done.returncode:
         raise ValueError(f"the fine-tuning of the toy model ended with exit code {done.returncode}: "
-                         f"{(done.stderr or done.stdout or 'its error stands above').strip().splitlines()[-1]}")
+                         f"{(done.stderr or 'its error stands above').strip().splitlines()[-1]}")
     for part in load(work / "run"):
         part.save_pretrained(folder)
     shutil.rmtree(work)

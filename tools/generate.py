@@ -323,8 +323,8 @@ def generate(options):
             question.temperature = options.temperature
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     config = model_config(options, folder, device)
-    tokenizer = train.load_tokenizer(config)
-    train.check_models(config, tokenizer)
+    tokenizer = model.load_tokenizer(config)
+    model.check_models(config, tokenizer)
     longest, new = lengths(config, options.max_new_tokens)
     prompts = Prompts(tokenizer, longest - new, config.auto_insert_empty_system_msg)
     settings = {"format": options.format, "name": name, "weights": weights(config, folder),
