@@ -168,11 +168,17 @@ def preference_loss(margin, labels, loss_type="sigmoid", beta=0.1, label_smoothi
 # Log-probs
 
 class TokenLogps(torch.autograd.Function):
-    """log softmax(logits)[target] of each row, with logits = softcap(scale · head(h)), in fp32.
+    """log softmax(logits)[target] of each state, with logits = softcap(scale · (h Wᵀ + b)), in fp32.
 
-    forward(raw (n, V) in the head's dtype, targets (n,), scale, softcap) -> (n,) fp32.  Backward keeps `raw` as it is
-    (no fp32 copy, no softmax) and, where the dtype is fp32, rewrites it in place into its own gradient.
+    forward(states (N, H), weight (V, H), bias (V,) or None, targets (N,), chunk_size, scale, softcap) -> (N,) fp32.
+    Both directions go in chunks of `chunk_size` states, so that no more than one (chunk_size, V) block of logits is alive:
+    backward computes them again, but for the last block, which it starts with, and sums the weight's gradient in place.
+    weight None: the states are the logits h Wᵀ + b themselves, (N, V).
     """
+
+    @staticmethod
+    def raw_logits(states, weight, bias):
+        return states if weight is None else torch.nn.functional.linear(states, weight, bias)  # (n, V)
 
     @staticmethod
     def final_logits(raw, scale, softcap):
@@ -182,48 +188,76 @@ class TokenLogps(torch.autograd.Function):
         return softcap * torch.tanh(logits / softcap) if softcap else logits
 
     @staticmethod
-    def forward(ctx, raw, targets, scale, softcap):
-        logits = TokenLogps.final_logits(raw, scale, softcap)
-        # (n,); in blocks of columns, because logsumexp makes a copy of what it is given
-        lse = torch.stack([block.logsumexp(-1) for block in logits.split(8192, dim=-1)]).logsumexp(0)
-        ctx.save_for_backward(raw, targets, lse)
-        ctx.scale, ctx.softcap = scale, softcap
-        return logits.gather(-1, targets[:, None]).squeeze(-1) - lse
+    def forward(ctx, states, weight, bias, targets, chunk_size, scale, softcap):
+        logps, lses, raw = [], [], None
+        for h, t in zip(states.split(chunk_size), targets.split(chunk_size)):
+            del raw  # or two blocks were alive
+            raw = TokenLogps.raw_logits(h, weight, bias)
+            logits = TokenLogps.final_logits(raw, scale, softcap)
+            # (n,); in blocks of columns, because logsumexp makes a copy of what it is given
+            lse = torch.stack([block.logsumexp(-1) for block in logits.split(8192, dim=-1)]).logsumexp(0)
+            logps.append(logits.gather(-1, t[:, None]).squeeze(-1) - lse)
+            lses.append(lse)
+            del logits
+        ctx.save_for_backward(states, weight, bias, targets, torch.cat(lses))
+        ctx.raw = None if weight is None else raw  # not saved: what is saved lives until backward is over
+        ctx.chunk_size, ctx.scale, ctx.softcap = chunk_size, scale, softcap
+        return torch.cat(logps)
 
     @staticmethod
     def backward(ctx, grad):
-        raw, targets, lse = ctx.saved_tensors
-        logits = TokenLogps.final_logits(raw, ctx.scale, ctx.softcap)
+        states, weight, bias, targets, lses = ctx.saved_tensors
+        raw, ctx.raw = ctx.raw, None
+        chunks = [x.split(ctx.chunk_size) for x in (states, targets, lses, grad)]
+        grad_states, grad_weight, grad_bias = [], None, None
+        for h, t, lse, g in reversed(list(zip(*chunks))):
+            raw = TokenLogps.raw_logits(h, weight, bias) if raw is None else raw
+            d = TokenLogps.grad_logits(raw, t, lse, g, ctx.scale, ctx.softcap)
+            grad_states.append(d if weight is None else d @ weight)  # (n, H)
+            if ctx.needs_input_grad[1]:  # (V, H)
+                grad_weight = d.T @ h if grad_weight is None else grad_weight.addmm_(d.T, h)
+            if ctx.needs_input_grad[2]:  # (V,)
+                grad_bias = d.sum(0) if grad_bias is None else grad_bias.add_(d.sum(0))
+            raw = d = None  # before the next block is made
+        return torch.cat(grad_states[::-1]), grad_weight, grad_bias, None, None, None, None
+
+    @staticmethod
+    def grad_logits(raw, targets, lse, grad, scale, softcap):
+        """d logp / d raw = onehot(target) − softmax(logits), times the incoming gradient, through softcap and scale: (n, V)
+        in raw's dtype. Where that is fp32, `raw` is rewritten in place."""
+        logits = TokenLogps.final_logits(raw, scale, softcap)
         slope = None
-        if ctx.softcap:  # d softcap·tanh(u/softcap) / du = 1 − tanh²
-            slope = 1 - (logits / ctx.softcap) ** 2
-        # d logp / d logits = onehot(target) − softmax(logits), times the incoming gradient: (n, V), in place
+        if softcap:  # d softcap·tanh(u/softcap) / du = 1 − tanh²
+            slope = 1 - (logits / softcap) ** 2
         d = logits.sub_(lse[:, None]).exp_().mul_(-grad[:, None])
         d.scatter_add_(-1, targets[:, None], grad[:, None])
         if slope is not None:
             d.mul_(slope)
-        if ctx.scale != 1.0:
-            d.mul_(ctx.scale)
-        return d.to(raw.dtype), None, None, None
+        if scale != 1.0:
+            d.mul_(scale)
+        return d.to(raw.dtype)
 
 
 def token_logps(states, targets, head, chunk_size, scale=1.0, softcap=None):
-    """Log-prob of each target token.
+    """Log-prob of each target token, with one block of chunk_size tokens' logits alive at a time.
 
-    states: (N, H), the states that predict the targets.  targets: (N,).  head: the LM head, a module (it is called, not
-    taken apart, so that ZeRO-3 can gather its weight).  Works in chunks of `chunk_size` tokens, so that no more than one
-    (chunk_size, V) block of logits is alive: backward recomputes them, but for the last, which it starts with.
-    Returns (N,) fp32.
+    states: (N, H), the states that predict the targets.  targets: (N,).  head: the LM head.  Returns (N,) fp32.
     """
-    def one_chunk(h, t):
-        return TokenLogps.apply(head(h), t, scale, softcap)  # (n, H) -> (n, V) -> (n,)
+    def all_chunks(states):
+        return TokenLogps.apply(states, head.weight, head.bias, targets, chunk_size, scale, softcap)
 
-    *chunks, last = zip(states.split(chunk_size), targets.split(chunk_size))
-    if torch.is_grad_enabled():
-        logps = [checkpoint(one_chunk, h, t, use_reentrant=False) for h, t in chunks]
-    else:
-        logps = [one_chunk(h, t) for h, t in chunks]
-    return torch.cat([*logps, one_chunk(*last)])
+    def one_chunk(h, t):
+        return TokenLogps.apply(head(h), None, None, t, chunk_size, scale, softcap)  # (n, H) -> (n, V) -> (n,)
+
+    if type(head) is torch.nn.Linear:
+        head.forward = all_chunks  # called as a module, so that ZeRO-3's hooks gather its weight, in backward too
+        try:
+            return head(states)
+        finally:
+            del head.forward
+    # A head of another kind, such as one with an adapter, is not taken apart.
+    return torch.cat([checkpoint(one_chunk, h, t, use_reentrant=False)
+                      for h, t in zip(states.split(chunk_size), targets.split(chunk_size))])
 
 
 def sees(segments, positions, window=None):

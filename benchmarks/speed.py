@@ -442,11 +442,13 @@ def growth(job):
         shape = SMALL | {"vocab_size": vocabulary, "num_hidden_layers": 1}
         lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape))
         module, batch, memory = adpo.PairLogps(lm, 256), row(2048, vocabulary), Memory()
-        for parameter in lm.parameters():  # gradients are there before the mark
-            parameter.grad = torch.zeros_like(parameter)
         memory.mark()
         module(batch).sum().backward()
-        vocabularies.append([vocabulary, memory.above(), 256 * vocabulary * 4, len(batch.targets) * vocabulary * 4])
+        first = memory.above() - sum(parameter.grad.nbytes for parameter in lm.parameters())
+        memory.mark()
+        module(batch).sum().backward()  # onto the gradients that are there
+        vocabularies.append([vocabulary, max(0, first), memory.above(), 256 * vocabulary * 4,
+                             len(batch.targets) * vocabulary * 4])
     return {"lengths": lengths, "vocabularies": vocabularies}
 
 
@@ -765,8 +767,8 @@ process also holds what its allocator keeps:
             each = (whole - bare) / tokens
             base = base or each
             lines.append(f"| {tokens:,} | {1e3 * whole:,.0f} | {1e3 * bare:,.0f} | {1e6 * each:,.0f} | {each / base:.2f} |")
-        vocabularies = [f"| {size:,} | {above / 1e6:,.0f} | {chunk / 1e6:,.0f} | {full / 1e6:,.0f} |"
-                        for size, above, chunk, full in found["growth"]["vocabularies"]]
+        vocabularies = ["| " + " | ".join([f"{size:,}", *(f"{memory / 1e6:,.0f}" for memory in rest)]) + " |"
+                        for size, *rest in found["growth"]["vocabularies"]]
         text += f"""
 ## Growth
 
@@ -776,10 +778,12 @@ Forward and backward of one row, by its tokens; "attention" is that of bare atte
 | --: | --: | --: | --: | --: |
 {chr(10).join(lines)}
 
-Peak memory of forward and backward above model and gradients, one layer, 2,048 tokens, logits in chunks of 256:
+Peak memory of forward and backward above model and gradients, in MB; one layer, 2,048 tokens, logits in chunks of 256. A
+later micro-batch holds the gradient of the head's weight twice: its own, before it is added to the one that is there. (Where
+ZeRO partitions gradients, each micro-batch is a first one.)
 
-| vocabulary | peak, MB | one chunk of logits | all logits of the responses |
-| --: | --: | --: | --: |
+| vocabulary | first micro-batch of a step | later ones | one chunk of logits | all logits of the responses |
+| --: | --: | --: | --: | --: |
 {chr(10).join(vocabularies)}
 """
     return text
