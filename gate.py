@@ -4,7 +4,11 @@
     gate: calibrated            ask where a·|m| ≤ γ: where the annotator would agree with a chance of at most σ(γ)
     target_query_fraction,      ask the least sure pairs of each step, so many that the budget lasts to the end
     target_queries
-    pseudo_labels: replay       a pair that is not asked gives its place in the step to one whose label is there already
+    pseudo_labels: replay       a pair that is not asked gives its place in the step to one whose label is there already,
+                                the one that was trained on longest ago
+
+A step's share of a budget is in proportion to what a label is worth then (Schedule.label_worth): the learning rates of the
+steps that train on it.
 
 a is fitted online (adpo.fit_scale) to the last 1,024 labels that the run bought. Audited pairs, the random share of the
 confident ones that is asked anyway, count for all that were not asked; a is taken one standard error lower than the fit.
@@ -14,8 +18,8 @@ Departures from the paper and from the official code: all of it; docs/method.md 
 comes from the ledger and is a function of the optimiser step, so that a resumed run decides as the undisturbed one did.
 """
 
-import random
-from collections import deque
+from collections import OrderedDict, deque
+from itertools import groupby, islice
 
 import torch
 
@@ -45,24 +49,34 @@ class Gate:
         self.looks_ahead = asker.asks_together or self.budget is not None or self.replays
         self.scale, self.gamma = 1.0, config.gamma if config.data_selection else float("inf")
         self.ids, self.rows = pairs, {id: row for row, id in enumerate(pairs)}
-        self.recent, self.pool = deque(maxlen=WINDOW), []  # (margin, label, audited); rows that have a label
+        self.recent = deque(maxlen=WINDOW)  # (margin, label, audited)
+        self.pool = OrderedDict()  # rows that have a label, the one trained on longest ago first
+        self.learned = step - 1  # the last step whose labels are in both
         if asker.ledger and (self.calibrated or self.replays):
-            for bought in asker.ledger.labels(-1, max(-1, step - 2)):  # `advance` adds those of step − 1
-                self._learn(*bought)
+            bought = {at: list(those) for at, those in groupby(asker.ledger.labels(-1, step - 1), lambda row: row[3])}
+            for at in range(-1, step):
+                self._learn(bought.get(at, ()))
+                if at >= 0 and self.replays:
+                    self._take_turns(schedule.rows(at))
 
-    def _learn(self, pair, label, margin, step, audit):
-        if pair in self.rows:
-            self.pool.append(self.rows[pair])
-        if step >= 0:
-            self.recent.append((margin, label, audit))
+    def _learn(self, bought):
+        for pair, label, margin, step, audit in bought:
+            if pair in self.rows:
+                self.pool[self.rows[pair]] = None
+            if step >= 0:
+                self.recent.append((margin, label, audit))
+
+    def _learn_until(self, step):
+        """Learn from the labels bought up to a step, that one included; where it is the run's rank 0."""
+        for at in range(self.learned + 1, step + 1):
+            self._learn(self.asker.ledger.labels(at, at, [self.ids[row] for row in self.schedule.rows(at)]))
+        self.learned = max(self.learned, step)
 
     def advance(self, step):
         """Before a step: learn from what the step before bought. Returns what is to be said of it, or None."""
         notice = None
-        if self.asker.ledger and step and (self.calibrated or self.replays):
-            ids = [self.ids[row] for row in self.schedule.rows(step - 1)]
-            for bought in self.asker.ledger.labels(step - 1, step - 1, ids):
-                self._learn(*bought)
+        if self.asker.ledger and (self.calibrated or self.replays):
+            self._learn_until(step - 1)
         if self.calibrated:
             if self.asker.ledger:
                 self.scale = self._fit()
@@ -112,18 +126,23 @@ class Gate:
         self.gamma = self.asker.from_rank_0(self.gamma)
 
     def rows_to_train(self, rows, step):
-        """The step's rows, those without a label replaced by others that have one, drawn at random (seeded)."""
+        """The step's rows, those without a label replaced by others that have one."""
         if not self.replays:
             return rows
         chosen = None
         if self.asker.ledger:
-            unknown = set(self.asker.ledger.unanswered([self.ids[row] for row in rows]))
-            chosen = [row for row in rows if self.ids[row] not in unknown]
-            taken = set(chosen)
-            others = [row for row in self.pool if row not in taken]
-            draw = random.Random(f"replay {self.config.seed} {step}")
-            chosen += draw.sample(others, min(len(rows) - len(chosen), len(others)))
+            self._learn_until(step)
+            chosen = self._take_turns(rows)
         return self.asker.from_rank_0(chosen)
+
+    def _take_turns(self, rows):
+        """Of these rows those that have a label; then, up to as many, the pairs that were trained on longest ago."""
+        chosen = {row: None for row in rows if row in self.pool}
+        waiting = (row for row in self.pool if row not in chosen)
+        chosen = [*chosen, *islice(waiting, len(rows) - len(chosen))]
+        for row in chosen:
+            self.pool.move_to_end(row)
+        return chosen
 
     def metrics(self):
         """What a row of metrics says of the threshold, where it is not the paper's."""

@@ -5,6 +5,8 @@ where they are long, in more.
 """
 
 import math
+from functools import cached_property
+from itertools import accumulate
 
 from deepspeed.accelerator import get_accelerator
 
@@ -40,22 +42,31 @@ class Schedule:
         rows = self.rows(step) if rows is None else rows
         return my_batches(rows, self.pairs, self.config.per_device_train_batch_size, self.world, self.config)
 
-    def visits(self, step):
-        """How many pairs come before a step, each as often as it comes."""
-        epoch, within = divmod(step, self.epoch_steps)
-        return epoch * len(self.pairs) + within * self.step_pairs
-
     def pairs_seen(self):
         """How many different pairs the run comes to."""
         return min(len(self.pairs), self.total_steps * self.step_pairs)
 
+    @cached_property
+    def label_worth(self):
+        """What a label that is bought at each step is worth: the learning rates of the steps that train on it, which are its own
+        and with replay all to come."""
+        rates = [learning_rate(step, self.total_steps, self.config) for step in range(self.total_steps)]
+        worth = list(accumulate(rates[::-1]))[::-1] if self.config.pseudo_labels == "replay" else rates
+        return [max(w, 1e-9 * max(rates)) for w in worth]  # none is 0: a warm-up starts there
+
+    @cached_property
+    def _worth_left(self):
+        """Σ label_worth over the pairs of each step and of all behind it."""
+        pairs = [min(self.step_pairs, len(self.pairs) - step % self.epoch_steps * self.step_pairs)
+                 for step in range(self.total_steps)]
+        return list(accumulate((w * n for w, n in zip(self.label_worth[::-1], pairs[::-1])), initial=0.0))[::-1]
+
     def unlabelled_left(self, step, bought):
-        """About how often the run still comes to a pair without a label. bought: labels so far."""
-        end, total = (step // self.epoch_steps + 1) * self.epoch_steps, self.total_steps
-        here = self.visits(min(end, total)) - self.visits(step)
-        later = self.visits(total) - self.visits(min(end, total))
-        unlabelled = 1 - bought / len(self.pairs)
-        return here * (1 if step < self.epoch_steps else unlabelled) + later * unlabelled
+        """About how many pairs without a label are to come from this step on, each counted by what its label would be worth,
+        with one of this step's being 1. bought: labels so far."""
+        second_epoch = min(max(step, self.epoch_steps), self.total_steps)
+        first, later = self._worth_left[step] - self._worth_left[second_epoch], self._worth_left[second_epoch]
+        return (first + later * (1 - bought / len(self.pairs))) / self.label_worth[step]
 
     def engine_batches(self):
         """The batch sizes as the engine is to know them: a long step has more micro-steps than the config says."""

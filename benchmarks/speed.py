@@ -14,7 +14,7 @@ resident set (on a GPU: of what torch holds) above what it was when the model ha
 compute the loss of the same 8 pairs against a reference that is not the policy; where they disagree, nothing is measured.
 
 Writes benchmarks/results/speed.md, speed.json and speed.png (on a GPU speed_gpu.*), with --profile speed_profile.md; --only
-leaves the other rows as they were. Exit code 0, or 2 where it cannot be run.
+leaves the other rows as they were, with the name of their machine. Exit code 0, or 2 where it cannot be run.
 """
 
 import argparse
@@ -627,7 +627,7 @@ def measure(bench, names, found, keep):
     threads = bench.options.threads
     for name in names:
         for count in threads:
-            found["rows"][f"{name}/{count}"] = bench.case(name, count)
+            found["rows"][f"{name}/{count}"] = bench.case(name, count) | {"machine": found["machine"]}
             keep(found)
         if name in ("hh", "smollm2", "billion"):
             model, lengths = bench.model(name)[0], bench.lengths(name)
@@ -644,8 +644,9 @@ def measure(bench, names, found, keep):
             found["hh_padding"] = padding(bench.lengths(name, HH_WINDOW))
         found["fit"][name] = predicted(bench, name)
         keep(found)
-    if "growth" not in found:
+    if found.get("growth", {}).get("machine") != found["machine"]:
         found["growth"] = bench.run("growth", {"model": str(bench.model("hh")[0]), "threads": max(threads)})
+        found["growth"]["machine"] = found["machine"]
         keep(found)
 
 
@@ -683,11 +684,13 @@ def mark(value, target, least):
 
 def report(found):
     """The Markdown of all numbers."""
-    rows, missed, tight, steps = [], [], [], found["steps"]
+    rows, missed, tight, elsewhere, steps = [], [], [], {}, found["steps"]
     room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for key, row in found["rows"].items():
         name, threads = key.split("/")
         title, *_, speed_target, memory_target = CASES[name]
+        if row["machine"] != found["machine"]:
+            elsewhere[title] = row["machine"]
         a, b = row["ours"], row["peer"]
         speed, memory = a["speed"] / b["speed"], a["memory"] / b["memory"]
         epoch = (b["reference"] + b["train"]) / (a["reference"] + a["train"])
@@ -730,6 +733,8 @@ one-epoch run is from its start to its end, that pass included. In bold: what re
 | work | threads | tokens/s | peer | ratio | memory | peer | ratio | reference | peer | epoch |
 | --- | --: | --: | --: | --- | --: | --: | --- | --: | --: | --: |
 {chr(10).join(rows)}
+
+{" ".join(f"{title}: measured on {machine}, as is its share of the limit." for title, machine in elsewhere.items())}
 
 {"Every aim is reached." if not missed else "Not reached: " + "; ".join(missed) + "."}
 
@@ -807,13 +812,13 @@ def chart(found, path):
             axis.text(max(a, 0), n - 0.2, f" {a / b:.2f}×", va="center", fontsize=9)
         axis.set_xlabel(label)
         peers = {"trl": "TRL 1.16", "official": "naive loop"}
-        titles = [f"{CASES[name][0]}\n(peer: {peers[CASES[name][4]]})" for name in rows]
+        titles = [f"{CASES[name][0]}\n(peer: {peers[CASES[name][4]]}; {row['machine']})" for name, row in rows.items()]
         axis.set_yticks(range(len(rows)), titles, fontsize=8)
         axis.margins(x=0.15)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].invert_yaxis()
     axes[1].legend(loc="lower right", frameon=False)
-    figure.suptitle(f"The same pairs, model, precision and machine ({found['machine']}, {most} threads)", fontsize=10)
+    figure.suptitle(f"The same pairs, model, precision and machine; {most} threads", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 
@@ -869,8 +874,8 @@ def main(options):
     facts = {"machine": machine, "suffix": suffix, "steps": options.steps, "versions": versions}
     path = here / f"speed{suffix}.json"
     found = facts | {"rows": {}, "limit": {}, "padding": {}, "fit": {}}
-    if path.is_file() and options.only:  # rows that are not measured again stay, where machine and versions are the same
-        before = json.loads(path.read_text())
+    if path.is_file() and options.only:  # rows that are not measured again stay, where versions and steps are the same
+        before = json.loads(path.read_text()) | {"machine": machine}  # each row has its own
         found = before if {name: before[name] for name in facts} == facts else found
 
     def keep(found):

@@ -9,6 +9,7 @@ import torch
 import adpo
 import gate
 from oracle import DatasetAnnotator, Oracle, Question
+from schedule import Schedule
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The equations
@@ -75,13 +76,17 @@ def test_soft_labels_are_the_expected_label_and_their_loss_is_cross_entropy():
 PAIRS = [f"p{n:03}" for n in range(400)]
 
 
-def make(tmp_path, step=0, **keys):
-    """A Gate over 400 pairs, 10 a step, with the ledger in tmp_path."""
+def rows_of(step):
+    """Ten pairs a step, in order."""
+    return [(10 * step + n) % 400 for n in range(10)]
+
+
+def make(tmp_path, step=0, rows=lambda step: range(400), **keys):
+    """A Gate over 400 pairs with the ledger in tmp_path.  rows: of a step; by default it may be any pair."""
     config = types.SimpleNamespace(**{
         "data_selection": True, "gate": "paper", "gamma": 1.0, "audit_fraction": 0.05, "target_query_fraction": None,
         "target_queries": None, "pseudo_labels": "true", "seed": 0, **keys})
-    schedule = types.SimpleNamespace(rows=lambda step: range(400), pairs_seen=lambda: 400,
-                                     unlabelled_left=lambda step, bought: 400 - 10 * step)
+    schedule = types.SimpleNamespace(rows=rows, pairs_seen=lambda: 400, unlabelled_left=lambda step, bought: 400 - 10 * step)
     asker = Oracle(DatasetAnnotator(dict.fromkeys(PAIRS, 1)), tmp_path / "labels.sqlite")
     return gate.Gate(config, asker, PAIRS, schedule, step)
 
@@ -141,18 +146,22 @@ def test_the_guard_raises_gamma_where_audited_pairs_disagree_and_counts_anew(tmp
 
 def test_a_resumed_run_has_the_threshold_of_the_undisturbed_one(tmp_path):
     """Though answers of the step that was cut short, and of other runs, are in the ledger already."""
-    threshold = make(tmp_path, gate="calibrated", pseudo_labels="replay")
-    threshold.asker.ledger.add("reused", [(Question("p399", None, -1), 1, "", None, None)])
-    threshold = make(tmp_path, gate="calibrated", pseudo_labels="replay")
-    for step in range(12):
+    keys = dict(gate="calibrated", pseudo_labels="replay", rows=rows_of)
+    make(tmp_path, **keys).asker.ledger.add("reused", [(Question("p399", None, -1), 1, "", None, None)])
+    threshold, trained = make(tmp_path, **keys), []
+    for step in range(42):  # two steps of a second epoch
         threshold.advance(step)
-        buy(threshold, step, {pair: (0.3 * (n - 3), 1 if n > 4 else -1) for n, pair in
-                              enumerate(PAIRS[10 * step:10 * step + 10])}, audit=step % 3 == 0)
-    again = make(tmp_path, step=11, gate="calibrated", pseudo_labels="replay")
-    again.advance(11)
-    assert again.scale == threshold.scale > 0 and again.pool == threshold.pool and len(again.pool) == 111
-    rows = list(range(200, 210))
-    assert again.rows_to_train(rows, 11) == threshold.rows_to_train(rows, 11)
+        if step < 40:
+            buy(threshold, step, {PAIRS[row]: (0.3 * (row % 10 - 1), 1 if row % 10 > 2 else -1)
+                                  for row in rows_of(step)[:5]}, audit=step % 3 == 0)
+        trained.append(threshold.rows_to_train(rows_of(step), step))
+    for step in (0, 1, 11, 40, 41):
+        again = make(tmp_path, step=step, **keys)
+        for at in range(step, 42):
+            again.advance(at)
+            assert again.rows_to_train(rows_of(at), at) == trained[at]
+        assert again.scale == threshold.scale > 0
+        assert list(again.pool) == list(threshold.pool) and len(again.pool) == 201
 
 
 def test_a_budget_asks_the_least_sure_and_lasts_to_the_end(tmp_path):
@@ -181,17 +190,50 @@ def test_with_audits_a_budget_holds_too(tmp_path):
     assert unsure == 67 and unsure + 0.25 * (200 - unsure) == pytest.approx(100, abs=1)
 
 
-def test_replay_takes_pairs_that_have_a_label_and_no_other(tmp_path):
-    threshold = make(tmp_path, pseudo_labels="replay")
-    buy(threshold, 0, {pair: (0.1, 1) for pair in PAIRS[:20]})
+def test_replay_takes_labelled_pairs_in_turn(tmp_path):
+    threshold = make(tmp_path, pseudo_labels="replay", rows=rows_of)
+    buy(threshold, 0, {PAIRS[row]: (0.1, 1) for row in (0, 2, 4, 6, 8)})
+    assert threshold.rows_to_train(rows_of(0), 0) == [0, 2, 4, 6, 8]  # there are no more
+    buy(threshold, 1, {PAIRS[row]: (0.1, 1) for row in range(10, 17)})
     threshold.advance(1)
-    buy(threshold, 1, {pair: (0.1, 1) for pair in PAIRS[20:25]})
-    rows = threshold.rows_to_train(list(range(20, 40)), 1)
-    assert rows[:5] == [20, 21, 22, 23, 24] and len(set(rows)) == 20 and set(rows[5:]) <= set(range(20))
-    assert rows != threshold.rows_to_train(list(range(20, 40)), 2)  # another draw
-    assert threshold.rows_to_train(list(range(20, 60)), 1)[25:] == []  # no more than there are
-    later = threshold.rows_to_train([*range(15), *range(30, 35)], 40)  # in a second epoch, pairs of the pool come again
-    assert later[:15] == list(range(15)) and sorted(later[15:]) == list(range(15, 20))
+    assert threshold.rows_to_train(rows_of(1), 1) == [*range(10, 17), 0, 2, 4]
+    threshold.advance(2)
+    assert threshold.rows_to_train(rows_of(2), 2) == [6, 8, *range(10, 17), 0]  # longest ago first; no new label
+    buy(threshold, 3, {PAIRS[30]: (0.1, 1)})
+    threshold.advance(3)
+    assert threshold.rows_to_train([30, 14, 31, 32], 3) == [30, 14, 2, 4]  # 14 has a label, and is not taken twice
+    assert threshold.rows_to_train([33], 4) == [6]
+
+
+def test_a_budget_follows_what_a_label_is_worth():
+    """A step's share is in proportion to the learning rates of the steps that train on its labels."""
+    def schedule(kind, epochs=1, steps=-1, **keys):
+        config = types.SimpleNamespace(**{
+            "lr_scheduler_type": kind, "learning_rate": 0.02, "warmup_ratio": 0.0, "per_device_train_batch_size": 10,
+            "max_steps": steps, "gradient_accumulation_steps": 1, "num_train_epochs": epochs, "pseudo_labels": "true"} | keys)
+        return Schedule(config, range(95), 1)  # ten steps an epoch, the last of five pairs
+
+    constant = schedule("constant")
+    assert [constant.unlabelled_left(step, 0) for step in (0, 3, 9)] == pytest.approx([95, 65, 5])
+    assert schedule("constant", epochs=2).unlabelled_left(4, 19) == pytest.approx(55 + 0.8 * 95)
+    assert schedule("constant", epochs=2).unlabelled_left(14, 19) == pytest.approx(0.8 * 55)
+    assert schedule("constant", steps=4).unlabelled_left(1, 0) == pytest.approx(30)
+
+    def shares(schedule):
+        """Of a budget of 20 labels, what each step asks of each of its pairs."""
+        left, asked = 20.0, []
+        for step in range(10):
+            asked.append(left / schedule.unlabelled_left(step, 20 - left))
+            left -= asked[-1] * (10 if step < 9 else 5)
+        assert left == pytest.approx(0, abs=1e-9)
+        return asked
+
+    rates = torch.arange(10, 0, -1) / 10  # of the linear schedule
+    for keys, worth in (({}, rates), ({"pseudo_labels": "replay"}, rates.flip(0).cumsum(0).flip(0))):
+        found = torch.tensor(shares(schedule("linear", **keys)))
+        torch.testing.assert_close(found / found[0], worth / worth[0])
+    warm = shares(schedule("linear", warmup_ratio=0.2))
+    assert warm[0] < 1e-6 < warm[1] < warm[2] > warm[3]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
