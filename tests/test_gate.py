@@ -210,7 +210,8 @@ def test_a_budget_follows_what_a_label_is_worth():
     def schedule(kind, epochs=1, steps=-1, **keys):
         config = types.SimpleNamespace(**{
             "lr_scheduler_type": kind, "learning_rate": 0.02, "warmup_ratio": 0.0, "per_device_train_batch_size": 10,
-            "max_steps": steps, "gradient_accumulation_steps": 1, "num_train_epochs": epochs, "pseudo_labels": "true"} | keys)
+            "gradient_accumulation_steps": 1, "num_train_epochs": epochs, "max_steps": steps,
+            "pseudo_labels": "true"} | keys)
         return Schedule(config, range(95), 1)  # ten steps an epoch, the last of five pairs
 
     constant = schedule("constant")
