@@ -48,8 +48,8 @@ class Schedule:
 
     @cached_property
     def label_worth(self):
-        """What a label that is bought at each step is worth: the learning rates of the steps that train on it, which are that
-        step and with replay all to come."""
+        """What a label that is bought at each step is worth: the learning rates of the steps that train on it, which are its
+        own and with replay all to come."""
         rates = [learning_rate(step, self.total_steps, self.config) for step in range(self.total_steps)]
         worth = list(accumulate(rates[::-1]))[::-1] if self.config.pseudo_labels == "replay" else rates
         return [max(w, 1e-9 * max(rates)) for w in worth]  # none is 0: a warm-up starts there
