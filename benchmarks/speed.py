@@ -649,8 +649,8 @@ def measure(bench, names, found, keep):
         found["fit"][name] = predicted(bench, name)
         keep(found)
     if found.get("growth", {}).get("machine") != found["machine"]:
-        found["growth"] = bench.run("growth", {"model": str(bench.model("hh")[0]), "threads": max(threads)})
-        found["growth"]["machine"] = found["machine"]
+        found["growth"] = {"machine": found["machine"]} | {
+            str(count): bench.run("growth", {"model": str(bench.model("hh")[0]), "threads": count}) for count in threads}
         keep(found)
 
 
@@ -770,27 +770,28 @@ process also holds what its allocator keeps:
 {chr(10).join(fits)}
 """
     if "growth" in found:
-        base = None
+        growths = {count: growth for count, growth in found["growth"].items() if count != "machine"}
         lines = []
-        for tokens, whole, bare in found["growth"]["lengths"]:
-            each = (whole - bare) / tokens
-            base = base or each
-            lines.append(f"| {tokens:,} | {1e3 * whole:,.0f} | {1e3 * bare:,.0f} | {1e6 * each:,.0f} | {each / base:.2f} |")
+        for count, growth in growths.items():
+            rates = [(whole - bare) / tokens for tokens, whole, bare in growth["lengths"]]
+            lines += [f"| {count} | {tokens:,} | {1e3 * whole:,.0f} | {1e3 * bare:,.0f} | {1e6 * rate:,.0f} | "
+                      f"{rate / rates[0]:.2f} |" for rate, (tokens, whole, bare) in zip(rates, growth["lengths"])]
         vocabularies = ["| " + " | ".join([f"{size:,}", *(f"{memory / 1e6:,.0f}" for memory in rest)]) + " |"
-                        for size, *rest in found["growth"]["vocabularies"]]
+                        for size, *rest in next(iter(growths.values()))["vocabularies"]]
         text += f"""
 ## Growth
 
 Forward and backward of one row, by its tokens; "attention" is that of bare attention calls of the same shape and mask,
-one a layer, and of making the mask.
+one a layer, and of making the mask. On two threads the shortest row is too short to be shared out well.
 
-| tokens a row | ms | of it attention | µs a token without | against the shortest |
-| --: | --: | --: | --: | --: |
+| threads | tokens a row | ms | of it attention | µs a token without | against the shortest |
+| --: | --: | --: | --: | --: | --: |
 {chr(10).join(lines)}
 
-Peak memory of forward and backward above model and gradients, in MB; one layer, 2,048 tokens, logits in chunks of 256. A
-later micro-batch holds the gradient of the head's weight twice: its own, before it is added to the one that is there. (Where
-ZeRO partitions gradients, each micro-batch is a first one.)
+Peak memory of forward and backward above model and gradients, in MB; one layer, 2,048 tokens, logits in chunks of 256. It is 0
+where the chunk is gone before as large a gradient, that of the embedding, is made. A later micro-batch holds the gradient of the
+head's weight twice: its own, before it is added to the one that is there. (Where ZeRO partitions gradients, each micro-batch is a
+first one.)
 
 | vocabulary | first micro-batch of a step | later ones | one chunk of logits | all logits of the responses |
 | --: | --: | --: | --: | --: |
