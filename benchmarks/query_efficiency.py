@@ -51,6 +51,7 @@ METHODS = {
     "paper, γ = 0.7": ("ADPO of the paper", {"gamma": 0.7}),
     "calibrated gate, γ = 0.3, replay": ("calibrated gate, replay", CALIBRATED | BUDGET | {"gamma": 0.3}),
     "calibrated gate, γ = 3, replay": ("calibrated gate, replay", CALIBRATED | BUDGET | {"gamma": 3.0}),
+    "calibrated gate, γ = 1, replay": ("calibrated gate, replay", CALIBRATED | BUDGET | {"gamma": 1.0}),
     "calibrated gate, γ = 0.7, replay": ("calibrated gate, replay", CALIBRATED | BUDGET | {"gamma": 0.7}),
     "paper, γ = 3": ("ADPO of the paper", {"gamma": 3.0}),
     "budget 33 %, replay, learning rate 4e-3": (None, BUDGET | {"target_query_fraction": 0.33, "learning_rate": 4e-3}),
@@ -68,7 +69,8 @@ METHODS = {
     "calibrated gate, γ = 1.3, no pseudo-labels": (None, CALIBRATED | {"gamma": 1.3, "pseudo_labels": "false"}),
     "DPO, learning rate 1e-3": (None, DPO | {"learning_rate": 1e-3}),
 }
-PRECISE = ["DPO, all labels", "DPO, random 50 %, equal compute", "budget 33 %, replay"]  # twice the seeds: they lie close
+PRECISE = ["DPO, all labels", "DPO, random 50 %, equal compute", "budget 33 %, replay",
+           "calibrated gate, γ = 1, replay"]  # twice the seeds: they lie close
 SHORT = ["DPO, all labels", "DPO, random 50 %, equal compute", "budget 33 %, replay", "paper, γ = 1.3"]
 STYLES = {"DPO, random subset, one epoch": ("0.6", "o", ":"), "DPO, random subset, equal compute": ("0.35", "s", "--"),
           "ADPO of the paper": ("tab:red", "v", "-."), "ADPO without pseudo-labels": ("tab:orange", "^", "-."),
@@ -145,6 +147,7 @@ def targets(runs, noise):
         found.append(("50 % of the labels: not below a random half of equal compute", of(best)[0] >= of(half)[0],
                       f"{text(best)} against {text(half)}"))
     for ours, random, what in ((best, half, "33 % of the labels: above a random half"), (
+            "calibrated gate, γ = 1, replay", half, "calibrated gate, γ = 1: above a random half"), (
             f"{best}, learning rate 4e-3", "DPO, random 50 %, learning rate 4e-3",
             "33 % of the labels, both with learning rate 4e-3: above a random half"), (
             "budget 25 %, replay", "DPO, random 25 %, equal compute", "25 % of the labels: above a random quarter")):

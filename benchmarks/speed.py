@@ -789,9 +789,9 @@ one a layer, and of making the mask. On two threads the shortest row is too shor
 {chr(10).join(lines)}
 
 Peak memory of forward and backward above model and gradients, in MB; one layer, 2,048 tokens, logits in chunks of 256. It
-is 0 where the chunk is gone before as large a gradient, that of the embedding, is made. A later micro-batch holds the gradient
-of the head's weight twice: its own, before it is added to the one that is there. (Where ZeRO partitions gradients, each
-micro-batch is a first one.)
+is 0 where the chunk is gone before as large a gradient, that of the embedding, is made. A later micro-batch holds the head's
+gradient twice: its own, before it is added to the one that is there. (Where ZeRO partitions gradients, each micro-batch is a
+first one.)
 
 | vocabulary | first micro-batch of a step | later ones | one chunk of logits | all logits of the responses |
 | --: | --: | --: | --: | --: |
