@@ -149,6 +149,7 @@ def targets(runs, noise):
         found.append(("50 % of the labels: not below a random half of equal compute", of(best)[0] >= of(half)[0],
                       f"{text(best)} against {text(half)}"))
     for ours, random, what in ((best, half, "33 % of the labels: above a random half"), (
+            "budget 33 %, no pseudo-labels", half, "33 % of the labels, without replay: above a random half"), (
             "calibrated gate, γ = 1, replay", half, "calibrated gate, γ = 1: above a random half"), (
             "budget 25 %, replay", "DPO, random 25 %, equal compute", "25 % of the labels: above a random quarter")):
         if noise < 0.1 and {ours, random} <= runs.keys():
