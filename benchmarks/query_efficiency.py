@@ -78,6 +78,7 @@ STYLES = {"DPO, random subset, one epoch": ("0.6", "o", ":"), "DPO, random subse
           "calibrated gate, replay": ("tab:blue", "D", "-"), "budget, replay": ("black", "*", "-")}
 STUDENT = dict(enumerate([12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
                           2.131, 2.120, 2.110, 2.101, 2.093], 2))  # 95 %, by the number of values
+MOST_SEEDS = max(STUDENT)
 
 
 def run_folder(folder, noise, name, seed):
@@ -228,7 +229,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--short", action="store_true", help="2 seeds of a smaller task, some of the methods")
     parser.add_argument("--report", action="store_true", help="run nothing: write the results of what is finished")
-    parser.add_argument("--seeds", type=int, default=5, help="default: 5; up to four times as many where methods lie close")
+    parser.add_argument("--seeds", type=int, default=5, choices=range(1, MOST_SEEDS + 1), metavar="N",
+                        help="default: 5; up to four times as many where methods lie close")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side; default: one a core")
     parser.add_argument("--outputs", type=Path, default=ROOT / "outputs", help="where to work; default: outputs")
     args = parser.parse_args()
@@ -239,7 +241,7 @@ def main():
     folder = args.outputs / ("query_efficiency_short" if args.short else "query_efficiency")
     results = {f"{noise:g}": {} for noise in NOISES}
     jobs = [(noise, name, seed) for name in names for noise in NOISES
-            for seed in range(seeds * (1 if args.short else MORE[noise].get(name, 1)))]
+            for seed in range(min(MOST_SEEDS, seeds * (1 if args.short else MORE[noise].get(name, 1))))]
 
     def work(job):
         noise, name, seed = job
