@@ -36,7 +36,7 @@ import jinja2
 import pyarrow
 import torch
 
-from ranks import rank_0_first, say
+from runtime.ranks import rank_0_first, say
 
 # Raise it with any change to what a row becomes: it is part of every cache key.
 VERSION = 3

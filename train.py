@@ -47,19 +47,19 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import adpo
-import checkpoint
+from runtime import checkpoint
 import data
-import gate
-import judge
-import oracle
-import report
-import toy
-from config import UsageError, help_text, parse_config
-from engine import decisive, engine_config, gradient_norm, no_step_if_infinite, norm_for_log, skipped_in_a_row, start_engine
-from model import check_models, load_tokenizer, save_model
-from ranks import all_gather, bar, is_shared, one_line, rank, rank_0_first, reduced, say, several_hosts, writing
-from schedule import Schedule, due, my_batches, pairs_a_step, set_learning_rate
-from sft import sft
+from labels import threshold
+from labels import judge
+from labels import oracle
+from runtime import report
+from runtime import toy
+from runtime.config import UsageError, help_text, parse_config
+from runtime.engine import decisive, engine_config, gradient_norm, no_step_if_infinite, norm_for_log, skipped_in_a_row, start_engine
+from runtime.model import check_models, load_tokenizer, save_model
+from runtime.ranks import all_gather, bar, is_shared, one_line, rank, rank_0_first, reduced, say, several_hosts, writing
+from runtime.schedule import Schedule, due, my_batches, pairs_a_step, set_learning_rate
+from runtime.sft import sft
 
 
 def main(config, command_line=None):

@@ -76,7 +76,7 @@ def alpaca_eval(job):
     import alpaca_eval.annotators.base
     import alpaca_eval.main
 
-    import toy
+    from runtime import toy
 
     def judge(prompts, **_):
         """Of each prompt "OUTPUT 1 ||| OUTPUT 2", which one is preferred, as text for AlpacaEval's parser."""
@@ -137,7 +137,7 @@ def fastchat(job):
 
 def reviews():
     """The rows of the task: 100 prompts of the toy test split, each with two sentences of the grammar; better: 0 or 1."""
-    import toy
+    from runtime import toy
     draw, rows = random.Random("harness task"), []
     for prompt in toy.split_prompts(0)[1][:100]:
         gold = [0, 0]
@@ -203,7 +203,7 @@ def answer(folder, questions, format, output, name, *flags):
 
 def judged(python, work, models, prompts):
     """(what AlpacaEval and FastChat found, what was expected of them) on answers of {name: folder}."""
-    import toy
+    from runtime import toy
     from tools import generate
     chat = work / "fastchat"
     (chat / "data" / "mt_bench" / "model_answer").mkdir(parents=True)
@@ -300,7 +300,7 @@ call is replaced, and read {len(chat["scores"])} scores. FastChat's `temperature
 
 
 def main(options):
-    import toy
+    from runtime import toy
     outputs = Path(options.outputs).resolve()
     outputs.mkdir(parents=True, exist_ok=True)
     python = trl_parity.environment(outputs / "harness-env", PACKAGES, HARNESSES, options.harness_python, "--harness-python")

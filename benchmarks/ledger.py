@@ -58,7 +58,7 @@ def insert_in_steps(folder, sizes, step_pairs):
     """Fill a ledger as a run does, and measure it at each size: [{"answers", "insert", "lookup", …}].
 
     insert: answers a second since the size before, all commits included.  lookup: answers a second.  The rest: seconds."""
-    from oracle import DatasetAnnotator, Oracle
+    from labels.oracle import DatasetAnnotator, Oracle
     asker = Oracle(DatasetAnnotator({}), folder / "labels.sqlite")
     found, done, spent = [], 0, 0.0
     for size in sizes:
@@ -121,9 +121,9 @@ def measure_pairs(count):
     from safetensors.torch import save_file
 
     import data
-    import toy
-    from config import parse_config
-    from schedule import Schedule
+    from runtime import toy
+    from runtime.config import parse_config
+    from runtime.schedule import Schedule
     home = Path(os.environ["HF_HOME"])
     rng = random.Random(0)
     home.mkdir(parents=True, exist_ok=True)

@@ -228,7 +228,7 @@ def main(options):
     shutil.rmtree(work, ignore_errors=True)
     for name in ("inputs", "own", "shared"):
         (work / name).mkdir(parents=True)
-    import toy
+    from runtime import toy
     toy.write_untrained(work / "inputs", {"pairs/train.jsonl": 120, "pairs/test.jsonl": 40})  # as both hosts have them
     found = []
     with Hosts(work) as hosts:

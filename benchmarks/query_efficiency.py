@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import toy  # noqa: E402
+from runtime import toy  # noqa: E402
 
 NOISES = (0.05, 0.2)
 BASE = {"max_length": 96, "max_prompt_length": 32, "beta": 0.1, "per_device_train_batch_size": 64,

@@ -181,7 +181,7 @@ def main(options):
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("HF_HOME", str(folder / "hf"))
     if not (folder / "train.jsonl").exists():
-        import toy
+        from runtime import toy
         toy.write_untrained(folder, {"train.jsonl": PAIRS})
     write_configs(folder)
     for processes in (1, 2):

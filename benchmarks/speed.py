@@ -160,7 +160,7 @@ def after(owner, name, then):
 
 def ours(job):
     """train.py as it is: its own metrics tell tokens and time; the functions around its loop mark where that begins."""
-    import engine
+    from runtime import engine
     import train
     memory, clock, reference = Memory(), Clock(), []
     after(engine, "load_model", lambda _: memory.mark())
@@ -460,7 +460,7 @@ def profile(job):
     """A run of train.py in parts: [[part, seconds, calls, peak memory so far]], and the operators below."""
     import torch
 
-    import engine
+    from runtime import engine
     import train
     parts, memory, clock = {}, Memory(), Clock()
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU] + (

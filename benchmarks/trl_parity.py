@@ -158,7 +158,7 @@ def our_config(case, model_dir, rows_dir, output):
 def rows_in_order(config_path, rows_dir):
     """The rows that a run takes, one after the other: as TRL wants their text, and as our token ids."""
     import data
-    import toy
+    from runtime import toy
     import train
     config = train.parse_config(["--config", str(config_path)])
     data.datasets.disable_progress_bars()
@@ -186,7 +186,7 @@ def rows_in_order(config_path, rows_dir):
 
 def write_examples(pairs_dir, folder):
     """The toy pairs' first responses as rows {prompt, completion}, for SFT."""
-    import toy
+    from runtime import toy
     folder.mkdir()
     toy.write_jsonl(folder / "train.jsonl", [{"prompt": row["prompt"], "completion": row["response_a"]}
                                              for row in toy.read_jsonl(pairs_dir / "train.jsonl")])
@@ -319,7 +319,7 @@ def main(options):
     os.environ["DS_ACCELERATOR"] = "cpu"
     import torch
 
-    import toy
+    from runtime import toy
     torch.set_num_threads(1)
     work = outputs / "trl-parity"
     shutil.rmtree(work, ignore_errors=True)  # a toy task of an older toy.py would be used again

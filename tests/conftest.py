@@ -42,7 +42,7 @@ def pytest_unconfigure(config):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A folder with a random model of the toy task (model/) and 120 + 40 pairs labelled by the gold reward (pairs/)."""
-    import toy
+    from runtime import toy
     folder = tmp_path_factory.mktemp("tiny")
     toy.write_untrained(folder, {"pairs/train.jsonl": 120, "pairs/test.jsonl": 40})
     return folder

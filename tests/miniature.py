@@ -16,7 +16,7 @@ from datasets.arrow_writer import ArrowWriter
 from test_data import reply, user
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-import toy
+from runtime import toy
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 # The handbook's default; the line break behind {{ … }} is part of what it writes.

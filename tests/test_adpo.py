@@ -16,7 +16,7 @@ import transformers
 
 import adpo
 import data
-import model
+from runtime import model
 import train
 
 V = 97

@@ -38,9 +38,9 @@ from safetensors.torch import load_file, save_file
 from test_data import CHATML, LLAMA_BOS, SPECIAL, as_jsonl, renderer, reply, system, user
 
 import data
-from config import Config, UsageError, parse_config
+from runtime.config import Config, UsageError, parse_config
 from data import DataError
-from ranks import one_line
+from runtime.ranks import one_line
 from train import command
 
 # ----------------------------------------------------------------------------------------------------------------------

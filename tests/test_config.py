@@ -6,9 +6,9 @@ import json
 import pytest
 from conftest import ROOT
 
-from config import Config, UsageError, parse_config
-from engine import engine_config
-from schedule import Schedule, learning_rate
+from runtime.config import Config, UsageError, parse_config
+from runtime.engine import engine_config
+from runtime.schedule import Schedule, learning_rate
 from train import command
 
 GOOD = {"model_name_or_path": "m", "dataset_mixer": {"d": 1.0}, "output_dir": "o"}

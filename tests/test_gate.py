@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import adpo
-import gate
-from oracle import DatasetAnnotator, Oracle, Question
-from schedule import Schedule
+from labels import threshold
+from labels.oracle import DatasetAnnotator, Oracle, Question
+from runtime.schedule import Schedule
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The equations

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import toy
+from runtime import toy
 from benchmarks import harnesses
 from tools import compare, generate
 

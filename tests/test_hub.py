@@ -26,9 +26,9 @@ import yaml
 from conftest import free_port, launcher_environment
 from huggingface_hub import ModelCard, constants
 
-import oracle
-import report
-from config import Config, is_repo_id
+from labels import oracle
+from runtime import report
+from runtime.config import Config, is_repo_id
 from tools import plot
 
 TOKEN = "hf_" + "x" * 34

@@ -14,9 +14,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from conftest import ROOT
 
-import judge
-from judge import ChatJudge, RewardModelJudge, coin, read_verdict, retry_after
-from oracle import Ledger, Oracle, Question, Waiting
+from labels import judge
+from labels.judge import ChatJudge, RewardModelJudge, coin, read_verdict, retry_after
+from labels.oracle import Ledger, Oracle, Question, Waiting
 
 PROMPT = "Which is better?"
 
@@ -508,7 +508,7 @@ def script(folder, server, count):
     return f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 from test_judge import ChatJudge, question, texts
-from oracle import Ledger
+from labels.oracle import Ledger
 judge = ChatJudge(texts, {server.url!r}, "m", concurrency=4)
 judge.answer([question(f"p{{n}}") for n in range({count})], Ledger({str(folder / "labels.sqlite")!r}))
 """
@@ -610,7 +610,7 @@ def reward_model(tmp_path_factory):
     import torch
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
-    import toy
+    from runtime import toy
     folder = tmp_path_factory.mktemp("reward")
     tokenizer = toy.make_tokenizer()
     torch.manual_seed(0)
@@ -626,7 +626,7 @@ def reward_model(tmp_path_factory):
 def reviews():
     import random
 
-    import toy
+    from runtime import toy
     rng = random.Random(0)
     return {f"r{n}": ("review of the bar in rome :", *(toy.write_response(rng) for _ in "ab")) for n in range(20)}
 

@@ -24,7 +24,7 @@ from collections import Counter
 import pytest
 from conftest import ROOT, free_port
 
-import toy
+from runtime import toy
 
 pytest.importorskip("fastapi", reason="the page needs requirements-extra.txt")
 

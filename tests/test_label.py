@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 
-from oracle import Ledger, Question
+from labels.oracle import Ledger, Question
 
 pytest.importorskip("fastapi", reason="needs requirements-extra.txt")
 

@@ -17,9 +17,9 @@ import torch
 import transformers
 from test_judge import Server, completion
 
-import judge
-import oracle
-import toy
+from labels import judge
+from labels import oracle
+from runtime import toy
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import time
 
 import pytest
 
-from oracle import (
+from labels.oracle import (
     DatasetAnnotator,
     HumanAnnotator,
     Interrupt,
@@ -292,7 +292,7 @@ def test_several_ranks_ask_at_once(tmp_path):
     script.write_text(textwrap.dedent("""
         import datetime, sys, time
         import torch.distributed as dist, torch.multiprocessing as mp
-        from oracle import DatasetAnnotator, Oracle
+        from labels.oracle import DatasetAnnotator, Oracle
 
         class Slow(DatasetAnnotator):
             def answer(self, *args):

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-import toy
+from runtime import toy
 
 pytest.importorskip("fastapi", reason="the page needs requirements-extra.txt")
 

@@ -9,7 +9,7 @@ from graphlib import TopologicalSorter
 import pytest
 from conftest import ROOT, Run, launcher_environment
 
-from config import FREE_ON_RESUME, Config
+from runtime.config import FREE_ON_RESUME, Config
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL) for line in block.splitlines()]

@@ -13,8 +13,8 @@ from test_train import assert_same_weights
 
 import adpo
 import data
-import toy
-from config import UsageError, parse_config
+from runtime import toy
+from runtime.config import UsageError, parse_config
 
 SFT = dict(objective="sft", gamma=1.3)
 

@@ -26,9 +26,9 @@ from safetensors.torch import load_file
 from test_train import assert_same_weights
 
 import adpo
-import checkpoint
-import oracle
-import report
+from runtime import checkpoint
+from labels import oracle
+from runtime import report
 import train as loop
 
 

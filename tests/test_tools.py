@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from oracle import DatasetAnnotator, Ledger, Oracle, Question, wilson
+from labels.oracle import DatasetAnnotator, Ledger, Oracle, Question, wilson
 from tools import exchange, ledger
 from tools.exchange import ExchangeError, as_text, drawn_sides, export_questions, import_answers
 

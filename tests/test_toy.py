@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-import toy
+from runtime import toy
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from test_data import reply, user
 
 import adpo
 import data
-import oracle
-from config import parse_config
+from labels import oracle
+from runtime.config import parse_config
 
 METRICS = {"step", "epoch", "split", "loss", "rewards/chosen", "rewards/rejected", "rewards/margins",
            "rewards/accuracies", "logps/chosen", "logps/rejected", "learning_rate", "grad_norm", "queries",

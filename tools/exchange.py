@@ -1,7 +1,7 @@
 """A run's open questions for other annotation tools, and their answers back into the ledger: what tools/label.py does
 at --export and --import.
 
-    from oracle import Ledger
+    from labels.oracle import Ledger
     from tools.exchange import export_questions, import_answers
     export_questions(Ledger("OUTPUT_DIR/labels.sqlite"), "questions.jsonl", "jsonl")
     import_answers(Ledger("OUTPUT_DIR/labels.sqlite"), "answers.jsonl", "jsonl")

@@ -43,7 +43,7 @@ import torch  # noqa: E402
 from transformers import GenerationConfig, LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper  # noqa: E402
 
 import data  # noqa: E402
-from config import Config, UsageError, convert, load_yaml  # noqa: E402
+from runtime.config import Config, UsageError, convert, load_yaml  # noqa: E402
 from tools import compare  # noqa: E402
 from tools.compare import rows_of  # noqa: E402
 from tools.exchange import ExchangeError, replace_file  # noqa: E402
@@ -308,7 +308,7 @@ def respond(lm, tokenizer, prompts, draw, ends):
 def generate(options):
     """Answer the questions of the command line, from where an earlier run stopped."""
     import train  # here, for --compare does without DeepSpeed; before model, as it prepares DeepSpeed's surroundings
-    import model  # isort: skip
+    from runtime import model  # isort: skip
     format, name = FORMATS[options.format], options.name or Path(options.model).resolve().name
     folder = Path(options.model)
     if not folder.is_dir() and not options.output:
@@ -391,7 +391,7 @@ def model_config(options, folder, device):
 
 def lengths(config, wanted):
     """(tokens of a prompt and an answer together, tokens of an answer). wanted: or None."""
-    import model
+    from runtime import model
     try:
         shape = model.transformers.AutoConfig.from_pretrained(
             config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code)

@@ -38,7 +38,7 @@ from urllib.parse import urlsplit
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from oracle import Ledger, LedgerError  # noqa: E402
+from labels.oracle import Ledger, LedgerError  # noqa: E402
 
 LEASE = 90  # seconds that a question stays with its annotator; the page renews it every 25, in the background every 60
 LEAVING = 2  # seconds that it stays when the page is left: a reload finds it again

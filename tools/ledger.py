@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, for the two imports below
 
-from oracle import Ledger, LedgerError, Question, wilson  # noqa: E402
+from labels.oracle import Ledger, LedgerError, Question, wilson  # noqa: E402
 from tools.exchange import ExchangeError, replace_file  # noqa: E402
 
 PATIENCE = 10  # seconds to wait for a ledger that another process holds

@@ -17,7 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from config import UsageError
+from runtime.config import UsageError
 
 
 def flat_tensors(engine):

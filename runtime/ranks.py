@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from config import UsageError
+from runtime.config import UsageError
 
 
 def rank():

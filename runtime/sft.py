@@ -9,14 +9,14 @@ import time
 import torch
 import torch.distributed as dist
 
-import checkpoint
+from runtime import checkpoint
 import data
-import oracle
-import report
-from engine import decisive, gradient_norm, no_step_if_infinite, norm_for_log, skipped_in_a_row, start_engine
-from model import save_model
-from ranks import all_gather, bar, peak_memory, rank, reduced, say
-from schedule import Schedule, due, my_batches, set_learning_rate
+from labels import oracle
+from runtime import report
+from runtime.engine import decisive, gradient_norm, no_step_if_infinite, norm_for_log, skipped_in_a_row, start_engine
+from runtime.model import save_model
+from runtime.ranks import all_gather, bar, peak_memory, rank, reduced, say
+from runtime.schedule import Schedule, due, my_batches, set_learning_rate
 
 
 def sft(config, ds, tokenizer, output, resume, start_time, command_line):

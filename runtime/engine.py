@@ -14,9 +14,9 @@ import torch
 from safetensors import SafetensorError
 
 import data
-from config import HERE, REFUSED, UsageError
-from model import load_model, weights_fingerprint
-from ranks import one_line, say
+from runtime.config import HERE, REFUSED, UsageError
+from runtime.model import load_model, weights_fingerprint
+from runtime.ranks import one_line, say
 
 
 def engine_config(config, world):

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch.distributed as dist
 import yaml
 
-import shards
-from config import FREE_ON_RESUME, UsageError
-from ranks import all_gather, one_line, rank, replace_text, say, writing
+from runtime import shards
+from runtime.config import FREE_ON_RESUME, UsageError
+from runtime.ranks import all_gather, one_line, rank, replace_text, say, writing
 
 
 def write_config(config, output, schedule):

@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from urllib.parse import urlsplit, urlunsplit
 
-from oracle import Waiting
+from labels.oracle import Waiting
 
 # A response may hold "[[A]]", orders to the judge, or a forged end of itself. What protects:
 #   1. The verdict is read from the judge's reply alone, and a reply with two marks, as where it quotes one, is none.

@@ -20,8 +20,8 @@ from deepspeed.accelerator import get_accelerator
 from safetensors.torch import save_file
 
 import adpo
-from config import UsageError
-from ranks import one_line, rank, say, writing
+from runtime.config import UsageError
+from runtime.ranks import one_line, rank, say, writing
 
 
 def load_tokenizer(config):

@@ -13,11 +13,11 @@ from urllib.parse import urlsplit, urlunsplit
 import torch.distributed as dist
 import yaml
 
-import oracle
-from checkpoint import versions
-from config import UsageError, hub_name, is_repo_id
-from model import leaves_adapter
-from ranks import one_line, peak_memory, rank, replace_text, say, writing
+from labels import oracle
+from runtime.checkpoint import versions
+from runtime.config import UsageError, hub_name, is_repo_id
+from runtime.model import leaves_adapter
+from runtime.ranks import one_line, peak_memory, rank, replace_text, say, writing
 
 
 class Log:

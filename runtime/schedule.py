@@ -11,7 +11,7 @@ from itertools import accumulate
 from deepspeed.accelerator import get_accelerator
 
 import data
-from ranks import rank
+from runtime.ranks import rank
 
 
 def pairs_a_step(config, world):
