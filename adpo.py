@@ -7,20 +7,22 @@ One step of ADPO, in the order of this file:
     logps    (B, 2)  log π_θ(y|x) of both responses                       PairLogps
     rewards  (B, 2)  r(x, y) = β [log π_θ(y|x) − log π_ref(y|x)]          implicit_rewards
     margin   (B,)    m = r(x, y1) − r(x, y2)                              margins
-    ask      (B,)    |m| ≤ γ, or with a calibrated gate a·|m| ≤ γ         gate, fit_scale
+    ask      (B,)    |m| ≤ γ                                              gate
     labels   (B,)    o: the annotator's answer where asked, else sign(m)  choose_labels
     loss     (B,)    −log σ(o · m)                                        preference_loss
 
-Departures from the paper: none in the rule; a margin of exactly ±γ asks, and an answer that is known already is used
-whatever the margin. Additions, off by default: a gate that is calibrated by the labels bought (fit_scale), and soft
-pseudo-labels. Departures from the official code: the label of a pair that is not asked is unknown here (there, the
+The last part, the chunked head, is about memory and changes no number: skip it on a first reading.
+
+Departures from the paper: none in the rule. A margin of exactly ±γ asks, and an answer that is already known is used
+whatever the margin. Departures from the official code: the label of a pair that is not asked is unknown here (there, the
 gate only flips the signs of labels that every batch carries); log-probs are fp32 sums whatever the model's dtype; every
 response token is scored (there, the last token of the longest rows is cut off); a prompt is computed once for both
 responses, in one row `[prompt | y1 | y2]`.
 
 Legend: B pairs, T tokens of a row, N response tokens of a batch, V vocabulary, H hidden size.
 
-Imports torch alone and does no I/O; tests/test_adpo.py checks each function against an independent computation.
+Run it: `python adpo.py` prints one step of the method on four pairs. The module imports torch alone and does no I/O;
+tests/test_adpo.py checks each function against an independent computation.
 """
 
 from inspect import signature
@@ -32,34 +34,6 @@ from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Algorithm 2
-
-LOSS_TYPES = ("sigmoid", "ipo", "hinge")
-
-# ADPO replaces a label by sign(m). That needs a loss of the form f(o · m); these losses of TRL are not of that form.
-UNGATED_LOSS_TYPES = {
-    "aot": "it sorts rewards over the batch, so one pair has no loss of its own",
-    "aot_pair": "it sorts rewards over the batch, so one pair has no loss of its own",
-    "aot_unpaired": "it sorts rewards over the batch, so one pair has no loss of its own",
-    "apo_down": "it scores chosen and rejected responses apart from each other, not by their margin",
-    "apo_zero": "it scores chosen and rejected responses apart from each other, not by their margin",
-    "bco_pair": "it scores chosen and rejected responses apart from each other, not by their margin",
-    "discopop": "it is no monotone function of the margin, so a pseudo-label may push the margin back",
-    "exo_pair": "its targets are a distribution over both responses, not a label",
-    "kto_pair": "it scores chosen and rejected responses apart from each other, not by their margin",
-    "nca_pair": "it scores chosen and rejected responses apart from each other, not by their margin",
-    "robust": "it corrects for a known rate of wrong labels, which pseudo-labels do not have",
-    "sft": "it has no preference",
-    "sigmoid_norm": "it divides log-probs by their lengths, so γ would have another unit",
-    "sppo_hard": "it scores chosen and rejected responses apart from each other, not by their margin",
-}
-
-
-def why_not_gated(loss_type):
-    """None for a loss of LOSS_TYPES, else why it cannot be used, for the user."""
-    if loss_type in LOSS_TYPES:
-        return None
-    reason = UNGATED_LOSS_TYPES.get(loss_type, "it is not known")
-    return f"loss_type {loss_type!r} cannot be gated: {reason}; use one of {', '.join(LOSS_TYPES)}"
 
 
 def implicit_rewards(logps, ref_logps, beta):
@@ -78,13 +52,11 @@ def margins(rewards):
     return rewards[:, 0] - rewards[:, 1]
 
 
-def gate(margin, gamma, ids=None, scale=1.0):
-    """Algorithm 2, the query: True where |m| ≤ γ, so that the annotator is to be asked.
+def gate(margin, gamma, ids=None):
+    """Algorithm 2, the query: True where |m| ≤ γ, so that the annotator is asked.
 
-    margin: (B,), in units of reward; γ is in the same unit, so it means something only together with β.
+    margin: (B,), in units of reward; γ has the same unit, so it means something only together with β.
     ids: names of the pairs, for the error alone.
-    scale: a of the calibrated gate, which asks where a·|m| ≤ γ: where the chance that the annotator would agree with the
-    policy, σ(a·|m|), is at most σ(γ).
     Returns (B,) bool.  Raises FloatingPointError where a margin is not finite: neither asking nor not asking is right.
     """
     margin = margin.detach()
@@ -94,177 +66,66 @@ def gate(margin, gamma, ids=None, scale=1.0):
         names = ", ".join(str(ids[i]) if ids else f"row {i}" for i in bad)
         raise FloatingPointError(f"the margin of pair {names} is {margin[bad[0]].item()}, not a finite number: "
                                  "lower learning_rate, or look at the model's weights")
-    return scale * margin.abs() <= gamma
+    return margin.abs() <= gamma
 
 
-def fit_scale(margin, answers, weights):
-    """Calibration: (a, its standard error), where σ(a·m) is the chance that the annotator prefers y1.
-
-    a maximises Σ w log σ(a·m·o), the weighted log-likelihood of the labels bought (logistic regression through the origin),
-    and is at least 0. A policy that is surer than it has a right to be gets a < 1, a timid one a > 1.
-
-    margin: (n,), the policy's when it asked.  answers: (n,), ±1.  weights: (n,), one over the chance with which such a pair
-    was asked, so that the audited pairs stand for all the confident ones.
-    """
-    z, w = (margin * answers).double(), weights.double()  # (n,)  m·o
-    a = torch.zeros((), dtype=torch.float64)
-    for _ in range(50):  # Newton's method; the likelihood is concave
-        wrong = torch.sigmoid(-a * z)  # (n,)
-        slope, curvature = (w * z * wrong).sum(), (w * z * z * wrong * (1 - wrong)).sum() + 1e-9
-        step = (slope / curvature).clamp(-1, 1)
-        a = (a + step).clamp(min=0)
-        if step.abs() < 1e-6:
-            break
-    wrong = torch.sigmoid(-a * z)
-    curvature = (w * z * z * wrong * (1 - wrong)).sum() + 1e-9
-    return a.item(), ((w * z * wrong).square().sum().sqrt() / curvature).item()  # sandwich estimate: w are no counts
-
-
-def choose_labels(margin, answers, unsure=None, pseudo_labels="true", scale=1.0):
+def choose_labels(margin, answers, ask=None, pseudo_labels="true", after_budget="none"):
     """Algorithm 2, the label: o = the annotator's answer where there is one, else sign(m) or none.
 
-    margin: (B,).  answers: (B,), +1 (y1 preferred), −1 (y2 preferred), 0 (no answer, now or from before).
-    unsure: (B,) bool, the gate's verdict: a pair to be asked that got no answer (the budget is spent) gets 0, no label.
-    pseudo_labels: of a pair without an answer: "true" sign(m);  "soft" 2σ(a·m) − 1, the expected label (a: scale);
-    else 0, which with "false" is the paper's ablation "ADPO without pseudo-labels".
+    margin: (B,).  answers: (B,), +1 (y1 preferred), −1 (y2 preferred), 0 (no answer, now or before).
+    ask: (B,) bool, what the gate said.
+    pseudo_labels: "true", sign(m) for a pair that is not asked; anything else, no label, which with "false" is the paper's
+    ablation "ADPO without pseudo-labels".
+    after_budget: of a pair that was to be asked when the budget was spent: "none", no label, or "pseudo_label".
     Returns (B,) in margin's dtype, detached: o carries no gradient.
     """
     margin = margin.detach()
-    pseudo = torch.zeros_like(margin)
-    if pseudo_labels == "true":
-        pseudo = margin.sign()
-    elif pseudo_labels == "soft":
-        pseudo = torch.tanh(scale * margin / 2)  # 2σ(a·m) − 1
-    if unsure is not None:
-        pseudo = pseudo.masked_fill(unsure, 0)
+    pseudo = margin.sign() if pseudo_labels == "true" else torch.zeros_like(margin)
+    if ask is not None and after_budget == "none":
+        pseudo = pseudo.masked_fill(ask, 0)
     return torch.where(answers != 0, answers.to(margin.dtype), pseudo)
 
 
+def sigmoid_loss(margin, labels, beta, label_smoothing):
+    """−p log σ(m) − (1 − p) log σ(−m): DPO, arXiv 2305.18290, eq. 7, where p = (1 + (1 − 2ε) o) / 2 is the chance that y1
+    is preferred and ε = label_smoothing. With ε = 0 this is −log σ(o·m)."""
+    p = (1 + (1 - 2 * label_smoothing) * labels) / 2
+    return -p * logsigmoid(margin) - (1 - p) * logsigmoid(-margin)
+
+
+def ipo_loss(margin, labels, beta, label_smoothing):
+    """(o·m/β − 1/(2β))²: IPO, arXiv 2310.12036, eq. 17, with summed log-probs as in the paper."""
+    return (labels * margin / beta - 1 / (2 * beta)) ** 2
+
+
+def hinge_loss(margin, labels, beta, label_smoothing):
+    """max(0, 1 − o·m): SLiC, arXiv 2305.10425."""
+    return torch.relu(1 - labels * margin)
+
+
+# The values of the key loss_type. A loss must have the form f(o · m), or replacing o by sign(m) would mean nothing.
+LOSSES = {"sigmoid": sigmoid_loss, "ipo": ipo_loss, "hinge": hinge_loss}
+
+
 def preference_loss(margin, labels, loss_type="sigmoid", beta=0.1, label_smoothing=0.0):
-    """Loss of each pair; take the mean over all B pairs, those without a label included.
+    """Loss of each pair. Take the mean over all B pairs, including those without a label.
 
-    sigmoid  −p log σ(m) − (1 − p) log σ(−m)         DPO, arXiv 2305.18290, eq. 7, with p = (1 + (1 − 2ε) o) / 2 the
-                                                     chance that y1 is preferred; ε = label_smoothing
-    ipo      (o·m/β − 1/(2β))²                       arXiv 2310.12036, eq. 17, with summed log-probs as in the paper
-    hinge    max(0, 1 − o·m)                         SLiC, arXiv 2305.10425
-
-    margin, labels: (B,); labels +1, −1, 0, or for sigmoid anything between.  Returns (B,), 0 where the label is 0.
-    Raises ValueError for another kind of loss, with the reason where it is known.
+    margin, labels: (B,); labels are +1, −1 or 0.  loss_type: a name in LOSSES.
+    Returns (B,), 0 where the label is 0.
     """
-    z = labels.detach() * margin  # (B,) o·m
-    if loss_type == "sigmoid":
-        p = (1 + (1 - 2 * label_smoothing) * labels.detach()) / 2
-        loss = -p * logsigmoid(margin) - (1 - p) * logsigmoid(-margin)
-    elif loss_type == "ipo":
-        loss = (z / beta - 1 / (2 * beta)) ** 2
-    elif loss_type == "hinge":
-        loss = torch.relu(1 - z)
-    else:
-        raise ValueError(why_not_gated(loss_type))
-    return torch.where(labels == 0, torch.zeros_like(loss), loss)
+    labels = labels.detach()
+    losses = LOSSES[loss_type](margin, labels, beta, label_smoothing)
+    return torch.where(labels == 0, torch.zeros_like(losses), losses)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Log-probs
-
-class TokenLogps(torch.autograd.Function):
-    """log softmax(logits)[target] of each state, with logits = softcap(scale · (h Wᵀ + b)), in fp32.
-
-    forward(states (N, H), weight (V, H), bias (V,) or None, targets (N,), chunk_size, scale, softcap) -> (N,) fp32.
-    Both directions go in chunks of `chunk_size` states, so that no more than one (chunk_size, V) block of logits is alive:
-    backward computes them again, but for the last block, which it starts with, and sums the weight's gradient in place.
-    weight None: the states are the logits h Wᵀ + b themselves, (N, V).
-    """
-
-    @staticmethod
-    def raw_logits(states, weight, bias):
-        return states if weight is None else torch.nn.functional.linear(states, weight, bias)  # (n, V)
-
-    @staticmethod
-    def final_logits(raw, scale, softcap):
-        logits = raw.float()  # (n, V); `raw` itself where it is fp32 already
-        if scale != 1.0:
-            logits = logits * scale
-        return softcap * torch.tanh(logits / softcap) if softcap else logits
-
-    @staticmethod
-    def forward(ctx, states, weight, bias, targets, chunk_size, scale, softcap):
-        logps, lses, raw = [], [], None
-        for h, t in zip(states.split(chunk_size), targets.split(chunk_size)):
-            del raw  # or two blocks were alive
-            raw = TokenLogps.raw_logits(h, weight, bias)
-            logits = TokenLogps.final_logits(raw, scale, softcap)
-            # (n,); in blocks of columns, because logsumexp makes a copy of what it is given
-            lse = torch.stack([block.logsumexp(-1) for block in logits.split(8192, dim=-1)]).logsumexp(0)
-            logps.append(logits.gather(-1, t[:, None]).squeeze(-1) - lse)
-            lses.append(lse)
-            del logits
-        ctx.save_for_backward(states, weight, bias, targets, torch.cat(lses))
-        ctx.raw = None if weight is None else raw  # not saved: what is saved lives until backward is over
-        ctx.chunk_size, ctx.scale, ctx.softcap = chunk_size, scale, softcap
-        return torch.cat(logps)
-
-    @staticmethod
-    def backward(ctx, grad):
-        states, weight, bias, targets, lses = ctx.saved_tensors
-        raw, ctx.raw = ctx.raw, None
-        chunks = [x.split(ctx.chunk_size) for x in (states, targets, lses, grad)]
-        grad_states, grad_weight, grad_bias = [], None, None
-        for h, t, lse, g in reversed(list(zip(*chunks))):
-            raw = TokenLogps.raw_logits(h, weight, bias) if raw is None else raw
-            d = TokenLogps.grad_logits(raw, t, lse, g, ctx.scale, ctx.softcap)
-            grad_states.append(d if weight is None else d @ weight)  # (n, H)
-            if ctx.needs_input_grad[1]:  # (V, H)
-                grad_weight = d.T @ h if grad_weight is None else grad_weight.addmm_(d.T, h)
-            if ctx.needs_input_grad[2]:  # (V,)
-                grad_bias = d.sum(0) if grad_bias is None else grad_bias.add_(d.sum(0))
-            raw = d = None  # before the next block is made
-        return torch.cat(grad_states[::-1]), grad_weight, grad_bias, None, None, None, None
-
-    @staticmethod
-    def grad_logits(raw, targets, lse, grad, scale, softcap):
-        """d logp / d raw = onehot(target) − softmax(logits), times the incoming gradient, through softcap and scale: (n, V)
-        in raw's dtype. Where that is fp32, `raw` is rewritten in place."""
-        logits = TokenLogps.final_logits(raw, scale, softcap)
-        slope = None
-        if softcap:  # d softcap·tanh(u/softcap) / du = 1 − tanh²
-            slope = 1 - (logits / softcap) ** 2
-        d = logits.sub_(lse[:, None]).exp_().mul_(-grad[:, None])
-        d.scatter_add_(-1, targets[:, None], grad[:, None])
-        if slope is not None:
-            d.mul_(slope)
-        if scale != 1.0:
-            d.mul_(scale)
-        return d.to(raw.dtype)
-
-
-def token_logps(states, targets, head, chunk_size, scale=1.0, softcap=None):
-    """Log-prob of each target token, with one block of chunk_size tokens' logits alive at a time.
-
-    states: (N, H), the states that predict the targets.  targets: (N,).  head: the LM head.  Returns (N,) fp32.
-    """
-    def all_chunks(states):
-        return TokenLogps.apply(states, head.weight, head.bias, targets, chunk_size, scale, softcap)
-
-    def one_chunk(h, t):
-        return TokenLogps.apply(head(h), None, None, t, chunk_size, scale, softcap)  # (n, H) -> (n, V) -> (n,)
-
-    if type(head) is torch.nn.Linear:
-        head.forward = all_chunks  # called as a module, so that ZeRO-3's hooks gather its weight, in backward too
-        try:
-            return head(states)
-        finally:
-            del head.forward
-    # A head of another kind, such as one with an adapter, is not taken apart.
-    return torch.cat([checkpoint(one_chunk, h, t, use_reentrant=False)
-                      for h, t in zip(states.split(chunk_size), targets.split(chunk_size))])
-
+# Log-probs of a pair
 
 def sees(segments, positions, window=None):
     """Who attends to whom in rows `[prompt | y1 | y2]`: each token sees the prompt and its own response, causally.
 
     segments: (B, T) int; 0 prompt, 1 y1, 2 y2, −1 padding.  positions: (B, T) int; those of y2 restart after the prompt.
-    window: sliding window in positions (not in indices: y2 stands behind y1 in the row, but not in the text).
+    window: sliding window in positions, not in indices: y2 comes after y1 in the row, but not in the text.
     Returns a function of indices (row, head, query, key) → bool, tensors that broadcast: FlexAttention's mask_mod.
     """
     def mask_mod(row, head, query, key):
@@ -277,11 +138,11 @@ def sees(segments, positions, window=None):
 
 
 def attention_mask(segments, positions, dtype, window=None, flex=False):
-    """The mask of `sees` as attention takes it.
+    """The mask of `sees` in the form that attention takes.
 
-    flex: a BlockMask, for FlexAttention, which leaves out the blocks that nobody sees.
-    Otherwise (B, 1, T, T) in `dtype`, to be added: 0 where seen, the dtype's lowest number elsewhere. Neither a boolean
-    mask nor −inf would do: eager attention adds the mask, and −inf gives NaN on a row that sees nothing.
+    flex: a BlockMask, for FlexAttention, which skips the blocks that nobody sees.
+    Otherwise (B, 1, T, T) in `dtype`, to be added to the scores: 0 where seen, the dtype's lowest number elsewhere. A
+    boolean mask or −inf would not do: eager attention adds the mask, and −inf gives NaN on a row that sees nothing.
     """
     B, T = segments.shape
     seen = sees(segments, positions, window)
@@ -297,7 +158,7 @@ def attention_mask(segments, positions, dtype, window=None, flex=False):
 class PairLogps(torch.nn.Module):
     """The module that the engine wraps: a causal language model that scores both responses of each pair.
 
-    lm: a transformers causal LM.  chunk_size: response tokens a call of its head.
+    lm: a transformers causal LM.  chunk_size: response tokens that go through its head at a time.
     Everything runs inside `forward`, as ZeRO-3 demands.
     """
 
@@ -328,8 +189,29 @@ class PairLogps(torch.nn.Module):
         if "position_ids" not in signature(self.lm.base_model.forward).parameters:
             return "it takes no position_ids"
         if self.lm.config._attn_implementation not in self.MASKED_ATTENTION:
-            return f"attn_implementation {self.lm.config._attn_implementation} takes no mask of one's own"
+            return f"attn_implementation {self.lm.config._attn_implementation} takes no mask of our own"
         return None
+
+    def forward(self, batch, per_token=None):
+        """log π(y|x) = Σ_t log π(y_t | x, y_<t) of both responses.
+
+        batch: a PairBatch (data.py).  per_token: "ours" or "plain" returns the N summands instead, for the check at
+        start-up.  Returns (B, 2) fp32, an fp32 sum.
+        """
+        if per_token:
+            return self.plain_token_logps(batch) if per_token == "plain" else self.token_logps(batch)
+        logps = self.token_logps(batch)  # (N,)
+        # unsafe: the check of the lengths would wait for the device.  (2B,) -> (B, 2)
+        return torch.segment_reduce(logps, "sum", lengths=batch.lengths, initial=0.0, unsafe=True).view(-1, 2)
+
+    def token_logps(self, batch):
+        """Log-prob of each response token, pair by pair, y1 before y2: (N,) fp32."""
+        hidden = self.lm.base_model(  # (B, T, H), or (2B, T, H) in two rows a pair
+            input_ids=batch.input_ids, attention_mask=self._mask(batch),
+            position_ids=batch.positions if batch.shared else None, use_cache=False).last_hidden_state
+        states = hidden.flatten(0, 1)[batch.sources]  # (N, H): only states that predict a response token reach the head
+        return token_logps(states, batch.targets, self.lm.get_output_embeddings(),
+                           self.chunk_size, self.scale, self.softcap)
 
     def _mask(self, batch):
         """The mask, or the dict of masks by kind of layer, that the model's forward takes."""
@@ -342,15 +224,6 @@ class PairLogps(torch.nn.Module):
         if "sliding_attention" in self.layer_types:
             return {kind: masks[kind]() for kind in self.layer_types}
         return masks["sliding_attention" if self.window and not self.layer_types else "full_attention"]()
-
-    def token_logps(self, batch):
-        """Log-prob of each response token, pair by pair, y1 before y2: (N,) fp32."""
-        hidden = self.lm.base_model(  # (B, T, H), or (2B, T, H) in two rows a pair
-            input_ids=batch.input_ids, attention_mask=self._mask(batch),
-            position_ids=batch.positions if batch.shared else None, use_cache=False).last_hidden_state
-        states = hidden.flatten(0, 1)[batch.sources]  # (N, H): the head sees these states alone
-        return token_logps(states, batch.targets, self.lm.get_output_embeddings(),
-                           self.chunk_size, self.scale, self.softcap)
 
     def plain_token_logps(self, batch):
         """The same numbers the ordinary way, to check against: the model's own forward and log-softmax, row by row.
@@ -365,17 +238,102 @@ class PairLogps(torch.nn.Module):
             logps.append(logits.float().log_softmax(-1).gather(-1, row[-n:, None]).squeeze(-1))
         return torch.cat(logps)
 
-    def forward(self, batch, per_token=None):
-        """log π(y|x) = Σ_t log π(y_t | x, y_<t) of both responses.
 
-        batch: a PairBatch (data.py).  per_token: "ours" or "plain" returns the N summands instead, for the check at
-        start-up.  Returns (B, 2) fp32, an fp32 sum.
-        """
-        if per_token:
-            return self.plain_token_logps(batch) if per_token == "plain" else self.token_logps(batch)
-        logps = self.token_logps(batch)  # (N,)
-        # unsafe: it would check the lengths, and wait for the device to do so.  (2B,) -> (B, 2)
-        return torch.segment_reduce(logps, "sum", lengths=batch.lengths, initial=0.0, unsafe=True).view(-1, 2)
+# ----------------------------------------------------------------------------------------------------------------------
+# The head in chunks: skip this part on a first reading. It computes log softmax(logits)[target] without ever holding the
+# (N, V) logits of a whole batch, which would be the largest tensor of a step by far.
+
+class TokenLogps(torch.autograd.Function):
+    """log softmax(logits)[target] of each state, with logits = softcap(scale · (h Wᵀ + b)), in fp32.
+
+    forward(states (N, H), weight (V, H), bias (V,) or None, targets (N,), chunk_size, scale, softcap) -> (N,) fp32.
+    Both directions go through the states in chunks, so that only one (chunk_size, V) block of logits exists at a time.
+    Backward computes each block again, except the last one, which it starts with, and sums the weight's gradient in place.
+    weight None: the states already are the logits h Wᵀ + b, (N, V).
+    """
+
+    @staticmethod
+    def raw_logits(states, weight, bias):
+        return states if weight is None else torch.nn.functional.linear(states, weight, bias)  # (n, V)
+
+    @staticmethod
+    def final_logits(raw, scale, softcap):
+        logits = raw.float()  # (n, V); `raw` itself where it is fp32 already
+        if scale != 1.0:
+            logits = logits * scale
+        return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+    @staticmethod
+    def forward(ctx, states, weight, bias, targets, chunk_size, scale, softcap):
+        logps, lses, raw = [], [], None
+        for h, t in zip(states.split(chunk_size), targets.split(chunk_size)):
+            del raw  # otherwise two blocks would be in memory
+            raw = TokenLogps.raw_logits(h, weight, bias)
+            logits = TokenLogps.final_logits(raw, scale, softcap)
+            # (n,); in blocks of columns, because logsumexp copies its input
+            lse = torch.stack([block.logsumexp(-1) for block in logits.split(8192, dim=-1)]).logsumexp(0)
+            logps.append(logits.gather(-1, t[:, None]).squeeze(-1) - lse)
+            lses.append(lse)
+            del logits
+        ctx.save_for_backward(states, weight, bias, targets, torch.cat(lses))
+        ctx.raw = None if weight is None else raw  # not save_for_backward, which would keep it until backward has ended
+        ctx.chunk_size, ctx.scale, ctx.softcap = chunk_size, scale, softcap
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad):
+        states, weight, bias, targets, lses = ctx.saved_tensors
+        raw, ctx.raw = ctx.raw, None
+        chunks = [x.split(ctx.chunk_size) for x in (states, targets, lses, grad)]
+        grad_states, grad_weight, grad_bias = [], None, None
+        for h, t, lse, g in reversed(list(zip(*chunks))):
+            raw = TokenLogps.raw_logits(h, weight, bias) if raw is None else raw
+            d = TokenLogps.grad_logits(raw, t, lse, g, ctx.scale, ctx.softcap)
+            grad_states.append(d if weight is None else d @ weight)  # (n, H)
+            if ctx.needs_input_grad[1]:  # (V, H)
+                grad_weight = d.T @ h if grad_weight is None else grad_weight.addmm_(d.T, h)
+            if ctx.needs_input_grad[2]:  # (V,)
+                grad_bias = d.sum(0) if grad_bias is None else grad_bias.add_(d.sum(0))
+            raw = d = None  # free them before the next block is computed
+        return torch.cat(grad_states[::-1]), grad_weight, grad_bias, None, None, None, None
+
+    @staticmethod
+    def grad_logits(raw, targets, lse, grad, scale, softcap):
+        """d logp / d raw = onehot(target) − softmax(logits), times the incoming gradient, through softcap and scale: (n, V)
+        in raw's dtype. Where that is fp32, `raw` is overwritten."""
+        logits = TokenLogps.final_logits(raw, scale, softcap)
+        slope = None
+        if softcap:  # d softcap·tanh(u/softcap) / du = 1 − tanh²
+            slope = 1 - (logits / softcap) ** 2
+        d = logits.sub_(lse[:, None]).exp_().mul_(-grad[:, None])
+        d.scatter_add_(-1, targets[:, None], grad[:, None])
+        if slope is not None:
+            d.mul_(slope)
+        if scale != 1.0:
+            d.mul_(scale)
+        return d.to(raw.dtype)
+
+
+def token_logps(states, targets, head, chunk_size, scale=1.0, softcap=None):
+    """Log-prob of each target token, with the logits of no more than chunk_size tokens in memory at a time.
+
+    states: (N, H), the states that predict the targets.  targets: (N,).  head: the LM head.  Returns (N,) fp32.
+    """
+    def all_chunks(states):
+        return TokenLogps.apply(states, head.weight, head.bias, targets, chunk_size, scale, softcap)
+
+    def one_chunk(h, t):
+        return TokenLogps.apply(head(h), None, None, t, chunk_size, scale, softcap)  # (n, H) -> (n, V) -> (n,)
+
+    if type(head) is torch.nn.Linear:
+        head.forward = all_chunks  # call the module itself, so that ZeRO-3's hooks gather its weight, in backward too
+        try:
+            return head(states)
+        finally:
+            del head.forward
+    # We do not take apart a head of another kind, such as one with an adapter.
+    return torch.cat([checkpoint(one_chunk, h, t, use_reentrant=False)
+                      for h, t in zip(states.split(chunk_size), targets.split(chunk_size))])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -384,18 +342,18 @@ class PairLogps(torch.nn.Module):
 def worked_example():
     """Print one step of the method on four pairs with made-up log-probs, all by the functions above.
 
-    Pair 1: the policy is unsure. 2: sure, and right. 3: sure, and wrong. 4: a margin of exactly γ, which asks.
+    Pair 1: the policy is unsure. 2: it is sure and right. 3: it is sure and wrong. 4: a margin of exactly γ, which asks.
     """
     beta, gamma = 0.1, 1.3
     #                        y1     y2
     logps = torch.tensor([[-42.0, -45.0], [-51.0, -30.0], [-38.0, -58.0], [-43.0, -56.0]], requires_grad=True)  # π_θ
     ref_logps = torch.tensor([[-43.0, -44.0], [-44.0, -40.0], [-49.0, -51.0], [-50.0, -50.0]])  # π_ref
-    truth = torch.tensor([-1.0, -1.0, -1.0, 1.0])  # o, as an annotator would answer: hidden from the policy until asked
+    truth = torch.tensor([-1.0, -1.0, -1.0, 1.0])  # o, the annotator's answers: hidden from the policy until it asks
 
     rewards = implicit_rewards(logps, ref_logps, beta)
     margin = margins(rewards)
     ask = gate(margin, gamma)
-    labels = choose_labels(margin, answers=torch.where(ask, truth, 0.0))  # what is not asked is not seen
+    labels = choose_labels(margin, answers=torch.where(ask, truth, 0.0))  # an answer that was not asked for is not seen
     loss = preference_loss(margin, labels)
     slope, = torch.autograd.grad(loss.mean(), margin)  # −o σ(−o·m) / B
     dpo = preference_loss(margin, choose_labels(margin, truth)).mean()

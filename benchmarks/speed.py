@@ -160,8 +160,8 @@ def after(owner, name, then):
 
 def ours(job):
     """train.py as it is: its own metrics tell tokens and time; the functions around its loop mark where that begins."""
-    from runtime import engine
     import train
+    from runtime import engine
     memory, clock, reference = Memory(), Clock(), []
     after(engine, "load_model", lambda _: memory.mark())
     after(train.report, "Log", lambda _: clock.tick())  # the last thing in front of the loop
@@ -460,8 +460,8 @@ def profile(job):
     """A run of train.py in parts: [[part, seconds, calls, peak memory so far]], and the operators below."""
     import torch
 
-    from runtime import engine
     import train
+    from runtime import engine
     parts, memory, clock = {}, Memory(), Clock()
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU] + (
         [torch.profiler.ProfilerActivity.CUDA] if cuda() else []))

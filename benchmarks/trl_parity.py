@@ -158,8 +158,8 @@ def our_config(case, model_dir, rows_dir, output):
 def rows_in_order(config_path, rows_dir):
     """The rows that a run takes, one after the other: as TRL wants their text, and as our token ids."""
     import data
-    from runtime import toy
     import train
+    from runtime import toy
     config = train.parse_config(["--config", str(config_path)])
     data.datasets.disable_progress_bars()
     renderer = data.Renderer(train.load_tokenizer(config), config.max_prompt_length, config.max_length)

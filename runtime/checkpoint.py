@@ -1,8 +1,8 @@
-"""Which run lies in output_dir, which of its checkpoints are whole, and how one is written so that no kill leaves a half.
+"""Which run is in output_dir, which of its checkpoints are whole, and how one is written so that a kill never leaves a half.
 
-A checkpoint is a folder checkpoint-N: the files of shards.py, and trainer_state.json with the loop's state and a checksum of
-every file. It is written aside and gets its name when it is complete. A run is the same only under a config that computes
-the same (config.yaml), from the same weights, pairs and engine settings (trainer_state.json).
+A checkpoint is a folder checkpoint-N with the files of shards.py, and trainer_state.json with the loop's state and a
+checksum of every file. It is written under another name and renamed when it is complete. A run may only be resumed under a
+config that computes the same (config.yaml), from the same weights, pairs and engine settings (trainer_state.json).
 """
 
 import dataclasses
@@ -17,17 +17,19 @@ import torch.distributed as dist
 import yaml
 
 from runtime import shards
-from runtime.config import FREE_ON_RESUME, UsageError
-from runtime.ranks import all_gather, one_line, rank, replace_text, say, writing
+from runtime.config import FREE_ON_RESUME
+from runtime.errors import UsageError, one_line
+from runtime.files import replace_text, writing
+from runtime.ranks import all_gather, rank, say
 
 
-def write_config(config, output, schedule):
-    """The run's folder and its config.yaml."""
+def write_config(config, output, step_pairs):
+    """Make the run's folder and write its config.yaml."""
     if rank() == 0:
         with writing(output):
             output.mkdir(parents=True, exist_ok=True)
         replace_text(output / "config.yaml", yaml.safe_dump(
-            {"config": dataclasses.asdict(config), "pairs_a_step": schedule.step_pairs, "versions": versions()},
+            {"config": dataclasses.asdict(config), "pairs_a_step": step_pairs, "versions": versions()},
             sort_keys=False, allow_unicode=True))
     dist.barrier()
 
@@ -45,17 +47,17 @@ def check_writable(output):
 
 
 def check_same_run(config, output, step_pairs):
-    """Refuse to go on with a run in output_dir under a config that computes something else. step_pairs: pairs a step."""
+    """Refuse to continue the run in output_dir under a config that computes something else.  step_pairs: pairs a step."""
     path = output / "config.yaml"
     if not path.is_file():
         return
     try:
         written = yaml.safe_load(path.read_text(encoding="utf-8"))
         before = dict(written["config"])
-        dict(written["versions"])  # it ends the file: without it, the file was cut
+        dict(written["versions"])  # the last thing in the file: without it, the file was cut off
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError) as error:
-        raise UsageError(f"{path} is damaged ({one_line(error)}), so that nobody can say whether this is the same run: "
-                         "restore it; or, if you are sure, delete it, and it is written anew")
+        raise UsageError(f"{path} is damaged ({one_line(error)}), so there is no telling whether this is the same run: "
+                         "restore it; or, if you are sure, delete it, and it will be written again")
     now = dataclasses.asdict(config)
     for name in now:
         if name not in FREE_ON_RESUME and before.get(name) != now[name]:
@@ -68,32 +70,29 @@ def check_same_run(config, output, step_pairs):
 
 
 def check_same_start(resume, before, now):
-    """Refuse to go on from a checkpoint where something outside the config has changed that the result depends on.
+    """Refuse to continue from a checkpoint if something outside the config has changed that affects the result.
 
-    before, now: {what: value}; before: None in checkpoints that do not have it.
+    before, now: {what: value}.
     """
-    for name in now if before else ():
-        if name in before and before[name] != now[name]:
+    for name in now:
+        if before.get(name) != now[name]:
             raise UsageError(f"{resume}/trainer_state.json: the run in there has {name} {before[name]}, this one "
-                             f"{now[name]}: go on as it was, or choose another output_dir")
+                             f"{now[name]}: put that back as it was, or choose another output_dir")
 
 
-def resume(engine, folder, start, total_steps):
-    """Put a checkpoint into the engine. Returns the loop's state, that of step 0 where folder is None.
+def restore(engine, folder, start):
+    """Put a checkpoint into the engine. Returns the loop's state.
 
-    start: {what: value}, what the result depends on besides the config.
+    start: {what: value} that the result depends on besides the config.
     """
-    state = {"step": 0, "skipped": 0, "wall_seconds": 0.0, "evaluation": None}
-    if folder:
-        state |= read_state(folder)
-        check_same_start(folder, state.get("start"), start)
-        shards.load(engine, folder)
-        say(f"resumed from {folder} at step {state['step']:,} of {total_steps:,}")
+    state = read_state(folder)
+    check_same_start(folder, state["start"], start)
+    shards.load(engine, folder)
     return state
 
 
 def find(config, output):
-    """The checkpoint folder to resume from, or None. Raises UsageError where the one that is asked for is damaged."""
+    """The checkpoint folder to resume from, or None. Raises UsageError if the one that was asked for is damaged."""
     wanted = config.resume_from_checkpoint
     if wanted is not None and wanted.lower() in ("false", "no", "0"):
         if complete(output):
@@ -114,10 +113,10 @@ def find(config, output):
 
 
 def newest_whole(output):
-    """The folder of the newest checkpoint that is what was written, or None where there is none at all.
+    """The folder of the newest undamaged checkpoint, or None if there are no checkpoints at all.
 
-    Damaged ones that are newer are renamed, so that nothing takes them for checkpoints again: the run comes to their steps
-    once more, with the same answers, which are in the ledger. All ranks call it together.
+    Newer ones that are damaged are renamed, so that nothing takes them for checkpoints again: the run will come to their
+    steps once more, with the same answers from the ledger. All ranks call it together.
     """
     for path in [output / ".checkpoint", *sorted(output.glob("checkpoint-*"))]:
         if path.is_dir() and path.suffix != ".damaged" and not (path / "trainer_state.json").is_file():
@@ -130,7 +129,7 @@ def newest_whole(output):
         damaged[folder] = problem
     else:
         if damaged:
-            raise UsageError(f"{'; '.join(damaged.values())}; no other checkpoint is there: restore it, or move it away to "
+            raise UsageError(f"{'; '.join(damaged.values())}; there is no other checkpoint: restore it, or move it away to "
                              f"start from step 0, with the labels of {output}/labels.sqlite")
         return None
     for bad, problem in damaged.items():
@@ -156,12 +155,9 @@ def complete(output):
 def damage(folder):
     """What is wrong with a checkpoint, naming the file, or None. All ranks call it together."""
     try:
-        expected = read_state(folder).get("files")
-    except (OSError, ValueError) as error:
+        expected = read_state(folder)["files"]
+    except (OSError, ValueError, KeyError) as error:
         return f"{folder}/trainer_state.json is damaged ({one_line(error)})"
-    if expected is None:
-        say(f"{folder} was written before checkpoints had checksums: taken as it is")
-        return None
     found = checksums(folder)
     for name, (size, crc) in expected.items():
         if name not in found:
@@ -173,7 +169,7 @@ def damage(folder):
 
 
 def checksums(folder):
-    """{file: [bytes, CRC-32]} of a checkpoint but for trainer_state.json. All ranks call it together and share the work."""
+    """{file: [bytes, CRC-32]} of a checkpoint, except trainer_state.json. All ranks call it together and share the work."""
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     mine = {}
     for name in [name for name in names if name != "trainer_state.json"][rank()::dist.get_world_size()]:
@@ -181,7 +177,7 @@ def checksums(folder):
         with open(folder / name, "rb") as file:
             while block := file.read(1 << 24):
                 size, crc = size + len(block), zlib.crc32(block, crc)
-            os.fsync(file.fileno())  # on the disk before an older checkpoint goes
+            os.fsync(file.fileno())  # on the disk before an older checkpoint is removed
         mine[name] = [size, crc]
     return {name: found for part in all_gather(mine) for name, found in part.items()}
 
@@ -192,18 +188,18 @@ def state_text(state):
 
 
 def read_state(folder):
-    """What trainer_state.json holds. Raises OSError or ValueError where it cannot be read or is not what was written."""
+    """The content of trainer_state.json. Raises OSError or ValueError if it cannot be read or is not what was written."""
     state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
     if not isinstance(state, dict):
         raise ValueError("it holds no keys")
     checksum = state.pop("checksum", None)
-    if "files" in state and checksum != zlib.crc32(json.dumps(state).encode()):
+    if checksum != zlib.crc32(json.dumps(state).encode()):
         raise ValueError("its checksum differs")
     return state
 
 
 def save(engine, output, state, limit):
-    """Write a checkpoint aside, give it its name when it is complete, then drop what save_total_limit does not keep."""
+    """Write a checkpoint under another name, rename it when it is complete, then remove those over save_total_limit."""
     aside, name = output / ".checkpoint", f"checkpoint-{state['step']}"
     if rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)

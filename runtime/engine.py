@@ -1,7 +1,8 @@
-"""DeepSpeed's engine: its config made from ds_config.json and the YAML, its optimiser, its start, and the gradients that are
-no finite numbers.
+"""DeepSpeed's engine: its config, made from ds_config.json and the YAML; its optimiser; the check at start-up; the backward
+pass, and gradients that are not finite.
 """
 
+import contextlib
 import copy
 import json
 import math
@@ -11,20 +12,22 @@ from pathlib import Path
 import deepspeed
 import pydantic
 import torch
-from safetensors import SafetensorError
 
 import data
-from runtime.config import HERE, REFUSED, UsageError
-from runtime.model import load_model, weights_fingerprint
-from runtime.ranks import one_line, say
+from runtime.config import ROOT
+from runtime.errors import UsageError, one_line
+from runtime.parse import REFUSED
+from runtime.ranks import say, world_size
+from runtime.sources import unique_keys
 
 
-def engine_config(config, world):
+def engine_config(config):
     """DeepSpeed's config: ds_config.json with each "auto" filled in from the YAML, which owns that number."""
+    world = world_size()
     path = Path(config.deepspeed)
-    path = path if path.exists() else HERE / path  # configs/ name their engine from here
+    path = path if path.exists() else ROOT / path  # the YAML files name their engine's file from the repository's root
     try:
-        ds = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=data.unique_keys)
+        ds = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"deepspeed {config.deepspeed}: cannot be read ({getattr(error, 'strerror', None) or error})")
     except json.JSONDecodeError as error:
@@ -53,13 +56,14 @@ def engine_config(config, world):
     zero = ds.setdefault("zero_optimization", {})
     offloads = any(zero.get(f"offload_{what}", {}).get("device", "none") != "none" for what in ("optimizer", "param"))
     if world == 1 and not config.bf16 and zero.get("stage", 0) in (1, 2) and not offloads:
-        zero["stage"] = 0  # one process has nobody to share its optimiser with, only a second copy of all weights to keep
+        zero["stage"] = 0  # alone, a process has nobody to share with; ZeRO would only keep a second copy of the weights
     if config.bf16 and zero.get("stage", 0) == 0:
-        say("ZeRO 0 with bf16 would update bf16 weights, where a small step is lost: running as ZeRO 1, with fp32 weights")
+        say("ZeRO 0 with bf16 would update bf16 weights, which loses small steps: running as ZeRO 1, with fp32 weights")
         zero["stage"] = 1
     if config.optim == "rmsprop":
-        ds["zero_allow_untested_optimizer"] = True  # DeepSpeed vouches for Adam under ZeRO alone, but treats them alike
+        ds["zero_allow_untested_optimizer"] = True  # DeepSpeed has tested only Adam under ZeRO, but treats RMSprop the same
     ds.setdefault("steps_per_print", 10**9)  # the run prints its own lines
+    ds.setdefault("timers", {"throughput": {"enabled": False}})  # it would wait for the device twice a micro-step
     output = {"enabled": True, "output_path": config.output_dir}
     services = {"tensorboard": {**output, "job_name": "tensorboard"}, "csv_monitor": {**output, "job_name": "csv"},
                 "wandb": {"enabled": True, "project": os.environ.get("WANDB_PROJECT", "adpo")}}
@@ -68,21 +72,21 @@ def engine_config(config, world):
 
 
 def check_engine_config(ds, config):
-    """Refuse, in one line, an engine config that DeepSpeed itself cannot read, and settings that would make a check of this
-    program blind or that it cannot honour; as DeepSpeed reads them, so that "no" counts as false."""
+    """Refuse, in one line, an engine config that DeepSpeed cannot read, and settings that would blind one of our checks or
+    that we cannot honour. They are taken as DeepSpeed reads them, so that "no" counts as false."""
     place = config.deepspeed
     try:
-        sizes = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}  # what they are is not known yet
+        sizes = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}  # the real ones are not known yet
         read = deepspeed.DeepSpeedConfig(copy.deepcopy({k: v for k, v in ds.items() if k != "train_batch_size"} | sizes))
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise UsageError(f"{place}: {f'field {field} of ' if field else ''}{error.title}: {one_line(first['msg'])}, found "
                          f"{first['input']!r:.80}")
-    except Exception as error:  # DeepSpeed asserts, compares and looks up; whatever it says, it is about this file
+    except Exception as error:  # DeepSpeed raises many kinds; whatever it says is about this file
         raise UsageError(f"{place}: DeepSpeed cannot read it ({type(error).__name__}: {one_line(error)[:300]})")
     bf16, zero = read.bfloat16_config, read.zero_config
-    taken = "a step whose gradient is no finite number would be taken"
+    taken = "a step whose gradient is not finite would be taken"
     for name, refused, reason in (
             ("fp16", read.float16_config.enabled, REFUSED["fp16"]),
             ("torch_autocast", read.torch_autocast_enabled, "the YAML's bf16 says what is computed in"),
@@ -91,7 +95,7 @@ def check_engine_config(ds, config):
             ("bf16.bf16_master_weights_and_grads", bf16.bf16_master_weights_and_grads, "small steps would be lost"),
             ("zero_optimization.offload_optimizer.device nvme",
              zero.offload_optimizer and zero.offload_optimizer.device == "nvme",
-             "checkpoints do not hold what lies there; offload to the cpu")):
+             "checkpoints do not hold what is stored there; offload to the cpu")):
         if refused:
             raise UsageError(f"{place}: {name} cannot be honoured: {reason}")
     if bf16.enabled != config.bf16:
@@ -99,16 +103,16 @@ def check_engine_config(ds, config):
                          "\"bf16\": {\"enabled\": \"auto\"}")
 
 
-def decisive(ds):
-    """What of an engine config the result depends on: all but how the work is shared out and what is printed."""
+def settings_that_count(ds):
+    """The engine settings that affect results: all but how the work is shared out, timed and printed."""
     free = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization",
             "steps_per_print", "tensorboard", "csv_monitor", "wandb", "comet", "wall_clock_breakdown", "memory_breakdown",
-            "dump_state", "comms_logger", "flops_profiler", "activation_checkpointing", "aio"}
+            "dump_state", "comms_logger", "flops_profiler", "activation_checkpointing", "aio", "timers"}
     return {name: value for name, value in ds.items() if name not in free}
 
 
 def make_optimizer(config, module, ds):
-    """AdamW with decay on matrices alone. DeepSpeed's own Adam where the optimiser lives in host memory."""
+    """AdamW with weight decay on matrices alone. Where the optimiser is offloaded to the host, DeepSpeed's own Adam."""
     matrices = [p for p in module.parameters() if p.requires_grad and p.dim() >= 2]
     others = [p for p in module.parameters() if p.requires_grad and p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -121,38 +125,26 @@ def make_optimizer(config, module, ds):
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 
-def initialize(module, optimizer, ds, place):
-    """DeepSpeed's engine. What it finds wrong with the settings only now, together with this optimiser, is one line too."""
+@contextlib.contextmanager
+def starting(config):
+    """Around deepspeed.initialize: what it only now finds wrong with the settings becomes one line."""
     try:
-        return deepspeed.initialize(model=module, optimizer=optimizer, config=ds)[0]
+        yield
     except (ValueError, AssertionError, NotImplementedError) as error:
-        raise UsageError(f"{place}: DeepSpeed cannot start with it ({type(error).__name__}: {one_line(error)[:300]})")
-
-
-def start_engine(config, ds, name, pairs, with_optimizer=True):
-    """(engine of a model, fingerprint of its weights, whether a row holds both responses), its rows checked on `pairs`."""
-    try:
-        module = load_model(config, name, trained=with_optimizer)
-    except SafetensorError as error:
-        raise UsageError(f"model {name}: a file of its weights is damaged ({one_line(error)}): fetch it again")
-    shared = module.why_not_shared() is None and config.objective != "sft"
-    optimizer = make_optimizer(config, module, ds) if with_optimizer else None
-    weights = weights_fingerprint(config, name)
-    engine = initialize(module, optimizer, ds, config.deepspeed)
-    check_rows(engine, pairs, shared)
-    return engine, weights, shared
+        raise UsageError(f"{config.deepspeed}: DeepSpeed cannot start with it ({type(error).__name__}: "
+                         f"{one_line(error)[:300]})")
 
 
 @torch.no_grad()
-def check_rows(engine, pairs, shared):
-    """Refuse to train where a row's log-probs are not those of a plain forward: compare them on one real pair.
+def check_against_plain_forward(engine, pairs):
+    """Refuse to train where our rows do not give the log-probs of a plain forward: compare them on one real pair.
 
     The pair of median length; root mean square over its response tokens, in nats.
     """
     engine.eval()
     row = sorted(range(len(pairs)), key=lambda i: pairs.lengths[i])[len(pairs) // 2]
     plain = engine(data.collate(pairs, [row], shared=False).to(engine.device), per_token="plain")
-    ours = engine(data.collate(pairs, [row], shared).to(engine.device), per_token="ours")
+    ours = engine(pairs.batch([row], engine.device), per_token="ours")
     error = (ours - plain).pow(2).mean().sqrt().item()
     limit = 0.15 if next(engine.module.parameters()).dtype == torch.bfloat16 else 1e-3
     if not error <= limit:
@@ -161,15 +153,26 @@ def check_rows(engine, pairs, shared):
                          "transformers or attn_implementation is not supported; try --attn_implementation=eager")
 
 
-def no_step_if_infinite(losses):
-    """The losses, times 1: an infinite one gets a gradient of NaN, so that the engine does not take the step."""
-    return losses * (1 + 0 * losses.detach())
+def backward(engine, loss, whole, last):
+    """Backward of one micro-batch and, if it is the last one of its step, the optimiser's step.
+
+    loss: the sum over this rank's pairs (or tokens) of the micro-batch.  whole: the number of pairs (or tokens) of the whole
+    step over all ranks. The step's loss is the mean over them, however it is cut into micro-batches and ranks.
+    Returns the norm of the step's gradient after the last micro-batch where DeepSpeed does not compute it, else None.
+    """
+    engine.set_gradient_accumulation_boundary(last)
+    loss = loss * (1 + 0 * loss.detach())  # an infinite loss gets a gradient of NaN, so that the engine skips the step
+    # DeepSpeed divides by the accumulation steps and averages over the ranks.
+    engine.backward(loss * (engine.gradient_accumulation_steps() * world_size() / whole))
+    norm = gradient_norm(engine) if last else None
+    engine.step()
+    return norm
 
 
 def gradient_norm(engine):
-    """Norm of the step's gradient, before clipping, where the engine itself keeps no account of it (fp32 without ZeRO);
-    else None, and `engine.get_global_grad_norm()` says it after the step. One that is not finite keeps the engine from
-    taking the step; under ZeRO it does so by itself."""
+    """Norm of the step's gradient, before clipping, where the engine does not compute it (fp32 without ZeRO); else None,
+    and engine.get_global_grad_norm() has it after the step. Keeps the engine from stepping on a norm that is not finite;
+    under ZeRO the engine sees to that itself."""
     if engine.zero_optimization():
         return None
     norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).item()
@@ -179,18 +182,18 @@ def gradient_norm(engine):
     return norm
 
 
-def norm_for_log(engine, grad_norm):
-    """The gradient's norm, behind the step: what gradient_norm said before it, or else the engine."""
-    return float(engine.get_global_grad_norm() if grad_norm is None else grad_norm)
+def norm_to_log(engine, norm):
+    """Gradient norm to log: ours if computed, otherwise DeepSpeed's."""
+    return float(engine.get_global_grad_norm() if norm is None else norm)
 
 
-def skipped_in_a_row(before, engine, grad_norm, step, ids):
-    """How many steps in a row were not taken because their gradient was no finite number, up to this one: 0 where it was
-    taken. Names the pairs of one that was not, and raises FloatingPointError at the third.
+def skipped_in_a_row(before, engine, norm, step, ids):
+    """How many steps in a row, up to this one, were skipped because their gradient was not finite: 0 if this one was taken.
 
-    before: that number, up to the step before.  grad_norm: what gradient_norm said.  ids: the step's pairs, over all ranks.
+    Names the pairs of a skipped step; raises FloatingPointError at the third in a row.
+    before: that number up to the step before.  norm: what `backward` returned.  ids: the step's pairs, over all ranks.
     """
-    if not (engine.optimizer.overflow if grad_norm is None else not math.isfinite(grad_norm)):
+    if not (engine.optimizer.overflow if norm is None else not math.isfinite(norm)):
         return 0
     what = f"step {step + 1:,}: the loss or its gradient is not a finite number, so the step is not taken; its pairs are"
     if before + 1 < 3:

@@ -12,7 +12,7 @@ from runtime.errors import UsageError, one_line
 
 @contextlib.contextmanager
 def replacing(path):
-    """Yield a path beside `path` to write a file to. It takes the place of `path` in one go; after an error it is removed."""
+    """Yield a path beside `path` to write to. That file replaces `path` in one go; after an error it is removed."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -1,7 +1,7 @@
 """The language model and its tokenizer: loaded and checked, with an adapter where one is trained, and saved.
 
-Whatever is wrong with a folder or a name is one line that says what to do. Weights are read from safetensors alone, and a
-model's own code is run only where the user asked for it.
+Whatever is wrong with a folder or a name becomes one line that says what to do. Weights are read from safetensors alone, and
+code that comes with a model runs only where the user asked for it.
 """
 
 import hashlib
@@ -17,11 +17,13 @@ import torch
 import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import adpo
-from runtime.config import UsageError
-from runtime.ranks import one_line, rank, say, writing
+from runtime.errors import UsageError, one_line
+from runtime.files import writing
+from runtime.ranks import rank, say
 
 
 def load_tokenizer(config):
@@ -67,7 +69,7 @@ def check_models(config, tokenizer):
         decoder = getattr(model, "is_decoder", False) or getattr(model, "is_encoder_decoder", False)
         known = model.model_type in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(model, "auto_map")
         if not known or model.model_type in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder:
-            raise UsageError(f"model {name}: {model.model_type} is no causal language model; it takes one that writes text "
+            raise UsageError(f"model {name}: {model.model_type} is not a causal language model; take one that writes text "
                              "from left to right")
         size = getattr(model.get_text_config(), "vocab_size", tokens)
         if tokens > size:
@@ -76,7 +78,7 @@ def check_models(config, tokenizer):
 
 
 def resolve_model(config, name):
-    """(model, its revision, None); of an adapter, (the model that it was trained on, its revision, the adapter's folder)."""
+    """(model, its revision, None), or for an adapter (the model it was trained on, its revision, the adapter's folder)."""
     try:
         path = transformers.utils.find_adapter_config_file(name, revision=config.model_revision)
         if path is None:
@@ -86,12 +88,12 @@ def resolve_model(config, name):
     except Exception as error:  # as above
         raise cannot_load("model", name, error)
     if importlib.util.find_spec("peft") is None:
-        raise UsageError(f"model {name}: is an adapter, which needs the package peft: pip install -r requirements-extra.txt")
+        raise UsageError(f"model {name}: is an adapter, which needs the package peft: pip install -r tools/requirements.txt")
     return base, revision, Path(path).parent
 
 
 def load_weights(config, name, revision, in_4bit=False):
-    """The causal LM, in the dtype that it is trained in."""
+    """The causal LM, in the dtype that it will be trained in."""
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     quantised = {}
     if in_4bit:
@@ -112,22 +114,22 @@ def load_weights(config, name, revision, in_4bit=False):
 
 
 def add_adapter(config, lm):
-    """Put LoRA weights into the layers of `lm`, in place, and freeze all others. Their output is 0 until they are trained,
-    so that the policy before its first step is the model that was loaded."""
+    """Put LoRA weights into the layers of `lm`, in place, and freeze all others. The adapter's output is 0 until it is
+    trained, so the policy before its first step is the model that was loaded."""
     import peft
     targets = config.lora_target_modules
     settings = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout,
+        task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=0.0,
         target_modules="all-linear" if targets == ["all-linear"] else targets, modules_to_save=config.lora_modules_to_save)
     try:
         peft.get_peft_model(lm, settings)
     except ValueError as error:
-        raise UsageError(f"lora_target_modules {targets}: {one_line(error)}; layers of {type(lm).__name__} are needed, or "
-                         "all-linear")
+        raise UsageError(f"lora_target_modules {targets}: {one_line(error)}; name layers of {type(lm).__name__}, or "
+                         "say all-linear")
 
 
 def load_adapter(config, lm, name, trained):
-    """`lm` with the adapter `name` in its layers, to be trained further; where all weights are trained, merged into them."""
+    """`lm` with the adapter `name` in its layers, to be trained further; without use_peft, merged into its weights."""
     import peft
     try:
         adapted = peft.PeftModel.from_pretrained(lm, name, revision=config.model_revision, is_trainable=config.use_peft)
@@ -139,50 +141,60 @@ def load_adapter(config, lm, name, trained):
         return lm
     settings = lm.peft_config["default"]
     if settings.peft_type != "LORA":
-        raise UsageError(f"adapter {name}: its kind is {settings.peft_type}, and LoRA alone is trained further; with "
+        raise UsageError(f"adapter {name}: its kind is {settings.peft_type}, but only LoRA can be trained further; with "
                          "use_peft: false it is merged, and all weights are trained")
-    say(f"the adapter {name} is trained further, as it is (rank {settings.r}, alpha {settings.lora_alpha}); the lora_ keys "
-        "make a new one")
+    say(f"the adapter {name} is trained further as it is (rank {settings.r}, alpha {settings.lora_alpha}); the lora_ keys "
+        "are for new ones")
     return lm
 
 
-def load_model(config, name, trained=True):
-    """The causal LM inside the module that the engine wraps, with its adapter where one is trained, dropout off."""
+def load_policy(config, name=None, trained=True):
+    """The causal LM inside the module that the engine wraps: adpo.PairLogps, with an adapter where one is trained, and
+    without dropout.  name: of another model than the policy.  Its `fingerprint` is the hash of the weights that were loaded.
+    """
+    name = name or config.model_name_or_path
     torch.manual_seed(config.seed)
-    base, revision, adapter = resolve_model(config, name)
-    lm = load_weights(config, base, revision, config.load_in_4bit)
-    if adapter:
-        lm = load_adapter(config, lm, name, trained)
-    elif config.use_peft and trained:
-        add_adapter(config, lm)
+    try:
+        base, revision, adapter = resolve_model(config, name)
+        lm = load_weights(config, base, revision, config.load_in_4bit)
+        if adapter:
+            lm = load_adapter(config, lm, name, trained)
+        elif config.use_peft and trained:
+            add_adapter(config, lm)
+    except SafetensorError as error:
+        raise UsageError(f"model {name}: a file of its weights is damaged ({one_line(error)}): fetch it again")
+    remove_dropout(lm)
+    if config.gradient_checkpointing:
+        recompute_activations(lm)
+    policy = adpo.PairLogps(lm, config.logits_chunk_size)
+    policy.fingerprint = weights_fingerprint(config, name)
+    return policy
+
+
+def remove_dropout(lm):
     for module in lm.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for attribute, value in vars(module).items():  # some models keep the rate and call the function
             if "dropout" in attribute and isinstance(value, float):
                 setattr(module, attribute, 0.0)
-    if config.gradient_checkpointing:
-        recompute_activations(lm, config.gradient_checkpointing_kwargs)
-        if config.gradient_checkpointing_kwargs.get("use_reentrant"):
-            lm.enable_input_require_grads()  # or the reentrant kind sees no input that needs a gradient
-    return adpo.PairLogps(lm, config.logits_chunk_size)
 
 
-def recompute_activations(lm, options):
-    """Activation checkpointing by either of its names: transformers before 5.21 has the older one alone."""
+def recompute_activations(lm):
+    """Activation checkpointing under either of its names: transformers before 5.21 has only the older one."""
     new = hasattr(lm, "activation_checkpointing_enable")
-    (lm.activation_checkpointing_enable if new else lm.gradient_checkpointing_enable)(options)
+    (lm.activation_checkpointing_enable if new else lm.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def weights_fingerprint(config, name):
-    """Hash of a model's weights: the commit of a hub model, the content of a folder's files. Of an adapter, of both."""
+    """Hash of a model's weights: the commit of a hub model, or the content of a folder's files; for an adapter, of both."""
     base, revision, adapter = resolve_model(config, name)
     if Path(base).exists():
         found = folder_fingerprint(base)
-    else:  # loaded before this from the hub's cache, whose folders have the names of commits
+    else:  # just loaded through the hub's cache, whose folders are named after commits
         found = f"{base}@{Path(huggingface_hub.try_to_load_from_cache(base, 'config.json', revision=revision)).parent.name}"
     if adapter:
-        # Merged, log-probs are not the same to the last bit.
+        # Merging changes the last bits of the log-probs.
         found += f" {'+' if config.use_peft else 'merged with'} {folder_fingerprint(adapter)}"
     if config.load_in_4bit:
         found += f", {config.bnb_4bit_quant_type}{' nested' if config.use_bnb_nested_quant else ''}"
@@ -200,24 +212,24 @@ def folder_fingerprint(folder):
 
 
 def leaves_adapter(config):
-    """Whether the run leaves an adapter, not a model."""
+    """Whether the run leaves an adapter rather than a model."""
     return config.use_peft and not config.merge_adapter
 
 
 def save_adapter(config, lm, state, folder):
-    """The adapter as PeftModel.from_pretrained reads it; with merge_adapter, the plain model, the adapter in its weights.
+    """Write the adapter as PeftModel.from_pretrained reads it, or with merge_adapter a plain model that includes it.
 
-    state: {name: weight} of all that was trained.
+    state: {name: weight} of everything that was trained.
     """
     import peft
     settings = lm.peft_config["default"]
-    settings.inference_mode = True  # who loads it wants it as it is
+    settings.inference_mode = True  # what loads it next is not training
     weights = peft.get_peft_model_state_dict(lm, state, save_embedding_layers=False)
     folder.mkdir()
     save_file({f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()},
               folder / "adapter_model.safetensors", metadata={"format": "pt"})
     settings.save_pretrained(folder)
-    if config.merge_adapter:  # into the model as it was loaded, not into the 4 bits of it
+    if config.merge_adapter:  # into the original weights, not into their 4-bit form
         base, revision, _ = resolve_model(config, config.model_name_or_path)
         merged = peft.PeftModel.from_pretrained(load_weights(config, base, revision), folder).merge_and_unload()
         merged.save_pretrained(folder)
@@ -226,12 +238,12 @@ def save_adapter(config, lm, state, folder):
 
 
 def save_model(engine, tokenizer, output, config):
-    """The trained model, or its adapter, in Hugging Face form, gathered over ranks; each file is put in place when it is
-    complete. Returns their names, on rank 0."""
+    """Write the trained model, or its adapter, in Hugging Face form, gathered over ranks. Each file gets its name when it is
+    complete. Returns the names on rank 0."""
     state = {}
     for name, parameter in engine.module.lm.named_parameters():
         if not parameter.requires_grad and config.use_peft:
-            continue  # what was not trained is where it was loaded from
+            continue  # frozen weights are where they were loaded from
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if rank() == 0:
                 state[name] = parameter.detach().to("cpu", copy=True)

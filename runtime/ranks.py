@@ -1,28 +1,31 @@
-"""Many processes, one run: who they are, what they say to the user and to each other, what they write together.
+"""Many processes, one run: who they are, and what they tell the user and each other.
 
-Every rank runs the same program. Rank 0 alone speaks, and writes what all need once.
+Every rank runs the same program. Rank 0 alone prints, and writes the files that all of them need once.
 """
 
-import contextlib
+import functools
 import os
 import resource
-import shutil
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from tqdm import tqdm
 
-from runtime.config import UsageError
+from runtime.files import writing
 
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def say(message):
-    """One line from rank 0, above the progress bar."""
+    """Print one line from rank 0, above the progress bar."""
     if rank() == 0:
         tqdm.write(message)
         sys.stdout.flush()
@@ -48,6 +51,50 @@ def reduced(sums):
     return sums.tolist()
 
 
+# Pair ids, answers and signals are host data: they travel over gloo, past the GPUs.
+
+@functools.cache
+def host_group():
+    """The ranks as a gloo group. They wait in it while people label, for days if need be. A rank that has died is noticed
+    without a timeout, because its connections close."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=365))
+
+
+def gather_to_rank_0(value):
+    """Every rank's value as a list on rank 0; None on the others."""
+    if world_size() == 1:
+        return [value]
+    gathered = [None] * world_size() if rank() == 0 else None
+    dist.gather_object(value, gathered, dst=0, group=host_group())
+    return gathered
+
+
+def scatter_from_rank_0(values):
+    """Each rank's own item of the list that rank 0 has."""
+    if world_size() == 1:
+        return values[0]
+    box = [None]
+    dist.scatter_object_list(box, values, src=0, group=host_group())
+    return box[0]
+
+
+def from_rank_0(value):
+    """Rank 0's value, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=host_group())
+    return box[0]
+
+
+def on_any_rank(flag):
+    """Whether the flag is set on at least one rank."""
+    flag = torch.tensor(int(flag))
+    if world_size() > 1:
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=host_group())
+    return bool(flag)
+
+
 def rank_0_first(work):
     """Run `work` on rank 0, then on the first rank of each other host, whose caches may be its own, then on the others, who
     find its result in a cache."""
@@ -65,7 +112,7 @@ def several_hosts():
 
 
 def is_shared(output):
-    """Whether output_dir is one folder for all ranks: what rank 0 writes there, they all see. Makes it."""
+    """Whether output_dir is one folder for all ranks, so that they all see what rank 0 writes there. Makes the folder."""
     if not several_hosts():
         return True
     probe = output / all_gather(f".seen-by-all-{os.getpid()}")[0]
@@ -81,42 +128,9 @@ def is_shared(output):
 
 
 def peak_memory(device):
-    """Bytes at the peak, of the rank with most: of the GPU, or of the process."""
+    """Peak memory in bytes of the rank that used most: of its GPU, or on a CPU of the process."""
     peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     peak = torch.tensor(peak, device=device)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     return peak.item()
-
-
-def one_line(error):
-    return " ".join(str(error).split())
-
-
-@contextlib.contextmanager
-def writing(path, scrap=None):
-    """Around what writes a file or a folder. On a disk that takes no more, UsageError in one line; whatever goes wrong, the
-    half-written `scrap`, a file or a folder, is removed."""
-    try:
-        yield
-    except BaseException as error:
-        if scrap and scrap.is_dir():
-            shutil.rmtree(scrap, ignore_errors=True)
-        elif scrap and scrap.exists():
-            scrap.unlink()
-        if "inline_container" in str(error):  # torch.save's way to say so
-            reason = "the disk took only a part"
-        elif isinstance(error, (OSError, SafetensorError)):
-            reason = getattr(error, "strerror", None) or one_line(error)
-        else:
-            raise
-        raise UsageError(f"{path}: cannot be written ({reason}): make room, or make it writable; then the same command goes "
-                         "on from the last checkpoint")
-
-
-def replace_text(path, text):
-    """Write a file so that it is the old one or the new one, whatever happens."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing(path, temporary):
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)

@@ -1,95 +1,80 @@
-"""What belongs to which optimiser step: its pairs, on which rank and in which micro-batch, and its learning rate.
+"""What belongs to which optimiser step: its pairs, which rank takes them in which micro-batch, and its learning rate.
 
-Legend: a step takes per_device_train_batch_size × gradient_accumulation_steps × ranks pairs, in that many micro-batches or,
-where they are long, in more.
+A step takes per_device_train_batch_size × gradient_accumulation_steps × ranks pairs, in that many micro-batches or, where
+the pairs are long, in more.
 """
 
 import math
-from functools import cached_property
-from itertools import accumulate
 
-from deepspeed.accelerator import get_accelerator
+import torch
 
 import data
-from runtime.ranks import rank
-
-
-def pairs_a_step(config, world):
-    return config.per_device_train_batch_size * config.gradient_accumulation_steps * world
+from runtime.ranks import rank, world_size
 
 
 class Schedule:
-    """Which pairs each optimiser step takes, and how they are dealt out to ranks and micro-steps."""
+    """Which pairs each optimiser step takes, and how they are dealt out to ranks and micro-batches.
 
-    def __init__(self, config, pairs, world):
-        self.pairs, self.world, self.config = pairs, world, config
-        self.step_pairs = pairs_a_step(config, world)
+    pairs, test: the training and the test split, or None.  step_pairs: pairs of a step, over all ranks.
+    epoch_steps, total_steps: optimiser steps.
+    """
+
+    def __init__(self, config, pairs, test=None):
+        self.config, self.pairs, self.test, self.world = config, pairs, test, world_size()
+        self.step_pairs = pairs_a_step(config)
         self.epoch_steps = math.ceil(len(pairs) / self.step_pairs)
         self.total_steps = (config.max_steps if config.max_steps > 0
                             else math.ceil(config.num_train_epochs * self.epoch_steps))
         self._order = (None, None)
 
     def rows(self, step):
-        """Indices of the pairs of a step. The last step of an epoch takes what is left: each pair once an epoch."""
+        """Indices of the pairs of a step. The last step of an epoch takes what is left: each pair comes once an epoch."""
         epoch, within = divmod(step, self.epoch_steps)
         if self._order[0] != epoch:
             self._order = (epoch, data.epoch_order(self.pairs.lengths, epoch, self.config.seed, self.step_pairs,
                                                    self.config.group_by_length))
         return self._order[1][within * self.step_pairs:(within + 1) * self.step_pairs]
 
-    def micro_batches(self, step, rows=None):
-        """This rank's micro-batches of a step (or of these rows): lists of indices, some empty; as many on each rank."""
-        rows = self.rows(step) if rows is None else rows
-        return my_batches(rows, self.pairs, self.config.per_device_train_batch_size, self.world, self.config)
+    def micro_batches(self, rows):
+        """This rank's micro-batches of these rows: lists of indices, some of them empty; equally many on each rank."""
+        return my_batches(rows, self.pairs, self.config.per_device_train_batch_size, self.config)
 
-    def pairs_seen(self):
-        """How many different pairs the run comes to."""
-        return min(len(self.pairs), self.total_steps * self.step_pairs)
+    def test_batches(self):
+        """This rank's batches of the test split."""
+        return my_batches(range(len(self.test)), self.test, self.config.per_device_eval_batch_size, self.config)
 
-    @cached_property
-    def label_worth(self):
-        """What a label that is bought at each step is worth: the learning rates of the steps that train on it, which are its
-        own and with replay all to come."""
-        rates = [learning_rate(step, self.total_steps, self.config) for step in range(self.total_steps)]
-        worth = list(accumulate(rates[::-1]))[::-1] if self.config.pseudo_labels == "replay" else rates
-        return [max(w, 1e-9 * max(rates)) for w in worth]  # none is 0: a warm-up starts there
+    def scoring_batches(self):
+        """[(split, this rank's batches)] of one pass over all the pairs that the run will see, cut as it will cut them."""
+        first_epoch = range(min(self.total_steps, self.epoch_steps))
+        train = [(self.pairs, [rows for step in first_epoch for rows in self.micro_batches(self.rows(step))])]
+        return train + ([(self.test, self.test_batches())] if self.test else [])
 
-    @cached_property
-    def _worth_left(self):
-        """Σ label_worth over the pairs of each step and of all behind it."""
-        pairs = [min(self.step_pairs, len(self.pairs) - step % self.epoch_steps * self.step_pairs)
-                 for step in range(self.total_steps)]
-        return list(accumulate((w * n for w, n in zip(self.label_worth[::-1], pairs[::-1])), initial=0.0))[::-1]
-
-    def unlabelled_left(self, step, bought):
-        """About how many pairs without a label are to come from this step on, each counted by what its label would be worth,
-        with one of this step's being 1. bought: labels so far."""
-        second_epoch = min(max(step, self.epoch_steps), self.total_steps)
-        first, later = self._worth_left[step] - self._worth_left[second_epoch], self._worth_left[second_epoch]
-        return (first + later * (1 - bought / len(self.pairs))) / self.label_worth[step]
+    def pairs_seen(self, steps=None):
+        """How many different pairs the run comes to in its first `steps` steps (or in all)."""
+        return min(len(self.pairs), (self.total_steps if steps is None else steps) * self.step_pairs)
 
     def engine_batches(self):
-        """The batch sizes as the engine is to know them: a long step has more micro-steps than the config says."""
-        most = max(len(self.micro_batches(step)) for step in range(self.total_steps))
+        """The batch sizes that the engine is told: a step of long pairs has more micro-steps than the config says."""
+        most = max(len(self.micro_batches(self.rows(step))) for step in range(self.total_steps))
         if self.config.pseudo_labels == "replay":  # any pairs may meet in a step
             longest = sorted(range(len(self.pairs)), key=lambda row: -self.pairs.lengths[row])[:self.step_pairs]
-            most = max(most, len(self.micro_batches(None, longest)))
+            most = max(most, len(self.micro_batches(longest)))
         micro = self.config.per_device_train_batch_size
         return {"gradient_accumulation_steps": most, "train_batch_size": micro * most * self.world}
 
-    def training_batches(self):
-        """This rank's micro-batches of one pass over all the pairs that the run will see."""
-        return [rows for step in range(min(self.total_steps, self.epoch_steps)) for rows in self.micro_batches(step)]
+
+def pairs_a_step(config):
+    return config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
 
 
-def my_batches(rows, pairs, batch_size, world, config):
-    """This rank's share of these pairs, in batches of at most batch_size pairs and as many tokens as the config allows."""
-    most_tokens = config.micro_batch_tokens or (1024 if get_accelerator().device_name() == "cpu" else 16384)
-    return [ranks[rank()] for ranks in data.split_batch(rows, pairs.lengths, world, batch_size, most_tokens)]
+def my_batches(rows, pairs, batch_size, config):
+    """This rank's share of these rows, in batches of at most batch_size pairs and as many tokens as the config allows."""
+    most_tokens = config.micro_batch_tokens or (16384 if torch.accelerator.is_available() else 1024)
+    return [ranks[rank()] for ranks in data.split_batch(rows, pairs.lengths, world_size(), batch_size, most_tokens)]
 
 
 def learning_rate(step, total, config):
-    """Learning rate of optimiser step `step` (from 0) of `total`, as transformers' schedules have it."""
+    """Learning rate of optimiser step `step` (from 0) of `total`, like the schedules of transformers."""
     warmup = math.ceil(total * config.warmup_ratio) if config.lr_scheduler_type != "constant" else 0
     if step < warmup:
         return config.learning_rate * step / warmup
@@ -104,7 +89,3 @@ def set_learning_rate(engine, step, total, config):
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     return lr
-
-
-def due(strategy, every, step, epoch_end):
-    return strategy == "steps" and step % every == 0 or strategy == "epoch" and epoch_end

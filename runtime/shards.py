@@ -3,12 +3,12 @@
     save(engine, folder)      each rank writes what it holds, rank-00000.pt, and which part of which parameter that is
     load(engine, folder)      each rank takes what it needs, from whichever files have it
 
-Why not DeepSpeed's own checkpoints: they are bound to the ranks and the stage that wrote them, its universal ones know no
-ZeRO 0, and both are pickles. These files hold tensors, numbers and text alone, so that loading them runs nothing.
+Why not DeepSpeed's own checkpoints: they are tied to the ranks and the stage that wrote them, its universal ones do not
+support ZeRO 0, and both are pickles. These files hold only tensors, numbers and text, so loading them runs no code.
 
-What a rank holds are flat tensors: the fp32 weights that the optimiser steps, and beside each of them its state of the same
-shape (AdamW's moments). In a flat tensor lie pieces of parameters: all of one parameter (ZeRO 0), or the rank's share of
-many (ZeRO 1 to 3). What is not trained is not in there: it comes from the model's folder.
+A rank holds flat tensors: the fp32 weights that the optimiser updates and, for each, optimiser state of the same shape
+(AdamW's moments). A flat tensor consists of pieces of parameters: one whole parameter (ZeRO 0), or the rank's share of many
+(ZeRO 1 to 3). Frozen weights are not saved: they come from the model's folder.
 """
 
 import pickle
@@ -17,7 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from runtime.config import UsageError
+from runtime.errors import UsageError, one_line
 
 
 def flat_tensors(engine):
@@ -52,7 +52,7 @@ def save(engine, folder):
     """Write this rank's part of a checkpoint. Raises OSError or RuntimeError where the disk takes no more."""
     folder.mkdir(parents=True, exist_ok=True)
     if engine.zero_optimization_stage() == 0 and dist.get_rank() != 0:
-        return  # holds the same as rank 0
+        return  # it holds the same as rank 0
     content = {"counts": [engine.global_steps, engine.global_samples, engine.skipped_steps], "flats": []}
     for flat, pieces in flat_tensors(engine):
         state = torch_optimizer(engine).state.get(flat, {})
@@ -66,16 +66,16 @@ def save(engine, folder):
 
 
 def read_file(path):
-    """What `save` wrote. Its tensors stay on the disk until they are looked at; nothing but such data is taken."""
+    """What `save` wrote. Its tensors stay on the disk until they are used; anything but plain data is refused."""
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UsageError(f"{path}: holds more than tensors, numbers and text ({' '.join(str(error).split())[:200]}): it is "
-                         "not what a run wrote; do not use it")
+        raise UsageError(f"{path}: holds more than tensors, numbers and text ({one_line(error)[:200]}): it is not what a "
+                         "run wrote; do not use it")
 
 
 class Pieces:
-    """What the files of a checkpoint hold, by parameter. Nothing is read before it is asked for."""
+    """The files of a checkpoint, by parameter. Nothing is read before it is asked for."""
 
     def __init__(self, folder):
         self.folder, self.found, self.counts = folder, {}, None
@@ -92,14 +92,14 @@ class Pieces:
             held = sum(count for (_, _, count), _ in self.found.get(name, ()))
             if held != size:
                 raise UsageError(f"{self.folder}: its files rank-*.pt hold {held:,} of the {size:,} elements of {name}: "
-                                 "it is of another model or version; choose another output_dir, or move it away")
+                                 "it belongs to another model or version; choose another output_dir, or move it away")
 
     def step(self, name):
-        """Optimiser steps of a parameter: its bias correction counts them."""
+        """Optimiser steps of a parameter, which its bias correction needs."""
         return self.found[name][0][1]["step"]
 
     def keys(self, name):
-        """Names of the tensors that are there for a parameter: its weights, the optimiser's state."""
+        """Names of the tensors saved for a parameter: its weights and the optimiser's state."""
         return self.found[name][0][1]["tensors"]
 
     def read(self, name, key, start, into):
@@ -129,7 +129,7 @@ def load(engine, folder):
                 pieces.read(name, key, start, whole.view(-1)[offset:offset + count])
             if len(pieces.keys(name)) > 1:
                 inner.state[flat]["step"] = step_of(inner, flat, pieces.step(name))
-    for name, p in trained.items():  # what forward uses: in bf16, or gathered again from all ranks
+    for name, p in trained.items():  # the copy that forward uses: in bf16, or partitioned
         partitioned = hasattr(p, "ds_id")
         with deepspeed.zero.GatheredParameters([p], modifier_rank=0, enabled=partitioned):
             if not partitioned or dist.get_rank() == 0:

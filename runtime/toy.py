@@ -12,7 +12,7 @@ Where it departs: the paper (arXiv 2402.09401) and its official code train 7B mo
 judge model, where no label's truth is known. Here labels follow the Bradley-Terry model that the paper assumes, and
 both responses come from the reference policy itself. Results on it speak about the method, not about language.
 
-Run it alone to build the task and to print a few pairs:    python toy.py DIR [LABEL_NOISE]
+Run it alone to build the task and to print a few pairs:    python -m runtime.toy DIR [LABEL_NOISE]
 """
 
 import json
@@ -32,13 +32,17 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-HERE = Path(__file__).resolve().parent
+from runtime.errors import UsageError
+from runtime.ranks import rank_0_first
+from runtime.sources import read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
 VERSION = 2  # raise it whenever the task changes, so that folders of an older task are not reused
 SFT_SENTENCES = 15360  # 120 steps
 SFT = {"objective": "sft", "max_length": 96, "max_prompt_length": 32, "num_train_epochs": 1, "do_eval": False,
        "per_device_train_batch_size": 128, "learning_rate": 4e-3, "lr_scheduler_type": "linear", "warmup_ratio": 0.08,
        "weight_decay": 0.01, "num_threads": 1, "save_strategy": "no"}  # keys of train.py
-# What a launcher tells a rank: the run that trains the toy model is none.
+# Variables that a launcher sets for its ranks. The run that trains the toy model is not one of them.
 LAUNCHER = {"RANK", "LOCAL_RANK", "CROSS_RANK", "CROSS_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE", "MASTER_ADDR",
             "MASTER_PORT"}
 SAMPLE_BATCH = 1024  # responses sampled at once
@@ -147,7 +151,7 @@ def train_sft(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folde
         "model_name_or_path": str(work / "start"), "dataset_mixer": {str(work / "texts"): 1.0}, "dataset_splits": ["train"],
         "seed": seed, "output_dir": str(work / "run")}), encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER} | {"DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([sys.executable, HERE / "train.py", "--config", work / "sft.yaml"], env=environment, text=True,
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--config", work / "sft.yaml"], env=environment, text=True,
                           stdout=subprocess.DEVNULL, stderr=subprocess.PIPE if quiet else None)  # there its bar is
     if done.returncode:
         raise ValueError(f"the fine-tuning of the toy model ended with exit code {done.returncode}: "
@@ -336,6 +340,28 @@ def write_untrained(folder: Path, sizes: dict[str, int]) -> None:
         write_jsonl(folder / name, rows)
 
 
+def put_in_place(config) -> list[str] | None:
+    """Build the task if the config names `toy`, and put its folders in place of that name.
+
+    Returns the prompts of its test split, to generate from, or None. Raises UsageError."""
+    if "toy" not in (config.model_name_or_path, *config.dataset_mixer):
+        return None
+    try:
+        model, pairs = rank_0_first(lambda: build(config.toy_dir, label_noise=config.toy_label_noise))
+    except ValueError as error:
+        raise UsageError(f"toy: {error}")
+    config.dataset_mixer = {str(pairs) if source == "toy" else source: share
+                            for source, share in config.dataset_mixer.items()}
+    if config.model_name_or_path == "toy":
+        config.model_name_or_path = str(model)
+    return [row["prompt"] for _, row in read_rows(str(pairs), "test")]
+
+
+def gold_rewards(prompts: list[str], **models) -> dict[str, float]:
+    """{"gold_reward_NAME": mean gold reward of what a model generates}.  models: {name: folder}."""
+    return {f"gold_reward_{name}": mean_gold_reward(folder, prompts) for name, folder in models.items()}
+
+
 def load(model_dir: str | os.PathLike) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """The model in fp32, ready to sample from, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
@@ -357,7 +383,7 @@ def mean_gold_reward(model_dir: str | os.PathLike, prompts: list[str], samples: 
 
 if __name__ == "__main__":
     if not 2 <= len(sys.argv) <= 3:
-        sys.exit("usage: python toy.py DIR [LABEL_NOISE]")
+        sys.exit("usage: python -m runtime.toy DIR [LABEL_NOISE]")
     torch.set_num_threads(1)  # a model this small is several times faster on one thread
     model_dir, pairs_dir = build(sys.argv[1], *map(float, sys.argv[2:]))
     rows = read_jsonl(pairs_dir / "train.jsonl")

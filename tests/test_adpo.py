@@ -16,8 +16,8 @@ import transformers
 
 import adpo
 import data
-from runtime import model
 import train
+from runtime import model
 
 V = 97
 SMALL = dict(vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,

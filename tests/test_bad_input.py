@@ -38,8 +38,8 @@ from safetensors.torch import load_file, save_file
 from test_data import CHATML, LLAMA_BOS, SPECIAL, as_jsonl, renderer, reply, system, user
 
 import data
-from runtime.config import Config, UsageError, parse_config
 from data import DataError
+from runtime.config import Config, UsageError, parse_config
 from runtime.ranks import one_line
 from train import command
 

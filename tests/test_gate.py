@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import adpo
-from labels import threshold
 from labels.oracle import DatasetAnnotator, Oracle, Question
 from runtime.schedule import Schedule
 

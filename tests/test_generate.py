@@ -14,8 +14,8 @@ import torch
 from conftest import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from runtime import toy
 from benchmarks import harnesses
+from runtime import toy
 from tools import compare, generate
 
 SHORT = ("--max_new_tokens", "12")

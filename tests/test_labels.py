@@ -17,8 +17,7 @@ import torch
 import transformers
 from test_judge import Server, completion
 
-from labels import judge
-from labels import oracle
+from labels import judge, oracle
 from runtime import toy
 
 

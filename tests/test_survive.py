@@ -26,10 +26,9 @@ from safetensors.torch import load_file
 from test_train import assert_same_weights
 
 import adpo
-from runtime import checkpoint
-from labels import oracle
-from runtime import report
 import train as loop
+from labels import oracle
+from runtime import checkpoint, report
 
 
 def errors(run):

@@ -1,12 +1,13 @@
-"""Two models' answers side by side in a terminal: what tools/generate.py does at --compare.
+"""Two models' answers side by side in a terminal: tools/generate.py --compare.
 
     python tools/generate.py --compare A B [--questions FILE]
 
-A, B: files of tools/generate.py (responses.jsonl, AlpacaEval's model_outputs.json, FastChat's NAME.jsonl), or folders that
-hold one. Answers meet by their question. FastChat's files have no questions: --questions question.jsonl shows them.
+A, B: files written by tools/generate.py (responses.jsonl, AlpacaEval's model_outputs.json, FastChat's NAME.jsonl), or
+folders that contain one. Answers are matched by their question. FastChat's files do not contain the questions:
+--questions question.jsonl adds them.
 
-In a terminal the text goes through $PAGER (or less); piped, it is printed, as wide as $COLUMNS (80 without). What could
-steer a terminal is written out, as \\x1b.
+In a terminal the text goes through $PAGER (or less). Into a pipe it is printed, as wide as $COLUMNS (default 80). Control
+characters are written out, as in \\x1b, so that an answer cannot control the terminal.
 """
 
 import os
@@ -17,20 +18,22 @@ import sys
 import unicodedata
 from pathlib import Path
 
-import data
+from data import text_or_messages
+from runtime.errors import UsageError
+from runtime.sources import DataError, find_file, read_file
 from tools.exchange import as_text
 
-FOLDER = ("responses.jsonl", "model_outputs.json", "data/mt_bench/model_answer/*.jsonl")  # where answers lie in a folder
+FOLDER = ("responses.jsonl", "model_outputs.json", "data/mt_bench/model_answer/*.jsonl")  # where a folder keeps its answers
 
 
 def harmless(text):
-    """A text without anything that a terminal obeys but line feeds: blanks are spaces, the rest is written out."""
+    """A text without control characters except line feeds: other white space becomes spaces, the rest is written out."""
     text = text.replace("\r\n", "\n").expandtabs(4)
     return "".join(c if c.isprintable() or c == "\n" else " " if c.isspace() else ascii(c)[1:-1] for c in text)
 
 
 def columns(text):
-    """Columns that a text takes in a terminal."""
+    """How many columns a text takes in a terminal."""
     if text.isascii():
         return len(text)
     return sum(0 if unicodedata.category(c) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
@@ -38,7 +41,7 @@ def columns(text):
 
 
 def wrap(text, width):
-    """Lines of at most `width` columns, broken at spaces, or inside a word that is longer than a line."""
+    """Break a text into lines of at most `width` columns, at spaces, or inside a word that is longer than a line."""
     lines = []
     for paragraph in text.split("\n"):
         line = ""
@@ -61,7 +64,7 @@ def wrap(text, width):
 
 
 def beside(left, right, width):
-    """Two texts in two columns."""
+    """The lines of two texts, side by side in two columns."""
     half = (width - 3) // 2
     left, right = wrap(left, half), wrap(right, half)
     height = max(len(left), len(right))
@@ -70,30 +73,30 @@ def beside(left, right, width):
 
 
 def find(path):
-    """The answer file that a path means. Raises DataError."""
+    """The answer file that a path, perhaps of a folder, refers to. Raises DataError."""
     path = Path(path)
     if not path.is_dir():
         return path
     found = [file for pattern in FOLDER for file in sorted(path.glob(pattern))]
     if len(found) != 1:
         held = f"holds {len(found)} answer files ({', '.join(str(f.relative_to(path)) for f in found)}): name one"
-        raise data.DataError(f"{path}: {held if found else 'holds no ' + ' or '.join(FOLDER)}")
+        raise DataError(f"{path}: {held if found else 'holds no ' + ' or '.join(FOLDER)}")
     return found[0]
 
 
 def rows_of(path):
-    """[(place, row)] of a file of questions or answers; its suffix says how it is read. Raises DataError."""
+    """[(place, row)] of a file of questions or answers, in the format that its suffix names. Raises DataError."""
     if not Path(path).is_file():
-        raise data.DataError(f"{path}: there is no such file")
-    rows = list(data.read_file(data.find_file(path, "train")))
+        raise DataError(f"{path}: there is no such file")
+    rows = list(read_file(find_file(path, "train")))
     for place, row in rows:
         if not isinstance(row, dict):
-            raise data.DataError(f"{place}: expected an object with fields, found {type(row).__name__}")
+            raise DataError(f"{place}: expected an object with fields, found {type(row).__name__}")
     return rows
 
 
 def read(path):
-    """(the model's name, {question: its answers, one a turn}) of an answer file. Raises DataError."""
+    """(the model's name, {question: its answers, one per turn}) from an answer file. Raises DataError."""
     name, answers = None, {}
     for place, row in rows_of(path):
         if "choices" in row:
@@ -103,9 +106,9 @@ def read(path):
             key, name, turns = row.get("instruction"), row.get("generator"), [row["output"]]
         else:
             key, turns = row.get("prompt"), [row.get("response")]
-            key = as_text(data.text_or_messages(key, f"{place}, field prompt"))
+            key = as_text(text_or_messages(key, f"{place}, field prompt"))
         if not isinstance(key, (str, int)) or not is_list_of(turns, str):
-            raise data.DataError(f"{place}: is no answer as tools/generate.py writes it")
+            raise DataError(f"{place}: is not an answer written by tools/generate.py")
         answers.setdefault(key, turns)
     return harmless(name if isinstance(name, str) and name else str(path.parent.name or path)), answers
 
@@ -115,7 +118,7 @@ def is_list_of(value, kind):
 
 
 def side_by_side(a, b, width, questions=None):
-    """The comparison as lines. a, b: (name, {question: answers}).  questions: {id: the turns that it stands for}."""
+    """The comparison as lines. a, b: (name, {question: answers}).  questions: {question id: its turns}."""
     (name_a, answers_a), (name_b, answers_b) = a, b
     both = [key for key in answers_a if key in answers_b]
     lines, same = [], 0
@@ -136,7 +139,7 @@ def side_by_side(a, b, width, questions=None):
 
 
 def main(a, b, question_file=None):
-    """Print or page the comparison of two files or folders. Returns the exit code."""
+    """Print the comparison of two files or folders, or show it in a pager. Returns the exit code."""
     try:
         paths = [find(path) for path in (a, b)]
         sides = [read(path) for path in paths]
@@ -145,7 +148,7 @@ def main(a, b, question_file=None):
         questions = None
         if question_file:
             questions = {row.get("question_id"): row.get("turns") for _, row in rows_of(question_file)}
-    except data.DataError as error:
+    except UsageError as error:
         print(f"tools/generate.py: {error}", file=sys.stderr)
         return 2
     text = "\n".join(side_by_side(*sides, max(20, shutil.get_terminal_size().columns), questions))
@@ -154,6 +157,6 @@ def main(a, b, question_file=None):
         return 0
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # the reader has seen enough
+    except BrokenPipeError:  # the reader has stopped reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

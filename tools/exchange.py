@@ -1,38 +1,42 @@
-"""A run's open questions for other annotation tools, and their answers back into the ledger: what tools/label.py does
-at --export and --import.
+"""Export a run's open questions to other annotation tools, and import the answers: tools/label.py --export and --import.
 
-    from labels.oracle import Ledger
+    from labels.ledger import Ledger
     from tools.exchange import export_questions, import_answers
     export_questions(Ledger("OUTPUT_DIR/labels.sqlite"), "questions.jsonl", "jsonl")
     import_answers(Ledger("OUTPUT_DIR/labels.sqlite"), "answers.jsonl", "jsonl")
 
-Format "jsonl": JSON Lines in UTF-8. Out: one open question a line, {"pair", "prompt", "response_a", "response_b"}, each
-text as the data has it, a string or a list of {"role", "content"}. In: {"pair", "label": "a" or "b", "annotator",
-"seconds"}, the last two optional; a label that is missing, null, "" or "skip" is a skipped question. Best is to add
-`label` to the exported line: where response_a and response_b stand in it, the label means those, whichever way round
-they are; where they do not, it means the sides as they were exported.
+Format "jsonl": JSON Lines in UTF-8.
+    Export: one open question per line, {"pair", "prompt", "response_a", "response_b"}. Each text has the form it has in
+        the data, a string or a list of {"role", "content"}.
+    Import: {"pair", "label": "a" or "b", "annotator", "seconds"}, the last two optional. A label that is missing, null, ""
+        or "skip" skips the question. It is best to add `label` to the exported line: if the line contains response_a and
+        response_b, the label refers to them, even if they were swapped; otherwise it refers to the exported sides.
 
-Format "label-studio": Label Studio's own JSON, as of its versions 1.x (labelstud.io/guide/task_format, /tags/pairwise,
-and its template "Pairwise Classification"). Out: a list of tasks {"data": {"pair", "prompt", "response_a",
-"response_b"}}, the texts as plain text, and FILE.xml beside it, the labelling configuration. In: its export "JSON" (not
-"JSON-MIN"): annotations[].result[] of type "pairwise" with value {"selected": "left" or "right"}, left being
-response_a; completed_by is the annotator, lead_time the seconds. Of several annotations of a task the oldest is the
-answer and the others are second opinions. Cancelled annotations, annotations without a choice, and tasks without
-annotations are skipped questions.
+Format "label-studio": the JSON of Label Studio 1.x (labelstud.io/guide/task_format, /tags/pairwise, and its template
+"Pairwise Classification").
+    Export: a list of tasks {"data": {"pair", "prompt", "response_a", "response_b"}} in plain text, and the labelling
+        configuration beside it in FILE.xml.
+    Import: what Label Studio exports as "JSON" (not "JSON-MIN"). The label is in annotations[].result[] of type
+        "pairwise", with value {"selected": "left" or "right"}; left is response_a. completed_by is the annotator,
+        lead_time the seconds. If a task has several annotations, the oldest is the answer and the others are second
+        opinions. A cancelled annotation, one without a choice, and a task without annotations skip the question.
 
-Which side a response is on is drawn from a hash of the pair's id, so that neither y1 nor y2 is always on the left. An
-import is all or none: everything in the file is checked first, then written in one transaction. What is in the ledger
-already is not written again, so that importing a file twice changes nothing.
+A hash of the pair's id decides which side a response is on, so neither y1 nor y2 is always on the left. An import writes
+everything or nothing: it checks the whole file first, then writes in one transaction. It does not repeat what the ledger
+already has, so importing a file twice changes nothing.
 
 The paper and the official code ask nobody.
 """
 
-import contextlib
+import errno
 import hashlib
 import json
 import math
 import os
 import re
+
+from runtime.errors import UsageError
+from runtime.files import replacing
 
 CONFIGURATION = """\
 <View>
@@ -50,17 +54,18 @@ CONFIGURATION = """\
 SKIPPED = (None, "", "skip")
 
 
-class ExchangeError(Exception):
-    """A file that cannot be read, written or used. The message names the file, the line or task, and the field."""
+class ExchangeError(UsageError):
+    """A file cannot be read, written or used. The message names the file, the line or task, and the field."""
 
 
-# Out.
+# Export.
 
 def export_questions(ledger, path, format):
-    """Write the open questions to a file, which appears complete or not at all (one that stands there is replaced).
+    """Write the open questions to a file, replacing an existing one. The file appears complete or not at all.
 
-    format: "jsonl" or "label-studio"; the latter writes FILE.xml too. Returns how many questions there are. Raises
-    ExchangeError."""
+    format: "jsonl" or "label-studio"; the latter writes FILE.xml too. Returns the number of questions. Raises
+    ExchangeError.
+    """
     tasks = []
     for pair, prompt, first, second in ledger.open_questions():
         prompt, y1, y2 = map(json.loads, (prompt, first, second))
@@ -78,13 +83,13 @@ def export_questions(ledger, path, format):
 
 
 def drawn_sides(pair):
-    """What a label means on the exported sides: (1, −1) where response_a is y1, (−1, 1) where it is y2."""
+    """(label of side a, label of side b) as exported: (1, −1) if response_a is y1, (−1, 1) if it is y2."""
     odd = hashlib.blake2b(f"sides {pair}".encode(), digest_size=1).digest()[0] & 1
     return (-1, 1) if odd else (1, -1)
 
 
 def as_text(value):
-    """A string as it is; messages as plain text, the role above each, unless the assistant's is the only one."""
+    """A string unchanged; messages as plain text with the role above each, or without if there is only the assistant's."""
     if isinstance(value, str):
         return value
     if [message["role"] for message in value] == ["assistant"]:
@@ -93,38 +98,33 @@ def as_text(value):
 
 
 def _dump(value):
-    """JSON on one line, readable. Escaped is only what some programs take for a line's end, and lone surrogates."""
+    """Readable JSON on one line. It escapes only lone surrogates, and characters that some programs take for line ends."""
     return re.sub("[\x85\u2028\u2029\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}",
                   json.dumps(value, ensure_ascii=False))
 
 
 def replace_file(path, text, ledger=None):
-    """Put a text at `path` in one go, as UTF-8. Raises ExchangeError, also where the ledger is there."""
-    path = os.fspath(path)
-    temporary = f"{path}.{os.getpid()}.tmp"
+    """Write a text file in one go, as UTF-8. Raises ExchangeError, also if the path is the ledger's."""
     try:
         if ledger and os.path.exists(path) and os.path.samefile(path, ledger.path):
             raise ExchangeError(f"{path} is the ledger: choose another file")
-        try:
-            with open(temporary, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+        if os.path.isdir(path):
+            raise ExchangeError(f"{path}: {os.strerror(errno.EISDIR)}")
+        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
     except OSError as error:
         raise ExchangeError(f"{path}: {error.strerror}")
 
 
-# In.
+# Import.
 
 def import_answers(ledger, path, format, annotator="import"):
     """Answer questions from a file.
 
-    format: "jsonl" or "label-studio".  annotator: whose the labels are that name nobody.
-    Returns how many were `answered`; were `second_opinions`, of pairs that have an answer (kept as verdicts); were
-    `already_there`, the same label by the same annotator; were `skipped`, without a label.
-    Raises ExchangeError where anything in the file is wrong; then nothing of it is in the ledger.
+    format: "jsonl" or "label-studio".  annotator: the name for labels that come without one.
+    Returns counts: `answered`; `second_opinions` on pairs that already had an answer, kept as verdicts; `already_there`,
+    the same label by the same annotator; `skipped`, without a label.
+    Raises ExchangeError if anything in the file is wrong; then nothing is imported.
     """
     if format not in READERS:
         raise ValueError(f"format {format!r}: expected \"jsonl\" or \"label-studio\"")
@@ -136,7 +136,7 @@ def import_answers(ledger, path, format, annotator="import"):
         for pair, label, who, seconds in answers:
             if label is None:
                 counts["skipped"] += 1
-            elif _stands(ledger, pair, label, who):
+            elif _already_there(ledger, pair, label, who):
                 counts["already_there"] += 1
             elif ledger.answer_question(pair, label, who, seconds=seconds):
                 counts["answered"] += 1
@@ -145,8 +145,8 @@ def import_answers(ledger, path, format, annotator="import"):
     return counts
 
 
-def _stands(ledger, pair, label, annotator):
-    """Whether this annotator's label is in the ledger, as the answer or beside it."""
+def _already_there(ledger, pair, label, annotator):
+    """Whether the ledger has this annotator's label, as the answer or as a second opinion."""
     return ledger.db.execute(
         "SELECT EXISTS (SELECT 1 FROM answers WHERE pair = :pair AND label = :label AND annotator = :annotator) OR "
         "EXISTS (SELECT 1 FROM answers WHERE pair = :pair) AND "
@@ -155,7 +155,7 @@ def _stands(ledger, pair, label, annotator):
 
 
 def _from_jsonl(path, questions, annotator):
-    """(pair, label or None, annotator, seconds) of each line."""
+    """Yield (pair, label or None, annotator, seconds) for each line."""
     for n, line in enumerate(_read(path).split(b"\n"), 1):
         if not line.strip():
             continue
@@ -175,7 +175,7 @@ def _from_jsonl(path, questions, annotator):
 
 
 def _from_label_studio(path, questions, annotator):
-    """(pair, label or None, annotator, seconds) of each annotation, and one of each task without any."""
+    """Yield (pair, label or None, annotator, seconds) for each annotation, and for each task without annotations."""
     tasks = _parse(_read(path), path)
     if not isinstance(tasks, list):
         raise ExchangeError(f"{path}: expected a list of tasks, found {tasks!r:.80}")
@@ -203,7 +203,7 @@ READERS = {"jsonl": _from_jsonl, "label-studio": _from_label_studio}
 def _read(path):
     try:
         with open(path, "rb") as file:
-            return file.read().removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
+            return file.read().removeprefix(b"\xef\xbb\xbf")  # a byte order mark, which some editors write
     except OSError as error:
         raise ExchangeError(f"{path}: {error.strerror}")
 
@@ -216,12 +216,12 @@ def _parse(text, place):
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise ExchangeError(f"{place}: not JSON ({line}column {error.colno}: {error.msg})")
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; thousands of brackets
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or thousands of brackets
         raise ExchangeError(f"{place}: not usable JSON ({error})")
 
 
 def _question(row, questions, place):
-    """(pair, (first, second) as JSON) of the question that a row names."""
+    """(pair, (first, second) as JSON) of the question that a row is about."""
     pair = row.get("pair")
     if not isinstance(pair, str):
         raise ExchangeError(f"{place}, field pair: expected a pair's id, found {pair!r:.80}")
@@ -231,7 +231,7 @@ def _question(row, questions, place):
 
 
 def _sides(row, pair, texts, place):
-    """(label of side a, label of side b). texts: (y1, y2) in the form in which the row would have them."""
+    """(label of side a, label of side b) in this row. texts: (y1, y2) in the form that the row's format gives them."""
     if "response_a" not in row and "response_b" not in row:
         return drawn_sides(pair)
     shown = [row.get("response_a"), row.get("response_b")]
@@ -242,7 +242,7 @@ def _sides(row, pair, texts, place):
     fitting = [labels for labels in ((1, -1), (-1, 1)) if shown == [texts[label < 0] for label in labels]]
     if not fitting:
         raise ExchangeError(f"{place}, field response_b: is the same response of the pair {pair} as response_a")
-    return fitting[0] if len(fitting) == 1 else drawn_sides(pair)  # two responses that read alike: as exported
+    return fitting[0] if len(fitting) == 1 else drawn_sides(pair)  # both responses read the same: as exported
 
 
 def _name(value, place):
@@ -260,14 +260,14 @@ def _seconds(value, place):
 
 
 def _created(annotation, place):
-    """What annotations of a task are sorted by: Label Studio's time, as ISO text, which sorts as it is."""
+    """The key by which a task's annotations are sorted: Label Studio's time. It is ISO text, which sorts correctly."""
     if not isinstance(annotation, dict):
         raise ExchangeError(f"{place}: expected an object, found {annotation!r:.80}")
     return str(annotation.get("created_at") or "")
 
 
 def _selected(annotation, place):
-    """ "left", "right", or None where nothing was chosen."""
+    """The chosen side, "left" or "right", or None if nothing was chosen."""
     if annotation.get("was_cancelled"):
         return None
     results = annotation.get("result")
@@ -283,7 +283,7 @@ def _selected(annotation, place):
 
 
 def _completed_by(value, place, nobody):
-    """An annotator's name: the user's mail address where the export has it, or label-studio-NUMBER."""
+    """An annotator's name: the user's mail address if the export has it, otherwise label-studio-NUMBER."""
     if isinstance(value, dict):
         value = value.get("email") or value.get("id")
     if value is None:

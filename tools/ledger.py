@@ -1,16 +1,16 @@
 """Look at a run's ledger, export it, or seed it with the labels of another run.
 
     python tools/ledger.py OUTPUT_DIR                        print it
-    python tools/ledger.py OUTPUT_DIR --csv FILE [--force]   one row an answer, all columns
+    python tools/ledger.py OUTPUT_DIR --csv FILE [--force]   one row per answer, all columns
     python tools/ledger.py OUTPUT_DIR --reuse OLD_OUTPUT_DIR
                                                              copy the old run's answers, best before the new run starts
 
-A reused answer keeps its label and annotator; its source is "reused" and its step −1, so that it is used for free and
-not counted as a query, and it has no margin, time or cost here: what it took stands in the old ledger. An answer that
-is there already is left as it is.
+A reused answer keeps its label and annotator. Its source becomes "reused" and its step −1, so the new run uses it for
+free and does not count it as a query. Its margin, time and cost stay in the old ledger. An answer that the new ledger
+already has is not replaced.
 
-Reading changes nothing in the run's folder, and works while a run is on. Needs requirements.txt alone. Exit code 2:
-there is no ledger, or it cannot be read or written; one line says why. The paper and the official code keep no labels.
+Reading changes nothing in the run's folder and works during a run. Needs only requirements.txt. Exit code 2: there is no
+ledger, or it cannot be read or written; one line says why. The paper and the official code keep no labels.
 """
 
 import argparse
@@ -23,25 +23,27 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, for the two imports below
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, for the imports below
 
-from labels.oracle import Ledger, LedgerError, Question, wilson  # noqa: E402
-from tools.exchange import ExchangeError, replace_file  # noqa: E402
+from labels.ledger import Ledger, LedgerError, Question  # noqa: E402
+from labels.oracle import wilson  # noqa: E402
+from runtime.errors import UsageError  # noqa: E402
+from tools.exchange import replace_file  # noqa: E402
 
-PATIENCE = 10  # seconds to wait for a ledger that another process holds
+PATIENCE = 10  # seconds to wait while another process holds the ledger
 NEEDED = {"answers": "pair, label, source, annotator, margin, step, audit, answered_at, seconds, cost, used",
           "questions": "pair, leased_to, leased_until", "verdicts": "pair, annotator, verdict, cost"}
 
 
 def read_ledger(folder):
-    """{table: its rows}, all of one moment, from a connection that cannot write. Raises LedgerError."""
+    """{table: its rows}, as of one moment, read through a connection that cannot write. Raises LedgerError."""
     path = Path(folder) / "labels.sqlite"
     if not path.is_file():
         raise LedgerError(f"no ledger: {path} does not exist")
     beside = [path.with_name(path.name + end) for end in ("-wal", "-journal")]
     while True:
-        # Where nobody has the ledger open, even a reader would leave files beside it, unless SQLite is told that it
-        # cannot change. Should a run open it meanwhile, it is read again.
+        # If no other process has the ledger open, even a reader would leave files beside it, unless SQLite is told that
+        # the file cannot change. If a run opens the ledger while we read it, we read it again.
         alone = not any(file.exists() for file in beside)
         db = None
         try:
@@ -62,9 +64,10 @@ def read_ledger(folder):
 
 
 def in_words(path, error):
+    """An error of SQLite as a message to the user."""
     words = str(error)
     if "locked" in words or "busy" in words:
-        return f"{path} is locked: another process holds it; try again when that is done"
+        return f"{path} is locked: another process holds it; try again when it is done"
     if "no such" in words or "not a database" in words or "malformed" in words:
         return f"{path} is not a ledger, or of another version ({words})"
     return f"{path}: {words}"
@@ -73,7 +76,7 @@ def in_words(path, error):
 # The report.
 
 def report(folder, now=None):
-    """The ledger in words. now: seconds since 1970, for the leases."""
+    """The report as text. now: seconds since 1970, to tell which leases have run out; default: the present."""
     tables = read_ledger(folder)
     answers, verdicts = tables["answers"], tables["verdicts"]
     bought = [row for row in answers if row["step"] >= 0]
@@ -99,7 +102,7 @@ def report(folder, now=None):
                        [(*key, *figures(rows)) for key, rows in groups(answers, "source", "annotator")], words=2)]
     twice = asked_twice(verdicts)
     if twice:
-        out += ["", "The same pair, the same annotator, twice or more (of a judge: both orders)",
+        out += ["", "Pairs with two or more verdicts by the same annotator (for a judge: both orders)",
                 *table(("annotator", "pairs", "agree", "contradict", "no preference", "share that agrees"), twice)]
     return "\n".join(line.rstrip() for line in out)
 
@@ -108,7 +111,7 @@ HEAD = ("source", "answers", "y1 preferred", "median seconds", "labels an hour",
 
 
 def figures(rows):
-    """The cells of some answers: HEAD without its first. Labels an hour: of an annotator's own time."""
+    """A table row about some answers, without its first cell; see HEAD. Labels an hour count the annotators' own time."""
     bought = [row for row in rows if row["step"] >= 0]
     seconds = [row["seconds"] for row in bought if row["seconds"] is not None]
     known = [row["cost"] for row in bought if row["cost"] is not None]
@@ -119,7 +122,7 @@ def figures(rows):
 
 
 def groups(rows, *names):
-    """[((value, …), rows)], sorted."""
+    """Group rows by some of their columns: [((value, …), rows)], sorted."""
     found = defaultdict(list)
     for row in rows:
         found[tuple(row[name] for name in names)].append(row)
@@ -139,8 +142,8 @@ def money(rows):
 
 
 def agreement_between(verdicts):
-    """Of the pairs on which two or more annotators have a view, on how many it is the same. One who said the one as
-    often as the other (a judge whose orders contradict) has none."""
+    """How often annotators agree, over the pairs on which two or more of them have a view. One who chose each response
+    equally often (a judge whose orders contradict each other) has no view."""
     views = defaultdict(lambda: defaultdict(int))
     for row in verdicts:
         views[row["pair"]][row["annotator"]] += row["verdict"]
@@ -150,33 +153,33 @@ def agreement_between(verdicts):
 
 
 def asked_twice(verdicts):
-    """(annotator, pairs, agree, contradict, no preference, share) of each who has two verdicts or more of one pair.
-    No preference: that is what one of them says, and the others do not contradict."""
+    """(annotator, pairs, agree, contradict, no preference, share that agrees) for each annotator with two or more verdicts
+    on one pair. No preference: at least one verdict says so, and the others do not contradict each other."""
     kinds = defaultdict(lambda: [0, 0, 0])
     for (who, _), rows in groups(verdicts, "annotator", "pair"):
-        found = {row["verdict"] for row in rows}
+        said = {row["verdict"] for row in rows}
         if len(rows) > 1:
-            kinds[who][1 if {1, -1} <= found else 2 if 0 in found else 0] += 1
+            kinds[who][1 if {1, -1} <= said else 2 if 0 in said else 0] += 1
     return [(who, *(f"{n:,}" for n in (sum(kind), *kind)), f"{kind[0] / sum(kind):.1%}")
             for who, kind in sorted(kinds.items())]
 
 
 def table(head, rows, words=1):
-    """Lines of a table; the first `words` columns to the left, numbers to the right."""
+    """Lines of a table: the first `words` columns aligned left, the others right."""
     rows = [head, *([printable(cell) or "–" for cell in row] for row in rows)]
     widths = [max(len(row[k]) for row in rows) for k in range(len(head))]
     return ["  ".join(f"{cell:{'<' if k < words else '>'}{widths[k]}}" for k, cell in enumerate(row)) for row in rows]
 
 
 def printable(text):
-    """A text that stays on its line and cannot steer a terminal: an annotator's name may come from anywhere."""
+    """A text that stays on its line and cannot control the terminal: an annotator's name may come from anywhere."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 # The export and the seed.
 
 def export_csv(folder, path, force=False):
-    """Write one row an answer, oldest first. Returns how many there are."""
+    """Write one row per answer, oldest first. Returns how many there are."""
     if Path(path).exists() and not force:
         raise LedgerError(f"{path} exists: say --force to replace it")
     if Path(path).exists() and Path(path).samefile(Path(folder) / "labels.sqlite"):
@@ -191,14 +194,16 @@ def export_csv(folder, path, force=False):
 
 
 def reuse(folder, old):
-    """Seed a folder's ledger, made where there is none, with another's answers. Returns (copied, there already, of
-    those with the other label)."""
+    """Copy another run's answers into a folder's ledger, which is created if missing.
+
+    Returns (answers copied, answers that were already there, how many of these have the other label).
+    """
     path = Path(folder) / "labels.sqlite"
     answers = read_ledger(old)["answers"]
     if path.exists():
         if path.samefile(Path(old) / "labels.sqlite"):
             raise LedgerError(f"{old} is the same run")
-        read_ledger(folder)  # whether it is a ledger, before anything of it is opened for writing
+        read_ledger(folder)  # check that it is a ledger before opening it for writing
     ledger = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -222,7 +227,7 @@ def reuse(folder, old):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="tools/ledger.py", description="Look at a run's ledger of labels.")
     parser.add_argument("output_dir", help="the run's folder")
-    parser.add_argument("--csv", metavar="FILE", help="export one row an answer")
+    parser.add_argument("--csv", metavar="FILE", help="export one row per answer")
     parser.add_argument("--force", action="store_true", help="let --csv replace a file")
     parser.add_argument("--reuse", metavar="OLD_OUTPUT_DIR", help="copy another run's answers into this one's ledger")
     args = parser.parse_args(argv)
@@ -235,12 +240,12 @@ def main(argv=None):
             print(f"{export_csv(args.output_dir, args.csv, args.force):,} answers written to {args.csv}")
         if not args.reuse and not args.csv:
             print(report(args.output_dir))
-    except (LedgerError, ExchangeError) as error:
+    except UsageError as error:
         print(f"tools/ledger.py: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a name's letters shows ? for them
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show some letters shows ? instead
     sys.exit(main())

@@ -1,0 +1,146 @@
+"""A reward model that answers queries on this machine: a sequence classifier with one output, the score of a response.
+
+    RewardModelJudge(texts, name_or_path).answer(questions, ledger)     scores both responses; offline and free
+
+    deepspeed train.py --config … --oracle judge --judge reward_model --judge_model DIR
+
+The response with the higher score is preferred; equal scores are left to a coin, as with any judge (labels/judge.py).
+Departure: the official code asks nobody; its labels come with the data.
+"""
+
+import inspect
+import json
+import math
+import time
+
+import torch
+
+from labels.annotators import Waiting
+from labels.judge import Judge, plain
+from runtime.errors import one_line
+
+
+class RewardModelJudge(Judge):
+    """Prefers the response with the higher score.
+
+    name_or_path: a model that AutoModelForSequenceClassification loads.  batch_size: pairs at once.  device: default is
+    the current GPU, or the CPU without one.  max_length: in tokens; a longer text loses its beginning.
+    Raises ValueError, in one line, if the model is not a reward model.
+    """
+
+    needs = ("judge_model",)
+
+    def __init__(self, texts, name_or_path, batch_size=8, device=None, max_length=2048, seed=0):
+        super().__init__(texts, str(name_or_path), seed)
+        self.batch_size = batch_size
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.tokenizer, self.lm = self._load(name_or_path)
+        self.inputs = inspect.signature(self.lm.forward).parameters
+        self.pads = self._set_padding()
+        self.tokenizer.truncation_side = "left"
+        positions = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = min(max_length, self.tokenizer.model_max_length, positions or max_length)
+
+    @classmethod
+    def configured(cls, config, texts):
+        return cls(texts, config.judge_model, seed=config.seed)
+
+    def _load(self, name_or_path):
+        """(tokenizer, model on the device)."""
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer  # slow; tools import this module too
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+            lm, loading = AutoModelForSequenceClassification.from_pretrained(
+                name_or_path, output_loading_info=True, use_safetensors=True,
+                dtype="auto" if self.device.type == "cuda" else torch.float32)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"reward model {self.model}: cannot be loaded: {one_line(error, 300)}")
+        if lm.config.num_labels != 1:
+            raise ValueError(f"reward model {self.model}: has {lm.config.num_labels} outputs; take a model with one output")
+        if loading["missing_keys"]:  # transformers would fill them at random
+            raise ValueError(f"reward model {self.model}: its weights lack {sorted(loading['missing_keys'])[0]}; "
+                             "take a model that was trained to score")
+        return tokenizer, lm.to(self.device).eval()
+
+    def _set_padding(self):
+        """Make the tokenizer pad as the model expects. Returns whether rows can be padded at all.
+
+        The model reads the score at the last token that is not its padding token, so we must pad with exactly that one. A
+        model without a padding token gets the tokenizer's, unless that is EOS: then every row is scored alone.
+        """
+        config, tokenizer = self.lm.config.get_text_config(), self.tokenizer
+        if config.pad_token_id is None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+            config.pad_token_id = tokenizer.pad_token_id
+        pads = config.pad_token_id is not None and 0 <= config.pad_token_id < len(tokenizer)
+        if pads:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
+        tokenizer.padding_side = "right"
+        return pads
+
+    def answer(self, questions, ledger):
+        """Settle every question. Raises Waiting on Ctrl-C; ValueError, naming the pair, if one cannot be scored."""
+        missing = self.unanswered(questions, ledger)
+        asked = len(missing)
+        verdicts = {pair: verdict for pair in missing for verdict, detail in self.past_verdicts(pair, ledger)
+                    if "scores" in detail}  # from a run that was killed before it could settle them
+        try:
+            while missing:
+                self.show(len(missing))
+                some = list(missing)[:self.batch_size]
+                self.judge([pair for pair in some if pair not in verdicts], verdicts, ledger)
+                for pair in some:
+                    self.settle(missing[pair], verdicts[pair], ledger)
+                    del missing[pair]
+            self.show(0)
+        except KeyboardInterrupt:
+            raise Waiting(f"interrupted, {len(missing)} of {asked} answers are missing")
+
+    def judge(self, pairs, verdicts, ledger):
+        """Score a batch of pairs; store their verdicts in the ledger and in `verdicts`."""
+        started = time.monotonic()
+        scores = self.scores([row for pair in pairs for row in self.rows(pair)])
+        for pair, first, second in zip(pairs, scores[::2], scores[1::2]):
+            if not (math.isfinite(first) and math.isfinite(second)):
+                raise ValueError(f"reward model {self.model}: pair {pair} has the scores {first} and {second}; "
+                                 "take another model, or leave the pair out")
+            verdicts[pair] = (first > second) - (first < second)
+            ledger.add_verdict(pair, self.model, verdicts[pair], (time.monotonic() - started) / len(pairs), None,
+                               json.dumps({"scores": [first, second]}))
+
+    def rows(self, pair):
+        """The two texts to score: rendered by the chat template if there is one, otherwise (prompt, response) each."""
+        if not self.tokenizer.chat_template:
+            prompt, *responses = map(plain, self.texts(pair))
+            return [(prompt, response) for response in responses]
+        import jinja2
+
+        from data import hh_messages
+        prompt, *responses = map(json.loads, self.texts(pair))
+        prompt = hh_messages(prompt) or prompt
+
+        def messages(role, part):
+            return [{"role": role, "content": part.strip()}] if isinstance(part, str) else part
+
+        try:
+            return [self.tokenizer.apply_chat_template(messages("user", prompt) + messages("assistant", response),
+                                                       tokenize=False) for response in responses]
+        except jinja2.TemplateError as error:
+            raise ValueError(f"reward model {self.model}: its chat template refuses pair {pair}: {one_line(error, 300)}")
+
+    def scores(self, rows):
+        """A list of floats, one score a row."""
+        scores = []
+        for some in [rows] if self.pads and rows else [[row] for row in rows]:
+            options = {"padding": self.pads, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
+            if self.tokenizer.chat_template:  # the template has already written the special tokens
+                batch = self.tokenizer(some, add_special_tokens=False, **options)
+            elif self.tokenizer.sep_token:  # an encoder takes two texts
+                batch = self.tokenizer([prompt for prompt, _ in some], [response for _, response in some], **options)
+            else:
+                batch = self.tokenizer([prompt + response for prompt, response in some], **options)
+            # Tokenizers may return token_type_ids, which some models need and others do not accept.
+            batch = {name: ids.to(self.device) for name, ids in batch.items() if name in self.inputs}
+            with torch.no_grad():
+                logits = self.lm(**batch).logits  # (rows, 1)
+            scores += logits[:, 0].float().tolist()
+        return scores

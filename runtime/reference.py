@@ -1,0 +1,111 @@
+"""Log-probs of the reference policy, computed once and cached on disk, so that no second model is ever resident.
+
+The reference is the policy before its first step, scored by the policy's own engine. A reference that is another model
+(ref_model_name_or_path) is loaded, scored and freed before the policy is loaded.
+"""
+
+import gc
+import hashlib
+import json
+import os
+import zlib
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+import data
+from runtime.engine import check_against_plain_forward, starting
+from runtime.errors import one_line
+from runtime.files import replacing, writing
+from runtime.model import load_policy
+from runtime.ranks import all_gather, bar, from_rank_0, rank, say
+
+
+def add_other_reference(config, ds, scoring):
+    """Fill `.ref_logps` of the splits from the model ref_model_name_or_path.  ds: the engine's config."""
+    stage = 3 if ds["zero_optimization"].get("stage") == 3 else 0  # without an optimiser, stages 1 and 2 make no sense
+    module = load_policy(config, config.ref_model_name_or_path, trained=False)
+    share_prompts(module, scoring)
+    with starting(config):
+        engine, *_ = deepspeed.initialize(model=module, config={**ds, "zero_optimization": {"stage": stage}})
+    check_against_plain_forward(engine, scoring[0][0])
+    add_reference(engine, scoring)
+    engine.destroy()
+    del engine, module
+    gc.collect()
+
+
+def share_prompts(policy, scoring):
+    """Let each row hold both responses of a pair, where this model can do that."""
+    for pairs, _ in scoring:
+        pairs.shared = policy.why_not_shared() is None
+
+
+def add_reference(engine, scoring):
+    """Fill `.ref_logps`, log π_ref of all pairs of the splits, from the cache or by scoring them.
+
+    scoring: [(pairs, batches)], Schedule.scoring_batches. The batches are those that training and evaluation will use, and
+    they are part of the cache's key: padding changes the last bits of a log-prob, and so does another kernel, but at step 0
+    every margin has to be 0, not nearly 0.
+    """
+    cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "adpo"
+    for pairs, batches in scoring:
+        depends = [data.VERSION, engine.module.fingerprint, pairs.fingerprint, pairs.shared, all_gather(batches),
+                   str(next(engine.module.parameters()).dtype), *kernels(engine)]
+        path = cache / f"reference-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:32]}.safetensors"
+        logps = from_rank_0(read(path) if rank() == 0 else None)  # rank 0's disk decides for all hosts
+        if logps is None:
+            logps = score(engine, pairs, batches, f"reference log-probs ({pairs.kind})")
+            if rank() == 0:
+                with writing(path):
+                    cache.mkdir(parents=True, exist_ok=True)
+                    with replacing(path) as temporary:
+                        save_file({"logps": logps, "crc": crc(logps)}, temporary)
+        pairs.ref_logps = logps
+
+
+def kernels(engine):
+    """What decides which kernels compute a log-prob: the attention, the versions, the device."""
+    device = torch.cuda.get_device_name() if engine.device.type == "cuda" else engine.device.type
+    return engine.module.lm.config._attn_implementation, torch.__version__, device
+
+
+@torch.no_grad()
+def score(engine, pairs, batches, what):
+    """Log-probs of all pairs, over all ranks: (pairs, 2) fp32 on the CPU; NaN for a pair that is in no batch."""
+    engine.eval()
+    logps = torch.zeros(len(pairs), 2, device=engine.device)
+    seen = torch.zeros(len(pairs), 1, device=engine.device)
+    with bar(len(batches), what) as progress:
+        for rows in batches:
+            batch = pairs.batch(rows, engine.device)
+            scored = engine(batch)  # (B, 2)
+            if rows:
+                logps[batch.rows], seen[batch.rows] = scored, 1.0
+            progress.update()
+    dist.all_reduce(logps)
+    dist.all_reduce(seen)
+    return logps.where(seen > 0, torch.nan).cpu()
+
+
+def crc(tensor):
+    """CRC-32 of a tensor's bytes, as a tensor."""
+    return torch.tensor(zlib.crc32(tensor.numpy().tobytes()))
+
+
+def read(path):
+    """The log-probs in a file of the cache, or None if there is none or it is damaged; the latter is reported."""
+    if not path.is_file():
+        return None
+    try:
+        found = load_file(path)
+        if found["crc"] != crc(found["logps"]):
+            raise ValueError("its checksum differs")
+        return found["logps"]
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        say(f"{path} is damaged ({one_line(error)}): the log-probs of the reference are computed again")
+        return None

@@ -1,0 +1,202 @@
+"""One run: its folder, where it stands, when it logs, evaluates and saves, how it stops and resumes. Training and SFT alike.
+
+    run = Run.open(config, command_line)          refuses another run's folder; run.finished: nothing is left to do
+    run.resume(engine, schedule, columns=…, …)    from the newest whole checkpoint, if there is one
+    with run.stoppable(engine):                   Ctrl-C or a missing answer writes a checkpoint; the same command goes on
+        for step in run.steps():
+            …  run.add(sums)                      metric sums of a micro-batch
+            run.end_step(engine, norm, ids)
+            if run.is_due("logging"): …           and "eval", "save"
+    run.finish(engine, tokenizer, summary)        model, card, summary, hub
+"""
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+from runtime import checkpoint, report, toy
+from runtime.engine import engine_config, settings_that_count, skipped_in_a_row
+from runtime.errors import Stopped, UsageError
+from runtime.model import save_model
+from runtime.ranks import all_gather, bar, is_shared, on_any_rank, rank, reduced, say, world_size
+from runtime.schedule import pairs_a_step
+
+
+class Interrupt:
+    """Ctrl-C and SIGTERM (which schedulers send) ask the run to stop where it can be resumed; a second Ctrl-C kills it.
+
+    asked: set by the signal; the loop looks at it between steps.  inside: set while an annotator is asked who may take
+    hours; then KeyboardInterrupt is raised at once.
+    """
+
+    def __init__(self):
+        self.asked = self.inside = self.pressed = False
+
+    def install(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self)
+
+    def remove(self):
+        """Unless a stop is under way: the launcher's SIGTERM follows, and would cut it short."""
+        if not self.asked:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def __call__(self, number, frame):
+        if number == signal.SIGINT and self.pressed:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        self.pressed |= number == signal.SIGINT  # the launcher sends SIGTERM after a Ctrl-C, which is not a second Ctrl-C
+        self.asked = True
+        if self.inside:
+            self.inside = False  # raise only once: under the launcher a second signal follows at once
+            raise KeyboardInterrupt
+
+
+class Run:
+    """Where a run stands. All ranks make one and call its methods together.
+
+    step: optimiser steps done.  sums: (columns,) fp64, metric sums since the last log.  evaluation: the last one's result.
+    """
+
+    def __init__(self, config, command_line=None):
+        self.config, self.command_line, self.started = config, command_line, time.time()
+        self.output, self.interrupt, self.finished = Path(config.output_dir), Interrupt(), False
+        self.step, self.skipped, self.seconds_before, self.evaluation = 0, 0, 0.0, None
+        self.toy_prompts = toy.put_in_place(config)
+        self.engine_config = engine_config(config)
+
+    @classmethod
+    def open(cls, config, command_line=None):
+        """The run in output_dir, before anything is loaded. Raises UsageError if that folder cannot be used."""
+        run = cls(config, command_line)
+        output, shared_output = run.output, is_shared(run.output)
+        checkpoint.check_same_run(config, output, pairs_a_step(config))
+        if all_gather((output / "summary.json").is_file())[0]:
+            if rank() == 0:
+                say(f"{output} is finished: {report.closing_line(report.read_summary(output / 'summary.json'))}")
+            say("to train again, choose another --output_dir or move that one away")
+            run.finished = True
+            return run
+        checkpoint.check_writable(output)
+        if not shared_output and config.save_strategy != "no":
+            raise UsageError(f"output_dir {output}: is not the same folder on all hosts, and each rank writes its part of a "
+                             "checkpoint there: put it on a file system that all share, or say --save_strategy=no")
+        run.can_save = shared_output
+        run.checkpoint = checkpoint.find(config, output) if shared_output else None
+        return run
+
+    def write_config(self):
+        """Make the folder and its config.yaml. All ranks call it together."""
+        checkpoint.write_config(self.config, self.output, pairs_a_step(self.config))
+
+    def resume(self, engine, schedule, columns, unit="pairs", **parts):
+        """Open the log and, if there is a checkpoint, put it into the engine and the parts.
+
+        columns: how many metric sums there are.  unit: what a step is counted in.  parts: objects with a `state`, a dict,
+        that checkpoints keep.
+        """
+        self.total_steps, self.epoch_steps, self.parts = schedule.total_steps, schedule.epoch_steps, parts
+        self.start = {f"{unit} a step": schedule.step_pairs, unit: schedule.pairs.fingerprint,
+                      "model": engine.module.fingerprint, "engine settings": settings_that_count(self.engine_config)}
+        sums = [0.0] * columns
+        if self.checkpoint:
+            state = checkpoint.restore(engine, self.checkpoint, self.start)
+            self.step, self.skipped, self.seconds_before, self.evaluation, sums = (
+                state[name] for name in ("step", "skipped", "wall_seconds", "evaluation", "sums"))
+            for name, part in parts.items():
+                part.state = state[name]
+            say(f"resumed from {self.checkpoint} at step {self.step:,} of {self.total_steps:,}")
+        self.sums = torch.tensor(sums, dtype=torch.float64, device=engine.device) * (rank() == 0)
+        self.metrics = report.Log(self.output, engine, self.step if self.checkpoint else -1)
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
+        say(f"{len(schedule.pairs):,} {unit}, {self.total_steps:,} steps of {schedule.step_pairs} {unit}, {parameters:,} "
+            f"parameters, {world_size()} process{'es' if world_size() > 1 else ''} on {engine.device.type}, "
+            f"ZeRO {self.engine_config['zero_optimization'].get('stage', 0)}")
+
+    @contextlib.contextmanager
+    def stoppable(self, engine):
+        """Around the loop: where it is Stopped, a checkpoint is written first, so that the same command resumes it."""
+        self.progress = bar(self.total_steps, "train", initial=self.step)
+        self.interrupt.install()
+        try:
+            yield
+        except Stopped:
+            self.progress.close()
+            if self.step and self.can_save and not self.in_step and self.step not in checkpoint.complete(self.output):
+                self.save(engine)
+            self.interrupt.remove()
+            raise
+        self.progress.close()
+        self.interrupt.remove()
+
+    def steps(self):
+        """Yield each optimiser step that is still to do, from 0. Raises Stopped after Ctrl-C or SIGTERM on any rank."""
+        self.in_step, self.window_start = False, time.time()
+        while self.step < self.total_steps:
+            if on_any_rank(self.interrupt.asked):
+                raise Stopped("interrupted")
+            yield self.step
+            self.progress.update()
+
+    def show_missing(self, missing):
+        """Tell in the progress bar how many answers are missing."""
+        self.progress.set_description_str(f"waiting for {missing} labels" if missing else "train")
+
+    def add(self, sums):
+        """Add the metric sums of a micro-batch.  sums: (columns,) fp64."""
+        self.sums += sums
+        self.in_step = True  # a checkpoint written now would count part of a step
+
+    def end_step(self, engine, norm, ids):
+        """Close a step. norm: what `backward` returned.  ids: the step's pairs, over all ranks, to be named if the gradient
+        was not finite. Raises FloatingPointError at the third such step in a row."""
+        self.skipped = skipped_in_a_row(self.skipped, engine, norm, self.step, ids)
+        self.step += 1
+        self.in_step = False
+
+    def is_due(self, what):
+        """Whether to do "logging", "eval" or "save" after the step that was just closed."""
+        last = self.step == self.total_steps
+        if what == "logging":
+            first = self.step == 1 and self.config.logging_first_step
+            return first or last or self.step % self.config.logging_steps == 0
+        strategy, every = getattr(self.config, f"{what}_strategy"), getattr(self.config, f"{what}_steps")
+        due = strategy == "steps" and self.step % every == 0 or strategy == "epoch" and self.step % self.epoch_steps == 0
+        return due or last and what == "eval"
+
+    def take_sums(self):
+        """The metric sums since the last log, over all ranks, as a list; they begin at 0 again."""
+        sums = reduced(self.sums)
+        self.sums.zero_()
+        return sums
+
+    def seconds_since_log(self):
+        """Seconds of training since the last log: evaluation and checkpoints do not count."""
+        return time.time() - self.window_start
+
+    def log(self, split, row):
+        """Write a row of metrics.jsonl.  split: "train" or "eval"."""
+        self.metrics.write({"step": self.step, "epoch": self.step / self.epoch_steps, "split": split, **row})
+        self.window_start = time.time()
+
+    def save(self, engine):
+        """Write a checkpoint."""
+        state = {"step": self.step, "start": self.start, "skipped": self.skipped, "evaluation": self.evaluation,
+                 "wall_seconds": self.seconds_before + time.time() - self.started, "sums": reduced(self.sums),
+                 **{name: part.state for name, part in self.parts.items()}}
+        checkpoint.save(engine, self.output, state, self.config.save_total_limit)
+        self.window_start = time.time()
+
+    def finish(self, engine, tokenizer, summary):
+        """After the last step: the model, its card, the summary, and the hub if asked for."""
+        names = save_model(engine, tokenizer, self.output, self.config)
+        engine.destroy()
+        if rank() == 0 and self.toy_prompts:
+            summary |= toy.gold_rewards(self.toy_prompts, before=self.config.model_name_or_path, after=self.output)
+        seconds = self.seconds_before + time.time() - self.started
+        report.finish(self.config, summary, self.output, names, self.command_line, seconds)
