@@ -518,7 +518,8 @@ class Pairs:
         """The PairBatch of these rows on `device`, with reference log-probs and labels where the pairs have them."""
         assert self.labels is None or self.kind == "test", "training pairs must not hold labels"
         batch = collate(self, rows, self.shared)
-        batch.ref_logps = None if self.ref_logps is None else self.ref_logps[batch.rows]  # (B, 2)
+        if self.ref_logps is not None:  # (B, 2); a filler's pair may not be one of those that were scored
+            batch.ref_logps = self.ref_logps[batch.rows] if rows else torch.zeros(1, 2)
         batch.labels = None if self.labels is None else self.labels[batch.rows]  # (B,)
         return batch.to(device)
 

@@ -87,10 +87,10 @@ def main(config, command_line=None):
                 logps = engine(batch)  # (B, 2)  log π_θ(y|x)
                 rewards = adpo.implicit_rewards(logps, batch.ref_logps, config.beta)  # (B, 2)
                 margin = adpo.margins(rewards)  # (B,)
-                known = margin.detach().cpu()  # (B,)  the only wait for the device in a micro-step
-                ask = adpo.gate(known, threshold.gamma, batch.ids)  # (B,)  |m| ≤ γ
-                answers = oracle.answer(batch.ids, known, ask, step)  # (B,)  +1, −1; 0: not asked, or the budget is spent
-                labels = adpo.choose_labels(known, answers, ask, config.pseudo_labels, config.after_budget)  # (B,)  o
+                margin_cpu = margin.detach().cpu()  # (B,)  the only wait for the device in a micro-step
+                ask = adpo.gate(margin_cpu, threshold.gamma, batch.ids)  # (B,)  |m| ≤ γ
+                answers = oracle.answer(batch.ids, margin_cpu, ask, step)  # (B,)  +1, −1; 0: not asked, or budget spent
+                labels = adpo.choose_labels(margin_cpu, answers, ask, config.pseudo_labels, config.after_budget)  # (B,)  o
 
                 oracle.count_pseudo_labels(batch.ids, labels, answers)
                 labels = data.to_device(labels, engine.device)

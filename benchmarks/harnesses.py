@@ -1,22 +1,24 @@
-"""The trained folder in the harnesses of the paper's evaluation, each from its registry, each by its own loaders:
-lm-evaluation-harness, AlpacaEval, and FastChat's MT-Bench.
+"""Do the paper's evaluation harnesses read what train.py leaves? lm-evaluation-harness, AlpacaEval and FastChat's MT-Bench,
+installed from their package registry, load a trained folder with their own code.
 
-    python benchmarks/harnesses.py                           makes their environment in outputs/harness-env at the first run
-    python benchmarks/harnesses.py --harness-python PATH     uses an interpreter that has them already
-    python benchmarks/harnesses.py --model DIR               also this model in lm-evaluation-harness, trained 2 steps
-    python benchmarks/harnesses.py --outputs DIR --results FILE    other places to work in and to write to
+    python benchmarks/harnesses.py                           makes their environment in outputs/harness-env on the first run
+    python benchmarks/harnesses.py --harness-python PATH     uses a Python that already has them
+    python benchmarks/harnesses.py --model DIR               also trains this model for 2 steps, for lm-evaluation-harness
+    python benchmarks/harnesses.py --outputs DIR --results FILE    works in DIR and writes FILE
 
-A few minutes on one CPU thread, no download but of packages. It builds the toy task (toy.py), trains its model, and
+A few minutes on one CPU thread; nothing but packages is downloaded. It makes the built-in task (runtime/toy.py), trains its
+model, and then:
 
-- runs `lm_eval --model hf --model_args pretrained=DIR` on a local task (benchmarks/harness_task: which of two reviews is the
-  better one), and computes the log-likelihoods and the accuracy again in a few lines of plain torch;
-- answers by tools/generate.py as the trained and as the base model, and has AlpacaEval's `evaluate` load both files, merge,
-  annotate and count; the judge alone is a rule, the gold reward, in place of GPT-4's API;
-- answers two-turn questions, and has FastChat's gen_judgment load, check and pair the files and FastChat's common write the
-  judge's prompts; the judge's API call alone is replaced.
+- lm-evaluation-harness: runs `lm_eval --model hf --model_args pretrained=DIR` on a local task (benchmarks/harness_task:
+  which of two reviews is better), and computes the same log-likelihoods and accuracy in a few lines of plain torch;
+- AlpacaEval: writes the answers of the trained and the base model with tools/generate.py, and lets AlpacaEval's `evaluate`
+  load, merge, annotate and count them. Only GPT-4's API is replaced, by a rule: the gold reward decides;
+- MT-Bench: answers two-turn questions, lets FastChat's gen_judgment load, check and pair the files, and FastChat's common
+  write the prompts for the judge. Only the call to the judge's API is replaced.
 
-Nothing departs from the paper, which evaluates by these three. Writes benchmarks/results/harnesses.md. Exit code 0: all that
-the harnesses found is what was expected; 1: something is not; 2: it could not be run.
+The paper evaluates with the same three harnesses, with their real questions and judges. Writes
+benchmarks/results/harnesses.md. Exit code 0: the harnesses found what was expected; 1: they did not; 2: the benchmark could
+not run.
 """
 
 import argparse
@@ -34,14 +36,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import trl_parity  # noqa: E402
 
 HARNESSES = {"lm_eval": "0.4.13", "alpaca_eval": "0.6.6", "fschat": "0.2.36"}
-# torch first, so that it is this torch. fschat imports openai and anthropic and does not ask for them; alpaca_eval imports
-# pkg_resources, which newer setuptools do not have.
+# torch comes first, so that nothing else chooses its version. fschat imports openai and anthropic without requiring them,
+# and alpaca_eval imports pkg_resources, which newer versions of setuptools do not have.
 PACKAGES = (["torch==2.13.0"], ["transformers==5.23.0", "accelerate", "openai", "anthropic", "setuptools<81",
                                 *(f"{name}=={version}" for name, version in HARNESSES.items())])
 TASK = ROOT / "benchmarks" / "harness_task"
-TOLERANCE = 1e-3  # nats, on the log-likelihood of a response: what fp32 leaves of sums in another order
+TOLERANCE = 1e-3  # nats, between two log-likelihoods of a response: fp32 sums in another order differ by less
 TRAINING = {"max_steps": 96, "max_train_samples": 6144, "do_eval": False, "logging_steps": 96}
-# AlpacaEval's own parser: which words mean that output 1 is preferred, output 2, or neither.
+# For AlpacaEval's own parser: the words that mean that output 1 is preferred, or output 2, or neither.
 ANNOTATOR = """\
 gold_reward:
   prompt_template: annotator/prompt.txt
@@ -50,21 +52,21 @@ gold_reward:
   completion_parser_kwargs:
     outputs_to_match: {1: first, 2: second, 1.5: neither}
 """
-# Of --model's two steps.
+# For the two steps of --model.
 TWO_STEPS = {"max_steps": 2, "dataset_splits": "train", "max_train_samples": 64, "do_eval": False, "max_length": 96,
              "max_prompt_length": 32, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "bf16": False,
              "num_threads": 1}
-# The two-turn questions: a category of each kind of temperature, and one that FastChat does not know.
+# Categories of the two-turn questions: MT-Bench's, which set the temperature, and one that FastChat does not know.
 CATEGORIES = ("writing", "roleplay", "extraction", "math", "coding", "reasoning", "stem", "humanities", "gardening")
-PEERS = (*HARNESSES, "torch", "transformers", "accelerate")  # whose versions the results name
+PEERS = (*HARNESSES, "torch", "transformers", "accelerate")  # packages whose versions the results list
 Stop = trl_parity.Stop
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The harnesses' side: these functions run in their interpreter
+# The harnesses' side: these functions run in the harnesses' environment
 
 def peer(job_path):
-    """Have AlpacaEval and FastChat read the job's files; write what they found."""
+    """Let AlpacaEval and FastChat read the job's files, and write down what they found."""
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
     os.chdir(job["fastchat"])
     found = {"alpaca_eval": alpaca_eval(job), "fastchat": fastchat(job)}
@@ -72,14 +74,14 @@ def peer(job_path):
 
 
 def alpaca_eval(job):
-    """The files through alpaca_eval.main.evaluate, against each other."""
+    """What alpaca_eval.main.evaluate makes of the two models' answers."""
     import alpaca_eval.annotators.base
     import alpaca_eval.main
 
     from runtime import toy
 
     def judge(prompts, **_):
-        """Of each prompt "OUTPUT 1 ||| OUTPUT 2", which one is preferred, as text for AlpacaEval's parser."""
+        """Which output is preferred for each prompt "OUTPUT 1|||OUTPUT 2", as text for AlpacaEval's parser."""
         gold = [[toy.gold_reward(output) for output in prompt.split("|||")] for prompt in prompts]
         return {"completions": ["neither" if a == b else "the first" if a > b else "the second" for a, b in gold],
                 "price_per_example": [0] * len(prompts), "time_per_example": [0] * len(prompts)}
@@ -99,7 +101,7 @@ def alpaca_eval(job):
 
 
 def fastchat(job):
-    """The files through fastchat.llm_judge, as gen_judgment's main goes, up to the judge's prompts."""
+    """What fastchat.llm_judge makes of the answer files: the steps of gen_judgment's main, up to the judge's prompts."""
     from fastchat.llm_judge import common, gen_judgment
     questions = common.load_questions("data/mt_bench/question.jsonl", None, None)
     answers = common.load_model_answers("data/mt_bench/model_answer")
@@ -110,7 +112,7 @@ def fastchat(job):
             "single-v1": "{question}|||{answer}", "single-math-v1": "{question}|||{answer}|||{ref_answer_1}",
             "single-v1-multi-turn": "{question_1}|||{answer_1}|||{question_2}|||{answer_2}",
             "single-math-v1-multi-turn": "{question_1}|||{answer_1}|||{question_2}|||{answer_2}|||{ref_answer_2}"}.items()})
-    reference = {"gpt-4": answers[models[0]]}  # MT-Bench has reference answers for some categories; these stand in
+    reference = {"gpt-4": answers[models[0]]}  # stands in for MT-Bench's reference answers to some categories
     common.check_data(questions, answers, reference, models, judges)
     groups = [[q for q in questions if (q["category"] in gen_judgment.NEED_REF_CATS) == wanted] for wanted in (False, True)]
     matches = []
@@ -136,7 +138,8 @@ def fastchat(job):
 # Our side
 
 def reviews():
-    """The rows of the task: 100 prompts of the toy test split, each with two sentences of the grammar; better: 0 or 1."""
+    """The rows of the task: 100 prompts of the toy test split, each with two sentences of the grammar. better: 0 or 1, the
+    index of the one with the higher gold reward."""
     from runtime import toy
     draw, rows = random.Random("harness task"), []
     for prompt in toy.split_prompts(0)[1][:100]:
@@ -149,7 +152,7 @@ def reviews():
 
 
 def plain_torch(folder, rows):
-    """[[log-likelihood of each choice]] of the rows, by one forward a choice: nothing padded, nothing cached."""
+    """[[log-likelihood of each choice] for each row], one forward pass per choice, without padding or a cache."""
     import torch
     import transformers
     lm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
@@ -167,7 +170,8 @@ def plain_torch(folder, rows):
 
 
 def lm_eval(python, folder, work, rows):
-    """One model in lm-evaluation-harness, beside plain torch: {"harness", "plain" (accuracies), "gap" (nats)}."""
+    """One model in lm-evaluation-harness and in plain torch: {"harness", "plain"}, two accuracies, and {"gap"}, the largest
+    difference between log-likelihoods, in nats."""
     name = folder.name
     print(f"lm-evaluation-harness: {folder}", flush=True)
     trl_parity.run([str(python), "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={folder}", "--include_path",
@@ -185,7 +189,7 @@ def lm_eval(python, folder, work, rows):
 
 
 def train(work, name, *flags):
-    """A folder trained by train.py, which prints into a log."""
+    """Train with train.py, whose output goes to a log file. Returns the trained folder."""
     print(f"train.py: {name}", flush=True)
     keys = [f"--{key}={value}" for key, value in {"output_dir": work / name, "save_strategy": "no"}.items()]
     trl_parity.run([sys.executable, "train.py", *flags, *keys], work / f"{name}.log")
@@ -193,7 +197,7 @@ def train(work, name, *flags):
 
 
 def answer(folder, questions, format, output, name, *flags):
-    """tools/generate.py on a folder."""
+    """Answer the questions with tools/generate.py. Returns the rows of its file."""
     print(f"tools/generate.py: {format}, {name}", flush=True)
     trl_parity.run([sys.executable, "tools/generate.py", str(folder), "--questions", str(questions), "--format", format,
                     "--output", str(output), "--name", name, "--max_new_tokens", "48", *flags], output.with_suffix(".log"))
@@ -202,7 +206,7 @@ def answer(folder, questions, format, output, name, *flags):
 
 
 def judged(python, work, models, prompts):
-    """(what AlpacaEval and FastChat found, what was expected of them) on answers of {name: folder}."""
+    """(what AlpacaEval and FastChat found, what they should have found).  models: {name: folder}."""
     from runtime import toy
     from tools import generate
     chat = work / "fastchat"
@@ -237,14 +241,14 @@ def judged(python, work, models, prompts):
                      "pairs": len(questions), "prompts": one + two, "scores": [7] * 4 * len(questions),
                      "temperatures": generate.TEMPERATURES}}
     found = json.loads((work / "found.json").read_text(encoding="utf-8"))
-    # The order is FastChat's; the reference answer, which stands behind some, is none of ours.
+    # FastChat chooses the order of the prompts, and appends a reference answer to some, which is not compared.
     found["fastchat"]["prompts"] = sorted(prompt[:4 if len(prompt) > 3 else 2] for prompt in found["fastchat"]["prompts"])
     expected["fastchat"]["prompts"].sort()
     return found, expected
 
 
 def differences(found, expected):
-    """What the harnesses found otherwise, as lines."""
+    """What the harnesses found that was not expected, one line each."""
     return [f"{harness}, {name}: found {str(found[harness].get(name))[:200]}, expected {str(value)[:200]}"
             for harness in expected for name, value in expected[harness].items()
             if found[harness].get(name) != value
@@ -252,7 +256,7 @@ def differences(found, expected):
 
 
 def document(rows, found, wrong, versions, model):
-    """The Markdown of all that was found."""
+    """The results page."""
     table = "\n".join(f"| {name} | {row['harness']:.2f} | {row['plain']:.2f} | {row['gap']:.1e} |"
                       for name, row in rows.items())
     ours = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "deepspeed"))
@@ -272,30 +276,31 @@ Made by
 
 ## lm-evaluation-harness
 
-`lm_eval --model hf --model_args pretrained=DIR --include_path benchmarks/harness_task --tasks toy_reviews`: the share of
-{len(reviews())} prompts for which the better of two reviews has the higher likelihood. Beside it the same by plain torch,
-one forward a response, and the largest difference of a log-likelihood (limit {TOLERANCE:.0e}).
+`lm_eval --model hf --model_args pretrained=DIR --include_path benchmarks/harness_task --tasks toy_reviews`: for what share
+of {len(reviews())} prompts does the better of two reviews have the higher likelihood? The same is computed in plain torch,
+one forward pass per response. The last column is the largest difference between two log-likelihoods (limit {TOLERANCE:.0e}).
 
 | model | accuracy, harness | accuracy, plain torch | largest difference, nats |
 | --- | --: | --: | --: |
 {table}
 
-`base` is the toy model that training started from, `trained` is what train.py left in its output folder after
-{TRAINING["max_steps"]} steps.
+`base` is the toy model that training started from; `trained` is train.py's output folder after {TRAINING["max_steps"]}
+steps.
 
 ## AlpacaEval
 
-`alpaca_eval.main.evaluate` on the trained and the base model's `model_outputs.json` (temperature 1), the judge's API
-replaced by the gold reward: columns {", ".join(f"`{name}`" for name in alpaca["columns"])}; {alpaca["annotated"]} of
-{alpaca["rows"]} instructions paired; win rate of `{alpaca["name"]}` {alpaca["win_rate"]:.1f} %, the same as counted from
-the files.
+`alpaca_eval.main.evaluate` reads `model_outputs.json` of the trained and of the base model (temperature 1); the gold reward
+replaces the judge's API. It finds the columns {", ".join(f"`{name}`" for name in alpaca["columns"])} and pairs
+{alpaca["annotated"]} of {alpaca["rows"]} instructions. The win rate of `{alpaca["name"]}` is {alpaca["win_rate"]:.1f} %, the
+same as counted from the files.
 
 ## FastChat's MT-Bench
 
-`load_questions`, `load_model_answers`, `check_data`, `make_match_single` (one turn and two) and `make_match_all_pairs` on
-`data/mt_bench/model_answer/*.jsonl`: {chat["questions"]} questions, models {", ".join(chat["models"])}, {chat["matches"]}
-matches, {chat["pairs"]} pairs. `play_a_match_single` put both turns of every answer into the prompts of a judge whose API
-call is replaced, and read {len(chat["scores"])} scores. FastChat's `temperature_config` is the table of tools/generate.py.
+`load_questions`, `load_model_answers`, `check_data`, `make_match_single` (one turn and two) and `make_match_all_pairs` read
+`data/mt_bench/model_answer/*.jsonl` and find {chat["questions"]} questions, the models {", ".join(chat["models"])},
+{chat["matches"]} matches and {chat["pairs"]} pairs. `play_a_match_single` puts both turns of every answer into the judge's
+prompts and reads {len(chat["scores"])} scores; the call to the judge's API is replaced. FastChat's `temperature_config`
+equals the table in tools/generate.py.
 """
 
 
@@ -334,11 +339,11 @@ def main(options):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--harness-python", metavar="PATH",
-                        help="interpreter that has the harnesses; default: one made in outputs/harness-env")
-    parser.add_argument("--model", metavar="DIR", help="a further model for lm-evaluation-harness, trained two steps")
-    parser.add_argument("--outputs", metavar="DIR", default=ROOT / "outputs", help="where to work; default: outputs")
+                        help="a Python that has the harnesses; default: one made in outputs/harness-env")
+    parser.add_argument("--model", metavar="DIR", help="another model for lm-evaluation-harness, trained for two steps")
+    parser.add_argument("--outputs", metavar="DIR", default=ROOT / "outputs", help="folder to work in; default: outputs")
     parser.add_argument("--results", metavar="FILE", default=ROOT / "benchmarks" / "results" / "harnesses.md",
-                        help="what to write; default: benchmarks/results/harnesses.md")
+                        help="file to write; default: benchmarks/results/harnesses.md")
     parser.add_argument("--peer", metavar="JOB", help=argparse.SUPPRESS)
     options = parser.parse_args()
     try:

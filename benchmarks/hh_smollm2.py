@@ -1,11 +1,16 @@
-"""A real chat model on real human labels, on a CPU: SmolLM2-135M-Instruct and Anthropic's HH (harmless, test split).
+"""A real chat model on real human labels, on a CPU: SmolLM2-135M-Instruct on Anthropic's HH (harmless, test split).
 
     python benchmarks/hh_smollm2.py MODEL_DIR HH_FILE [--key value …]
 
-MODEL_DIR: a folder with the model.  HH_FILE: jsonl(.gz) of {"chosen", "rejected"} dialogues; a seeded tenth is held out.
-Trains each method for 60 optimiser steps of 8 pairs through the real command line, ten minutes each on two cores (further
-flags go to train.py); one that is finished is not run again. Writes benchmarks/results/hh_smollm2.md. The texts of HH are
-often offensive; none of them is written anywhere here but into outputs/hh/.
+MODEL_DIR: a folder with the model.  HH_FILE: jsonl(.gz) of {"chosen", "rejected"} dialogues. A random tenth of them, drawn
+with a fixed seed, is held out. Further flags go to train.py.
+
+Each method trains for 60 optimiser steps of 8 pairs through the real command line, which takes about ten minutes on two
+cores. A method that has finished is not run again. The paper trains 7B models on far more pairs; a run this small can show
+that everything works on real text, but hardly which method is better.
+
+Writes benchmarks/results/hh_smollm2.md after each method. HH's texts are often offensive; they are copied into outputs/hh/
+and nowhere else.
 """
 
 import gzip
@@ -29,13 +34,14 @@ DPO = {"data_selection": "false"}
 METHODS = {
     "DPO, all labels": DPO | {"max_train_samples": PAIRS},
     "budget of a third, replay": {"max_train_samples": PAIRS, "target_query_fraction": 0.333, "pseudo_labels": "replay"},
-    "ADPO of the paper, γ = 0.5": {"max_train_samples": PAIRS, "gamma": 0.5},
+    "ADPO as in the paper, γ = 0.5": {"max_train_samples": PAIRS, "gamma": 0.5},
     "DPO, a random third, three epochs": DPO | {"max_train_samples": PAIRS // 3},
 }
 
 
 def split(source):
-    """Write train.jsonl and test.jsonl: a seeded shuffle, the last tenth for the test. Returns their folder."""
+    """Shuffle the dialogues with a fixed seed; write nine tenths as train.jsonl and the rest as test.jsonl. Returns their
+    folder."""
     opened = gzip.open if str(source).endswith(".gz") else open
     with opened(source, "rt", encoding="utf-8") as file:
         lines = [line for line in file if line.strip()]
@@ -53,24 +59,24 @@ def output(name):
 
 
 def read(name):
-    """(summary, training rows, held-out rows) of a finished run."""
+    """(summary, training rows of the metrics, evaluation rows) of a finished run."""
     rows = [json.loads(line) for line in (output(name) / "metrics.jsonl").read_text().splitlines()]
     return (json.loads((output(name) / "summary.json").read_text()),
             *([row for row in rows if row["split"] == split] for split in ("train", "eval")))
 
 
 def report(flags, held_out):
-    """The results file, of the methods that are finished.  held_out: pairs of the test split."""
+    """Write the results page for the methods that have finished.  flags: of train.py.  held_out: number of test pairs."""
     finished = [name for name in METHODS if (output(name) / "summary.json").is_file()]
     error = math.sqrt(0.25 / held_out)
     lines = ["# SmolLM2-135M-Instruct on HH (harmless), on a CPU", "",
              "    python benchmarks/hh_smollm2.py MODEL_DIR HH_FILE", "",
-             f"{trl_parity.cpu_name()}, {os.cpu_count()} cores; {STEPS} steps of 8 pairs, of {PAIRS}; one run each. "
-             f"Flags of train.py: `{' '.join(flags)}`.", "",
-             f"Held-out accuracy is that of the implicit reward's sign against the human label, on {held_out} pairs: one "
-             f"standard error is {error:.3f}, so that differences under {2 * math.sqrt(2) * error:.2f} say nothing.", "",
+             f"{trl_parity.cpu_name()}, {os.cpu_count()} cores. One run per method: {STEPS} steps of 8 pairs, taken "
+             f"from {PAIRS} pairs. Flags of train.py: `{' '.join(flags)}`.", "",
+             f"Held-out accuracy: how often the sign of the margin agrees with the human label, on {held_out} pairs. Its "
+             f"standard error is {error:.3f}, so a difference under {2 * math.sqrt(2) * error:.2f} means nothing.", "",
              "| method | labels bought | " + " | ".join(f"held-out accuracy, step {n}" for n in (20, 40, 60))
-             + " | held-out loss | pseudo-labels, of them right | seconds | peak GB |", "| --- |" + " --: |" * 8]
+             + " | held-out loss | pseudo-labels, share right | seconds | peak GB |", "| --- |" + " --: |" * 8]
     for name in finished:
         summary, _, evaluations = read(name)
         right = summary["pseudo_label_accuracy"]
@@ -80,7 +86,7 @@ def report(flags, held_out):
                      f"{summary['wall_seconds']:.0f} | {summary['peak_memory_bytes'] / 1e9:.1f} |")
     for name in finished:
         lines += ["", f"## {name}", "",
-                  "| step | labels bought | loss | margin | by the labels used, right | gradient norm |",
+                  "| step | labels bought | loss | margin | accuracy by the labels used | gradient norm |",
                   "| --: | --: | --: | --: | --: | --: |"]
         lines += [f"| {row['step']} | {row['queries']} | {row['loss']:.4f} | {row['rewards/margins']:.3f} | "
                   f"{row['rewards/accuracies']:.3f} | {row['grad_norm']:.1f} |" for row in read(name)[1]]

@@ -1,15 +1,17 @@
-"""How long a run waits before its first step: 60,000 pairs of UltraFeedback's length are loaded, and the quickstart started.
+"""How long does a run take to reach its first step? Loads 60,000 pairs of UltraFeedback's length, and starts the quickstart.
 
-    python benchmarks/loading.py MODEL_DIR                        text from the standard library's docstrings
-    python benchmarks/loading.py MODEL_DIR --text HH_FILE         from jsonl(.gz) of {"chosen", "rejected"} dialogues
+    python benchmarks/loading.py MODEL_DIR                        text from the docstrings of the standard library
+    python benchmarks/loading.py MODEL_DIR --text HH_FILE         text from a jsonl(.gz) of {"chosen", "rejected"} dialogues
     python benchmarks/loading.py MODEL_DIR --pairs N --outputs DIR --results FILE
 
 MODEL_DIR: a folder with a tokenizer that has a chat template; it needs no weights. A pair is a user message of 40 to 280
-tokens and two responses of 80 to 520, uniformly: sentences in a seeded order, for how fast a text is tokenised depends on
-what it says. Each time is that of a fresh process on two cores, first with no cache at all, then with what the first one
-left: load_pairs from its call to its return, and train.py from the command to its first row and to its first step.
+tokens and two responses of 80 to 520 tokens, drawn uniformly. Real sentences, in a random order with a fixed seed, make up
+the text, because the time to tokenise a text depends on what it says.
 
-Writes benchmarks/results/loading.md. Exit code 0: every time is within its limit; 1: one is not; 2: it could not be run.
+Every time is measured in a fresh process on two cores, first without any cache, then with the caches that the first process
+left: load_pairs from its call to its return, and train.py from the command to its first row of metrics and its first step.
+
+Writes benchmarks/results/loading.md. Exit code 0: every time is within its limit; 1: one is not; 2: it could not run.
 """
 
 import argparse
@@ -33,11 +35,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 CORES = 2
 PROMPT_TOKENS, RESPONSE_TOKENS = (40, 280), (80, 520)
 MAX_PROMPT_LENGTH, MAX_LENGTH = 512, 1024
-LIMITS = {"load": (60, 5), "start": (20, 20)}  # seconds: cold, warm
+LIMITS = {"load": (60, 5), "start": (20, 20)}  # seconds: without caches, with them
 
 
 class Stop(Exception):
-    """The benchmark cannot be run; the message says why. Exit code 2."""
+    """The benchmark cannot run; the message says why. Exit code 2."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -52,21 +54,21 @@ def docstrings():
 
 
 def dialogues(file):
-    """The texts of an HH file, without its speakers' names."""
-    import data
-    for _, row in data.read_file(Path(file)):
+    """The texts of an HH file, without the speakers' names."""
+    from runtime.sources import read_file
+    for _, row in read_file(Path(file)):
         yield from (re.sub(r"\n\n(Human|Assistant):", " ", row[side]) for side in ("chosen", "rejected"))
 
 
 def write_pairs(path, texts, tokenizer, count):
-    """Write `count` seeded pairs as messages, assembled from the sentences of the texts."""
+    """Write `count` pairs as messages, put together from random sentences of the texts (with a fixed seed)."""
     sentences = sorted({s for text in texts for s in re.split(r"(?<=[.!?])\s+", text) if len(s.split()) > 3})
     lengths = [len(ids) for ids in tokenizer(sentences, add_special_tokens=False).input_ids]
     draw = random.Random(0)
 
     def text(tokens):
         out, wanted, n = [], draw.randint(*tokens), draw.randrange(len(sentences))
-        while not out or wanted > lengths[n] / 2:  # ends where it is nearest to what is wanted
+        while not out or wanted > lengths[n] / 2:  # stop where the length is nearest to the one drawn
             out.append(sentences[n])
             wanted, n = wanted - lengths[n], draw.randrange(len(sentences))
         return " ".join(out)
@@ -81,10 +83,10 @@ def write_pairs(path, texts, tokenizer, count):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What is measured; `measure_load` runs in a process of its own
+# What is measured; `measure_load` runs in its own process
 
 def measure_load(model_dir, source):
-    """Print the seconds of load_pairs, and what came out, as one line of JSON."""
+    """Print how long load_pairs takes and what it returns, as one line of JSON."""
     import transformers
 
     import data
@@ -101,6 +103,7 @@ def measure_load(model_dir, source):
 
 
 def load(model_dir, source, env):
+    """What measure_load prints, in a fresh process."""
     done = subprocess.run([sys.executable, __file__, model_dir, "--load", str(source)], env=env, capture_output=True,
                           text=True, cwd=ROOT)
     if done.returncode:
@@ -109,7 +112,7 @@ def load(model_dir, source, env):
 
 
 def start(toy_dir, output, env):
-    """Seconds from the command to the quickstart's first row of metrics (step 0) and to that of its first step."""
+    """Seconds from the quickstart's command to its first row of metrics (step 0), and to the row of its first step."""
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     command = [sys.executable, "train.py", "--config", "configs/quickstart.yaml", f"--toy_dir={toy_dir}",
@@ -133,7 +136,7 @@ def start(toy_dir, output, env):
 # ----------------------------------------------------------------------------------------------------------------------
 
 def document(options, loads, starts, load_average):
-    """(the whole markdown file, whether every time is within its limit)."""
+    """(the results page, whether every time is within its limit)."""
     from trl_parity import cpu_name
 
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in
@@ -152,17 +155,17 @@ def document(options, loads, starts, load_average):
         f"    python benchmarks/loading.py MODEL_DIR{' --text HH_FILE' if options.text else ''}", "",
         f"**Verdict: every time is {'' if held else 'NOT '}within its limit.**", "",
         "| what | caches | seconds | limit |", "| --- | --- | --: | --: |", *table, "",
-        f"- {loads[0]['pairs']:,} pairs of sentences ({text}), as messages: on average {mean['prompt_ids']:.0f} tokens of "
-        f"prompt with the template's own, responses of {mean['first_ids']:.0f} and {mean['second_ids']:.0f}; "
-        f"{loads[0]['tokens'] / 1e6:.1f} million tokens, {loads[0]['tokens'] / loads[0]['seconds'] / 1e3:,.0f} thousand a "
-        "second",
-        f"- load_pairs takes {loads[0]['cpu']:.0f} seconds of CPU, and {loads[0]['memory']:,.0f} MB at the peak of its "
-        f"largest process ({loads[1]['memory']:,.0f} MB at the second start)",
+        f"- {loads[0]['pairs']:,} pairs of messages made of sentences ({text}); on average the prompt has "
+        f"{mean['prompt_ids']:.0f} tokens, those of the template included, and the responses {mean['first_ids']:.0f} and "
+        f"{mean['second_ids']:.0f}; {loads[0]['tokens'] / 1e6:.1f} million tokens, or "
+        f"{loads[0]['tokens'] / loads[0]['seconds'] / 1e3:,.0f} thousand per second",
+        f"- load_pairs takes {loads[0]['cpu']:.0f} seconds of CPU time; its largest process needs {loads[0]['memory']:,.0f} "
+        f"MB at its peak ({loads[1]['memory']:,.0f} MB at the second start)",
         f"- both starts read the same pairs (fingerprint {loads[0]['fingerprint']}): "
         f"{'yes' if loads[0]['fingerprint'] == loads[1]['fingerprint'] else 'NO'}",
-        f"- quickstart: the task is built; its first row of metrics (step 0, held-out pairs) stands there after "
-        f"{starts[0][0]:.1f} and {starts[1][0]:.1f} seconds. Without a cache it tokenises 16,384 pairs and scores them by "
-        "the reference",
+        f"- quickstart: the task has been built before; the first row of metrics (step 0, held-out pairs) is written after "
+        f"{starts[0][0]:.1f} and {starts[1][0]:.1f} seconds. Without a cache the run tokenises 16,384 pairs and computes "
+        "their reference log-probs",
         f"- CPU: {cpu_name()}, {CORES} cores; Python {platform.python_version()}, {versions}",
         f"- load average before each measurement: {', '.join(f'{load:.1f}' for load in load_average)}", ""]), held
 
@@ -170,7 +173,7 @@ def document(options, loads, starts, load_average):
 def main(options):
     import transformers
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])  # inherited by all that is started
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])  # every process started here inherits it
     work = Path(options.outputs).resolve() / "loading"
     for cache in ("cache", "compiled"):
         shutil.rmtree(work / cache, ignore_errors=True)
@@ -183,7 +186,7 @@ def main(options):
         raise Stop(f"{options.model_dir}: no tokenizer there ({' '.join(str(error).split())})")
     write_pairs(work / "pairs" / "train.jsonl", dialogues(options.text) if options.text else docstrings(), tokenizer,
                 options.pairs)
-    subprocess.run([sys.executable, "toy.py", str(work / "toy"), "0.05"], cwd=ROOT, env=env, check=True,
+    subprocess.run([sys.executable, "-m", "runtime.toy", str(work / "toy"), "0.05"], cwd=ROOT, env=env, check=True,
                    stdout=subprocess.DEVNULL)
     loads, starts, load_average = [], [], []
     for name in ("no cache", "second start"):
@@ -205,11 +208,11 @@ def main(options):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model_dir", metavar="MODEL_DIR", help="a folder with a tokenizer that has a chat template")
-    parser.add_argument("--text", metavar="HH_FILE", help="where the sentences come from; default: Python's docstrings")
+    parser.add_argument("--text", metavar="HH_FILE", help="where the sentences come from; default: docstrings")
     parser.add_argument("--pairs", type=int, default=60_000, help="default: 60,000")
-    parser.add_argument("--outputs", metavar="DIR", default=ROOT / "outputs", help="where to work; default: outputs")
+    parser.add_argument("--outputs", metavar="DIR", default=ROOT / "outputs", help="folder to work in; default: outputs")
     parser.add_argument("--results", metavar="FILE", default=ROOT / "benchmarks" / "results" / "loading.md",
-                        help="what to write; default: benchmarks/results/loading.md")
+                        help="file to write; default: benchmarks/results/loading.md")
     parser.add_argument("--load", metavar="SOURCE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     try:

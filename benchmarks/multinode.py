@@ -1,15 +1,18 @@
-"""Two hosts, as network namespaces of this machine, started through DeepSpeed's own launcher with a hostfile.
+"""Does a run on two hosts do what it does on one? The hosts are network namespaces of this machine; DeepSpeed's own launcher
+starts the run, with a hostfile.
 
-    python benchmarks/multinode.py [--outputs DIR] [--results FILE]        as root; five minutes on two cores
+    python benchmarks/multinode.py [--outputs DIR] [--results FILE] [--stages N …]     as root; five minutes on two cores
 
-Needs ip, unshare, nsenter, ssh, sshd and pdsh (Debian: iproute2, util-linux, openssh-server, pdsh); without root or one of
-them it says so and ends with exit code 2. Each host has its address on a veth pair, its own name, processes, mounts and
-sshd; the launcher on the first starts the ranks of both through pdsh and ssh, as between machines. A folder `own/` is
-another disk on each host; `shared/` is the same on both.
+Needs root and the commands ip, unshare, nsenter, ssh, sshd and pdsh (Debian: iproute2, util-linux, openssh-server, pdsh).
+Each host has an address on a veth pair, and its own name, processes, mounts and sshd. The launcher on the first host starts
+the ranks of both through pdsh and ssh, as it would between machines. The folder `own/` is a different disk on each host;
+`shared/` is the same on both.
 
-It compares, step by step, with the same two processes on one host: a run whose output_dir is the first host's own, and a
-run in a shared output_dir that is stopped through the rank on the second host and resumed by the same command. It also shows
-what is refused. Writes benchmarks/results/multinode.md. Exit code 0: all of it is as it should be; 1: it is not.
+Two runs are compared step by step with the same two processes on one host. One has its output_dir on the first host's own
+disk. The other has it in a shared folder; it is stopped through the rank on the second host and resumed by the same command.
+The page also shows what is refused.
+
+Writes benchmarks/results/multinode.md. Exit code 0: everything is as it should be; 1: something is not; 2: it could not run.
 """
 
 import argparse
@@ -33,7 +36,7 @@ STEPS = 12
 
 
 class Stop(Exception):
-    """The benchmark cannot be run; the message says why. Exit code 2."""
+    """The benchmark cannot run; the message says why. Exit code 2."""
 
 
 def sh(command, **kwargs):
@@ -41,6 +44,7 @@ def sh(command, **kwargs):
 
 
 def tool(name):
+    """Path of a command, or None. sshd is not on every user's path."""
     return shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin:/sbin")
 
 
@@ -48,7 +52,7 @@ def tool(name):
 # The hosts
 
 class Hosts:
-    """Two hosts, for the time of a `with`. Everything of them is in `work` or ends with their processes."""
+    """Two hosts, which exist inside a `with`. All their files are in `work`; the rest ends with their processes."""
 
     def __init__(self, work):
         self.work, self.processes = work, {}
@@ -91,7 +95,7 @@ class Hosts:
             if ready:
                 return self
             time.sleep(0.1)
-        raise Stop("an sshd does not start: " + (self.work / "sshd-adpo-a.log").read_text().strip())
+        raise Stop("sshd does not start: " + (self.work / "sshd-adpo-a.log").read_text().strip())
 
     def __exit__(self, *error):
         for process in self.processes.values():
@@ -101,19 +105,19 @@ class Hosts:
             subprocess.run(["ip", "netns", "del", name], stderr=subprocess.DEVNULL)
 
     def inside(self, name):
-        """The number of the first process of a host, as this machine counts."""
+        """The pid, on this machine, of a host's first process."""
         pid = self.processes[name].pid
         return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
 
     def start(self, arguments, log):
-        """`deepspeed` on the first host, over both: a Popen."""
+        """Run `deepspeed` on the first host, with ranks on both. Returns the Popen."""
         command = f"cd {ROOT} && exec deepspeed --hostfile {self.work}/hostfile train.py {shlex.join(arguments)}"
         with open(log, "w") as file:
             return subprocess.Popen(["nsenter", "-t", str(self.inside("adpo-a")), "-a", "ssh", "adpo-a", command],
                                     stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
 
     def rank(self, name, output):
-        """The number of the process that is a rank on this host and trains into `output`."""
+        """The pid, on this machine, of the rank that runs on a host and trains into `output`."""
         space = os.readlink(f"/proc/{self.inside(name)}/ns/pid")
         for path in Path("/proc").glob("[0-9]*"):
             try:
@@ -121,7 +125,7 @@ class Hosts:
                 if os.readlink(path / "ns" / "pid") == space and f"--output_dir={output}" in words \
                         and "deepspeed.launcher.launch" not in words and any(w.endswith("train.py") for w in words):
                     return int(path.name)
-            except OSError:  # it has ended meanwhile
+            except OSError:  # the process has ended meanwhile
                 continue
         raise Stop(f"no rank runs on {name}")
 
@@ -143,7 +147,7 @@ def rows(output):
 
 
 def result(output):
-    """What is compared: the losses, the ledger, the weights."""
+    """What is compared: (losses, ledger, weights) of a run."""
     from safetensors.torch import load_file
     with contextlib.closing(sqlite3.connect(output / "labels.sqlite")) as db:
         ledger = db.execute("SELECT pair, label, step FROM answers ORDER BY pair").fetchall()
@@ -151,26 +155,26 @@ def result(output):
 
 
 def differences(ours, theirs):
-    """(largest relative difference of a loss, of a weight: absolute, whether the ledgers are the same)."""
+    """(largest relative difference of a loss, largest absolute difference of a weight, whether the ledgers are the same)."""
     loss = max(abs(a - b) / abs(b) for a, b in zip(ours[0], theirs[0], strict=True))
     weight = max((ours[2][name] - theirs[2][name]).abs().max().item() for name in theirs[2])
     return loss, weight, ours[1] == theirs[1]
 
 
 def files(folder):
-    """What an output_dir holds: its files, a checkpoint as one."""
+    """The names of the files and checkpoints in an output_dir."""
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
 def run_stage(hosts, work, stage):
-    """[(what, wanted, found, whether it is so)] of one ZeRO stage."""
+    """[(what, what was found, whether it is as it should be)] for one ZeRO stage."""
     engine = json.loads((ROOT / "ds_config.json").read_text())
     engine["zero_optimization"]["stage"] = stage
     (work / "zero.json").write_text(json.dumps(engine))
     found = []
 
-    def show(what, wanted, is_so):
-        found.append((f"ZeRO {stage}: {what}", wanted, is_so))
+    def show(what, value, is_so):
+        found.append((f"ZeRO {stage}: {what}", value, is_so))
         print(found[-1], flush=True)
 
     one = work / f"one-host-{stage}"
@@ -186,17 +190,17 @@ def run_stage(hosts, work, stage):
     disks = [work / f"disk-{name}" for name in HOSTS]
     show("output_dir on the first host's own disk: exit code", f"{code}", code == 0)
     loss, weight, same = differences(result(disks[0] / own.name), reference)
-    show("… against one host: largest relative difference of a loss, of a weight, the ledgers",
+    show("… compared with one host: largest relative difference of a loss, largest difference of a weight, ledgers",
          f"{loss:.1e}, {weight:.1e}, {'the same' if same else 'different'}", loss < 1e-5 and weight < 1e-4 and same)
     here, there = files(disks[0] / own.name), files(disks[1] / own.name)
-    show("… what output_dir holds on the first host", ", ".join(here), {"labels.sqlite", "model.safetensors"} <= set(here))
-    show("… on the second, beside the caches in its HF_HOME", ", ".join(there) or "nothing", not there
+    show("… in output_dir on the first host", ", ".join(here), {"labels.sqlite", "model.safetensors"} <= set(here))
+    show("… on the second host's disk, besides the caches in its HF_HOME", ", ".join(there) or "nothing", not there
          and files(disks[1]) == ["hf"])
 
     log = work / f"refused-{stage}.log"
     code = hosts.start(arguments(work, own.with_name("refused"), save_strategy="epoch"), log).wait(timeout=400)
     words = [line.partition("error: ")[2] for line in log.read_text().splitlines() if "error: " in line] or [""]
-    show("checkpoints there are refused: exit code, line", f"{code}, {words[0]}",
+    show("checkpoints on such a disk are refused: exit code, message", f"{code}, {words[0]}",
          code == 2 and "not the same folder on all hosts" in words[0])
 
     shared = work / "shared" / f"run-{stage}"
@@ -206,38 +210,39 @@ def run_stage(hosts, work, stage):
         time.sleep(0.02)
     os.kill(hosts.rank("adpo-b", shared), signal.SIGTERM)
     code, stopped = run.wait(timeout=400), len(rows(shared))
-    show(f"output_dir on a shared one, SIGTERM to the rank on {list(HOSTS)[1]}: exit code, steps done, checkpoints",
+    show(f"output_dir on a shared disk, SIGTERM to the rank on {list(HOSTS)[1]}: exit code, steps done, checkpoints",
          f"{code}, {stopped}, {', '.join(name for name in files(shared) if name.startswith('checkpoint'))}",
          code == 75 and stopped < STEPS)
     code = hosts.start(command, work / f"resumed-{stage}.log").wait(timeout=400)
     loss, weight, same = differences(result(shared), reference)
     resumed = "resumed from" in (work / f"resumed-{stage}.log").read_text()
-    show("the same command again: exit code, resumed, and against one host",
+    show("the same command again: exit code, whether it resumed, and the comparison with one host",
          f"{code}, {'yes' if resumed else 'no'}, {loss:.1e}, {weight:.1e}, {'the same' if same else 'different'}",
          code == 0 and resumed and loss < 1e-5 and weight < 1e-4 and same)
     code = hosts.start(command, work / f"again-{stage}.log").wait(timeout=400)
-    show("and once more, when it is finished: exit code", f"{code}", code == 0)
+    show("the same command once more, after the run has finished: exit code", f"{code}", code == 0)
     return found
 
 
 def main(options):
     missing = [name for name in TOOLS if not tool(name)]
     if missing or os.geteuid() != 0:
-        raise Stop(f"needs {', '.join(missing)}" if missing else "needs root, for namespaces")
+        raise Stop(f"needs {', '.join(missing)}" if missing else "needs root, to make network namespaces")
     work = options.outputs.absolute()
     shutil.rmtree(work, ignore_errors=True)
     for name in ("inputs", "own", "shared"):
         (work / name).mkdir(parents=True)
     from runtime import toy
-    toy.write_untrained(work / "inputs", {"pairs/train.jsonl": 120, "pairs/test.jsonl": 40})  # as both hosts have them
+    toy.write_untrained(work / "inputs", {"pairs/train.jsonl": 120, "pairs/test.jsonl": 40})  # both hosts see this folder
     found = []
     with Hosts(work) as hosts:
         for stage in options.stages:
             found += run_stage(hosts, work, stage)
-    text = ["# Two hosts", "", "Made by `python benchmarks/multinode.py`: two network namespaces on one machine, each with "
-            "its own address, name, processes, mounts and sshd; one rank on each, started on the first by `deepspeed "
-            f"--hostfile` (pdsh over ssh); {STEPS} steps of 16 pairs, in fp32 on the CPU, over gloo. One host is the same "
-            "two ranks by `deepspeed --num_gpus 2`.", "", "| | found | as it should be |", "| --- | --- | --- |"]
+    text = ["# Two hosts", "", "Made by `python benchmarks/multinode.py`. The hosts are two network namespaces on one "
+            "machine, each with its own address, name, processes, mounts and sshd. Each runs one rank; `deepspeed "
+            f"--hostfile` on the first starts both (pdsh over ssh). {STEPS} steps of 16 pairs, in fp32 on the CPU, over "
+            "gloo. \"One host\" means the same two ranks, started by `deepspeed --num_gpus 2`.", "",
+            "| | found | as it should be |", "| --- | --- | --- |"]
     text += [f"| {what} | {value} | {'yes' if is_so else '**no**'} |" for what, value, is_so in found]
     options.results.write_text("\n".join(text).replace(str(work) + "/", "") + "\n")
     print(options.results.read_text())
@@ -248,7 +253,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--outputs", type=Path, default=ROOT / "outputs" / "multinode")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results" / "multinode.md")
-    parser.add_argument("--stages", type=int, nargs="+", default=[2, 3], help="of ZeRO")
+    parser.add_argument("--stages", type=int, nargs="+", default=[2, 3], help="ZeRO stages to try; default: 2 3")
     try:
         sys.exit(main(parser.parse_args()))
     except Stop as error:

@@ -1,9 +1,11 @@
-"""Where the project works: tests and the quickstart in each environment given, one after the other.
+"""Which Python and package versions the project works with: run the tests and the quickstart in several environments.
 
     python benchmarks/pythons.py ENV/bin/python …
 
-Each is the interpreter of an environment with requirements.txt (or other versions of it: the table says which), pytest,
-pytest-xdist and hypothesis. Writes benchmarks/results/python.md. Exit code 1: something failed somewhere.
+Each argument is the Python of an environment that `pip install -r tests/requirements.txt` made, or of one with other
+versions of those packages; the table lists the versions. The environments are tried one after the other.
+
+Writes benchmarks/results/python.md. Exit code 1: something failed in one of them.
 """
 
 import json
@@ -26,12 +28,12 @@ def run(command, **environment):
 
 
 def row(python):
-    """One line of the table, and whether all was well. python: path of an interpreter."""
+    """(a row of the table, whether everything passed) for one environment. python: path of its interpreter."""
     versions = run([python, "-c", VERSIONS]).stdout.split()
     tests = run([python, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", *TESTS])
     passed = tests.stdout.splitlines()[-1].split(" in ")[0] if tests.stdout else "did not start"
     with tempfile.TemporaryDirectory() as folder:
-        path = f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}"  # the launcher starts the `python` of the path
+        path = f"{Path(python).parent}{os.pathsep}{os.environ['PATH']}"  # the launcher starts the first `python` on the path
         done = run([f"{Path(python).parent}/deepspeed", "train.py", "--config", "configs/quickstart.yaml",
                     f"--output_dir={folder}/run", f"--toy_dir={folder}/toy"], PATH=path, HF_HOME=f"{folder}/hf")
         quickstart = f"exit code {done.returncode}"
@@ -53,7 +55,7 @@ def main():
 
     python benchmarks/pythons.py ENV/bin/python …
 
-Tests: `{" ".join(TESTS)}`. Quickstart: the README's, with the launcher. Linux x86-64, on the CPU.
+Tests: `{" ".join(TESTS)}`. Quickstart: the README's command, with the launcher. Linux x86-64, on the CPU.
 
 {table}
 """

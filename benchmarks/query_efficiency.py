@@ -1,15 +1,18 @@
-"""Accuracy and reward against labels bought: DPO, random subsets, the paper's ADPO, and what gate.py adds to it.
+"""Accuracy and reward for the labels bought: DPO, random subsets, the paper's ADPO, and what labels/threshold.py adds.
 
     python benchmarks/query_efficiency.py             5 to 20 seeds, two levels of label noise; two hours on two cores
-    python benchmarks/query_efficiency.py --short     2 seeds of a smaller task; under five minutes, writes to outputs/ alone
+    python benchmarks/query_efficiency.py --short     2 seeds of a smaller task, under five minutes; writes only to outputs/
 
-Each run is `python train.py` with one thread on the controlled task (toy.py: 16,384 pairs, 4,096 test pairs with noiseless
-labels), several side by side. A seed is a task of its own: its model, pairs, labels and order. The learning rate was chosen
-for DPO on all labels, on two seeds before these runs; the rows "DPO, learning rate …" show what half and twice of it give.
-"Equal compute" trains a random subset for as many steps as DPO takes on all pairs. Gold reward is the mean of 512
-generations, one a test prompt.
+Each run is `python train.py` on one thread, on the built-in task (runtime/toy.py) with 16,384 training pairs and 4,096 test
+pairs whose labels have no noise. Runs go side by side. Every seed has its own model, pairs, labels and order. The learning
+rate was chosen for DPO on all labels, with two seeds, before these runs; the rows "DPO, learning rate …" show half and twice
+that rate. "Equal compute" trains on a random subset for as many steps as DPO takes on all pairs. Gold reward is the mean
+over 512 responses, one to each of 512 test prompts.
 
-A run that is finished is not run again; --report writes the results from those that are there. Writes
+The paper trains 7B models on pairs ranked by people or by a judge. Here the model is tiny, but the true label of every pair
+is known.
+
+A run that has finished is not run again; --report runs nothing and writes the results of the runs that have finished. Writes
 benchmarks/results/query_efficiency.md, .json and .png.
 """
 
@@ -38,7 +41,7 @@ DPO = {"data_selection": "false"}
 BUDGET = {"pseudo_labels": "replay"}
 CALIBRATED = {"gate": "calibrated", "audit_fraction": 0.05}
 
-# method: (line of the figure, or None; flags). In the order in which they are run: what the targets need comes first.
+# method: (line of the figure, or None; flags), in the order in which they run: what `targets` needs comes first.
 METHODS = {
     "DPO, all labels": ("DPO, random subset, one epoch", DPO),
     "DPO, random 50 %, equal compute": ("DPO, random subset, equal compute", DPO | {"share": 0.5}),
@@ -47,14 +50,14 @@ METHODS = {
     "DPO, random 25 %, equal compute": ("DPO, random subset, equal compute", DPO | {"share": 0.25}),
     "budget 50 %, replay": ("budget, replay", BUDGET | {"target_query_fraction": 0.5}),
     "calibrated gate, γ = 1.3, replay": ("calibrated gate, replay", CALIBRATED | BUDGET | {"gamma": 1.3}),
-    "paper, γ = 1.3": ("ADPO of the paper", {"gamma": 1.3}),
-    "paper, γ = 0.7": ("ADPO of the paper", {"gamma": 0.7}),
+    "paper, γ = 1.3": ("ADPO as in the paper", {"gamma": 1.3}),
+    "paper, γ = 0.7": ("ADPO as in the paper", {"gamma": 0.7}),
     "calibrated gate, γ = 0.3, replay": ("calibrated gate, replay", CALIBRATED | BUDGET | {"gamma": 0.3}),
     "calibrated gate, γ = 3, replay": ("calibrated gate, replay", CALIBRATED | BUDGET | {"gamma": 3.0}),
     "calibrated gate, γ = 1, replay": ("calibrated gate, replay", CALIBRATED | BUDGET | {"gamma": 1.0}),
     "calibrated gate, γ = 0.7, replay": ("calibrated gate, replay", CALIBRATED | BUDGET | {"gamma": 0.7}),
     "DPO, random 12.5 %, equal compute": ("DPO, random subset, equal compute", DPO | {"share": 0.125}),
-    "paper, γ = 3": ("ADPO of the paper", {"gamma": 3.0}),
+    "paper, γ = 3": ("ADPO as in the paper", {"gamma": 3.0}),
     "paper without pseudo-labels, γ = 1.3": ("ADPO without pseudo-labels", {"gamma": 1.3, "pseudo_labels": "false"}),
     "paper without pseudo-labels, γ = 0.7": ("ADPO without pseudo-labels", {"gamma": 0.7, "pseudo_labels": "false"}),
     "DPO, random 50 %, one epoch": ("DPO, random subset, one epoch", DPO | {"share": 0.5, "num_train_epochs": 1}),
@@ -62,22 +65,21 @@ METHODS = {
     "DPO, random 12.5 %, one epoch": ("DPO, random subset, one epoch", DPO | {"share": 0.125, "num_train_epochs": 1}),
     "budget 33 %, no pseudo-labels": (None, {"target_query_fraction": 0.33, "pseudo_labels": "false"}),
     "calibrated gate, γ = 1.3, pseudo-labels": (None, CALIBRATED | {"gamma": 1.3}),
-    "calibrated gate, γ = 1.3, soft pseudo-labels": (None, CALIBRATED | {"gamma": 1.3, "pseudo_labels": "soft"}),
     "calibrated gate, γ = 1.3, no pseudo-labels": (None, CALIBRATED | {"gamma": 1.3, "pseudo_labels": "false"}),
     "DPO, learning rate 4e-3": (None, DPO | {"learning_rate": 4e-3}),
     "DPO, learning rate 1e-3": (None, DPO | {"learning_rate": 1e-3}),
 }
-# How many times as many seeds, by noise, where methods lie close. (Four times was decided after twice, which had left the
-# two intervals overlapping by 0.0013.)
+# By noise: how many times as many seeds the methods get whose results are close. (Four times was decided after twice had
+# left two intervals overlapping by 0.0013.)
 TWICE = dict.fromkeys(["DPO, all labels", "DPO, random 50 %, equal compute", "budget 33 %, replay",
                        "calibrated gate, γ = 1, replay"], 2)
 MORE = {0.05: TWICE | {"DPO, random 50 %, equal compute": 4, "calibrated gate, γ = 1, replay": 4}, 0.2: TWICE}
 SHORT = ["DPO, all labels", "DPO, random 50 %, equal compute", "budget 33 %, replay", "paper, γ = 1.3"]
 STYLES = {"DPO, random subset, one epoch": ("0.6", "o", ":"), "DPO, random subset, equal compute": ("0.35", "s", "--"),
-          "ADPO of the paper": ("tab:red", "v", "-."), "ADPO without pseudo-labels": ("tab:orange", "^", "-."),
+          "ADPO as in the paper": ("tab:red", "v", "-."), "ADPO without pseudo-labels": ("tab:orange", "^", "-."),
           "calibrated gate, replay": ("tab:blue", "D", "-"), "budget, replay": ("black", "*", "-")}
 STUDENT = dict(enumerate([12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
-                          2.131, 2.120, 2.110, 2.101, 2.093], 2))  # 95 %, by the number of values
+                          2.131, 2.120, 2.110, 2.101, 2.093], 2))  # 95 %, by number of values
 MOST_SEEDS = max(STUDENT)
 
 
@@ -86,7 +88,7 @@ def run_folder(folder, noise, name, seed):
 
 
 def run(folder, task, noise, name, seed, train_pairs):
-    """One run, unless it is there: {"labels", "accuracy", "reward"}."""
+    """{"labels", "accuracy", "reward"} of one run, which is started unless it has finished before."""
     output = run_folder(folder, noise, name, seed)
     result = output / "result.json"
     if not result.exists():
@@ -111,15 +113,15 @@ def run(folder, task, noise, name, seed, train_pairs):
 
 
 def interval(values):
-    """(mean, half of its 95 % interval by Student's t)."""
+    """(mean, half the width of its 95 % interval by Student's t)."""
     if len(values) < 2:
         return values[0], math.nan
     return statistics.mean(values), STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def random_accuracy(runs, labels):
-    """Accuracy of a random subset of this size at equal compute, interpolated over the logarithm of the size; None where no
-    subset as small was measured."""
+    """Accuracy of a random subset of this size at equal compute, interpolated over the logarithm of the size; None if no
+    subset that small was measured."""
     points = sorted((interval([r["labels"] for r in runs[name].values()])[0],
                      interval([r["accuracy"] for r in runs[name].values()])[0])
                     for name in runs if "equal compute" in name or name == "DPO, all labels")
@@ -130,8 +132,8 @@ def random_accuracy(runs, labels):
 
 
 def targets(runs, noise):
-    """[(what, reached, numbers)] of the aims of this noise level, from {method: {seed: result}}. An aim whose runs are not
-    there yet is left out."""
+    """[(aim, whether it is reached, numbers)] for this level of noise.  runs: {method: {seed: result}}. An aim is left out
+    until its runs have finished."""
     def of(name, key="accuracy"):
         return interval([r[key] for r in runs[name].values()])
 
@@ -144,32 +146,33 @@ def targets(runs, noise):
     best = f"budget {share} %, replay"
     found = []
     if {best, everything} <= runs.keys():
-        found.append((f"{share} % of the labels: within 1 point of DPO on all", of(best)[0] >= of(everything)[0] - 0.01,
-                      f"{text(best)} against {text(everything)}"))
+        found.append((f"{share} % of the labels: within 1 point of DPO on all labels",
+                      of(best)[0] >= of(everything)[0] - 0.01, f"{text(best)} against {text(everything)}"))
     if noise >= 0.1 and {best, half} <= runs.keys():
-        found.append(("50 % of the labels: not below a random half of equal compute", of(best)[0] >= of(half)[0],
+        found.append(("50 % of the labels: no worse than a random half at equal compute", of(best)[0] >= of(half)[0],
                       f"{text(best)} against {text(half)}"))
-    for ours, random, what in ((best, half, "33 % of the labels: above a random half"), (
-            "budget 33 %, no pseudo-labels", half, "33 % of the labels, without replay: above a random half"), (
-            "calibrated gate, γ = 1, replay", half, "calibrated gate, γ = 1: above a random half"), (
-            "budget 25 %, replay", "DPO, random 25 %, equal compute", "25 % of the labels: above a random quarter")):
+    for ours, random, what in (
+            (best, half, "33 % of the labels: better than a random half"),
+            ("budget 33 %, no pseudo-labels", half, "33 % of the labels, without replay: better than a random half"),
+            ("calibrated gate, γ = 1, replay", half, "calibrated gate, γ = 1: better than a random half"),
+            ("budget 25 %, replay", "DPO, random 25 %, equal compute", "25 % of the labels: better than a random quarter")):
         if noise < 0.1 and {ours, random} <= runs.keys():
             (a, da), (b, db) = of(ours), of(random)
             mean, wide = interval([runs[ours][seed]["accuracy"] - runs[random][seed]["accuracy"]
                                    for seed in runs[ours] if seed in runs[random]])
-            found.append((f"{what} of equal compute beyond both intervals", a - da > b + db,
+            found.append((f"{what} at equal compute, by more than both intervals", a - da > b + db,
                           f"{text(ours)} against {text(random)}; seed by seed {mean:+.4f} ± {wide:.4f}"))
     for name in runs:
         if name.startswith("calibrated") and name.endswith("replay"):
             labels, expected = of(name, "labels")[0], random_accuracy(runs, of(name, "labels")[0])
             if expected is not None:
-                found.append((f"{name}: not under a random subset of its size", of(name)[0] >= expected,
+                found.append((f"{name}: no worse than a random subset of its size", of(name)[0] >= expected,
                               f"{text(name)} against {expected:.4f} with {labels:.1%} of the labels"))
     for name in runs:
         if name.startswith("budget"):
             asked, worst = METHODS[name][1]["target_query_fraction"], [r["labels"] for r in runs[name].values()]
             off = max(abs(labels / asked - 1) for labels in worst)
-            found.append((f"{name}: the share asked within 10 % of the target", off <= 0.1, f"at most {off:.1%} off"))
+            found.append((f"{name}: buys within 10 % of its target", off <= 0.1, f"at most {off:.1%} off"))
     return found
 
 
@@ -191,7 +194,7 @@ def draw(results, path):
                     axis.errorbar([100 * v for v in x], y, wide, color=colour, marker=marker, linestyle=style, capsize=2,
                                   markersize=8 if marker == "*" else 5, label=line)
             middles = [interval([r[key] for r in runs[name].values()])[0] for name in runs if METHODS[name][0]]
-            spare = 0.2 * (max(middles) - min(middles)) or 1  # a wide interval may leave the picture, a mean does not
+            spare = 0.2 * (max(middles) - min(middles)) or 1  # every mean is in the picture; a wide interval may reach out
             axis.set_ylim(min(middles) - spare, max(middles) + spare)
             axis.set_ylabel(label)
             axis.grid(alpha=0.3)
@@ -205,9 +208,10 @@ def draw(results, path):
 def write_up(results, path, version):
     lines = ["# Query efficiency", "", "Made by `python benchmarks/query_efficiency.py`.", "",
              "![Accuracy and gold reward against labels bought](query_efficiency.png)", "",
-             f"Controlled task (toy.py, version {version}), each seed with a model, pairs, labels and order of its own; "
-             "mean ± 95 % interval by Student's t. β = 0.1, AdamW, learning rate 2e-3 where nothing else is said, 256 steps "
-             "of 64 pairs. Accuracy is that of the implicit reward against the noiseless truth of 4,096 test pairs.", ""]
+             f"The built-in task (runtime/toy.py, version {version}). Each seed has its own model, pairs, labels and order. "
+             "Numbers are means ± 95 % intervals (Student's t). β = 0.1, AdamW, 256 steps of 64 pairs, and a learning rate "
+             "of 2e-3 unless the method names another. Accuracy: how often the implicit reward ranks the two responses of "
+             "a test pair correctly, by the noiseless labels of 4,096 test pairs.", ""]
     for noise, runs in results.items():
         lines += [f"## {float(noise):.0%} of the labels wrong", "",
                   "| method | seeds | labels | accuracy | gold reward |", "| --- | --: | --: | --: | --: |"]
@@ -227,12 +231,12 @@ def write_up(results, path, version):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="2 seeds of a smaller task, some of the methods")
-    parser.add_argument("--report", action="store_true", help="run nothing: write the results of what is finished")
+    parser.add_argument("--short", action="store_true", help="2 seeds of a smaller task, with some of the methods")
+    parser.add_argument("--report", action="store_true", help="run nothing; write the results of the finished runs")
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, MOST_SEEDS + 1), metavar="N",
-                        help="default: 5; up to four times as many where methods lie close")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side; default: one a core")
-    parser.add_argument("--outputs", type=Path, default=ROOT / "outputs", help="where to work; default: outputs")
+                        help="default: 5; methods whose results are close get up to four times as many")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side; default: one per core")
+    parser.add_argument("--outputs", type=Path, default=ROOT / "outputs", help="folder to work in; default: outputs")
     args = parser.parse_args()
     torch.set_num_threads(1)
     seeds, names, sizes = args.seeds, list(METHODS), (16384, 4096)

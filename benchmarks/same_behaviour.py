@@ -1,31 +1,28 @@
 """Do two checkouts of this project compute the same? For changes that must not change behaviour, such as moving code.
 
     python benchmarks/same_behaviour.py OTHER_CHECKOUT                    about ten minutes on two cores
-    python benchmarks/same_behaviour.py OTHER_CHECKOUT --runs sft lora    only these; the results page is not written
+    python benchmarks/same_behaviour.py OTHER_CHECKOUT --runs sft lora    only these; writes no page
 
-Each run in RUNS is started in both checkouts from the command line, on the CPU with one thread. What the two wrote must be
-equal to the last bit: every row of metrics.jsonl, summary.json, the ledger's answers and the trained weights. Only what
-measures time or memory is left out (NOT_COMPARED). A metric that only one of the two writes counts as a difference.
+Each run in RUNS is started in both checkouts from the command line, on the CPU with one thread. All that the two wrote to
+metrics.jsonl, summary.json, the ledger's answers and the trained weights must be equal to the last bit, except what measures
+time or memory (NOT_COMPARED). A metric that only one of them writes is a difference. Each checkout builds the toy task
+of the quickstart itself; in all other runs both read the same tiny random model and the same pairs.
 
-For the quickstart, each checkout builds the toy task itself. All other runs use a tiny random model and pairs that are
-labelled by the gold reward of runtime/toy.py; both checkouts read the same files.
-
-Writes benchmarks/results/same_behaviour.md. Exit code 0: all runs are the same; 1: one differs or failed, and the table says
-where; 2: wrong arguments.
+Writes benchmarks/results/same_behaviour.md. Exit code 0: all is equal; 1: a run differs or failed; 2: wrong arguments.
 """
 
 import argparse
-import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
 import shutil
-import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -40,120 +37,88 @@ TINY = dict(model_name_or_path="FOLDER/model", dataset_mixer={"FOLDER/pairs": 1.
 RESUME = 15  # the step that dpo-resumed goes on from, inside the first of two epochs
 DPO = dict(data_selection="false", num_train_epochs=2, save_strategy="steps", save_steps=RESUME)
 RUNS = {  # name: its keys, besides those of TINY
-    "two-processes": dict(gamma=0.1, deepspeed="ds_config.json", per_device_train_batch_size=4, max_steps=12,
-                          gradient_accumulation_steps=2),
-    "calibrated-gate": dict(gate="calibrated", audit_fraction=0.2, gamma=0.1, pseudo_labels="replay", num_train_epochs=2),
+    "two-processes": dict(gamma=0.1, deepspeed="ds_config.json", gradient_accumulation_steps=2, max_steps=8),
+    "calibrated-gate": dict(dataset_mixer="{FOLDER/easy: 1.0}", gate="calibrated", audit_fraction=0.2, gamma=0.2,
+                            pseudo_labels="replay", num_train_epochs=2),
     "budget": dict(target_query_fraction=0.33, pseudo_labels="replay", num_train_epochs=2),
     "lora": dict(gamma=0.1, use_peft="true", lora_r=4, lora_alpha=8, lora_target_modules="all-linear"),
     "sft": dict(objective="sft", dataset_mixer="{FOLDER/texts: 1.0}"),
-    "dpo": DPO,
-    "dpo-resumed": DPO,
+    "dpo": DPO, "dpo-resumed": DPO,
     "quickstart": dict(config="configs/quickstart.yaml", toy_dir="OUTPUT-toy"),
 }
 NOT_COMPARED = {"tokens_per_second", "wall_seconds", "peak_memory_bytes"}  # fields of metrics.jsonl and summary.json
 ANSWER = ("pair", "label", "step", "audit", "source", "margin")  # columns of the ledger
 
 
-class Failed(Exception):
-    """A run ended with an error or did not write what it should; the message says what."""
-
-
 def write_task(folder):
-    """The tiny task: model/, pairs/ for ADPO, texts/ for SFT, and tiny.yaml."""
+    """The tiny task: model/, tiny.yaml, pairs/, texts/ for SFT, and easy/: pairs whose longer response is the better one,
+    which the model learns so fast that the calibrated gate has something to fit as soon as it may."""
     from runtime import toy
     toy.write_untrained(folder, {"pairs/train.jsonl": 480, "pairs/test.jsonl": 40})
-    (folder / "texts").mkdir()
-    for file in (folder / "pairs").iterdir():
-        rows = map(json.loads, file.read_text().splitlines())
-        (folder / "texts" / file.name).write_text("".join(
-            json.dumps({"prompt": row["prompt"], "completion": row["response_a"]}) + "\n" for row in rows))
+    for name, convert in (
+            ("texts", lambda row: {"prompt": row["prompt"], "completion": row["response_a"]}),
+            ("easy", lambda row: {**row, "label": "a" if len(row["response_a"]) >= len(row["response_b"]) else "b"})):
+        (folder / name).mkdir()
+        for file in (folder / "pairs").iterdir():
+            toy.write_jsonl(folder / name / file.name, map(convert, toy.read_jsonl(file)))
     (folder / "tiny.yaml").write_text(json.dumps(TINY).replace("FOLDER", str(folder)))  # JSON is YAML
 
 
 def command_of(name):
     """The command of a run, with FOLDER and OUTPUT in place of paths."""
     launcher = ["deepspeed", "--num_gpus", "2"] if name == "two-processes" else ["python"]
-    keys = {"config": "FOLDER/tiny.yaml", **RUNS[name], "output_dir": "OUTPUT"}
+    keys = {"config": "FOLDER/tiny.yaml"} | RUNS[name] | {"output_dir": "OUTPUT"}
     return [*launcher, "train.py", *(f"--{key}={value}" for key, value in keys.items())]
 
 
-def copy_stopped_run(source, target):
-    """A finished run without its results and later checkpoints: as a kill after checkpoint-RESUME leaves it, but with all
-    its answers."""
-    if not (source / f"checkpoint-{RESUME}").is_dir():
-        raise Failed(f"dpo left no checkpoint-{RESUME}")
-    shutil.copytree(source, target, ignore=lambda _, names: {
-        name for name in names if name in ("summary.json", "model.safetensors")
-        or name.startswith("checkpoint-") and name != f"checkpoint-{RESUME}"})
-
-
 def launch(name, checkout, home):
-    """Run it in a checkout, with all that it writes under `home`. Returns its output folder. Raises Failed."""
+    """Run it in a checkout, with all that it writes under `home`. Returns its output folder. Raises RuntimeError."""
     output, kept, binaries = home / name, home / name / f"checkpoint-{RESUME}", Path(sys.executable).parent
-    if name == "dpo-resumed":
-        copy_stopped_run(home / "dpo", output)
+    if name == "dpo-resumed":  # from what a kill after that checkpoint leaves, but with all the answers
+        shutil.copytree(home / "dpo", output, ignore=lambda _, names: {
+            entry for entry in names if entry in ("summary.json", "model.safetensors")
+            or entry.startswith("checkpoint-") and entry != kept.name})
         copied = kept.stat().st_ino
     command = [part.replace("FOLDER", str(home.parent)).replace("OUTPUT", str(output)) for part in command_of(name)]
-    command[0] = str(binaries / "deepspeed") if command[0] == "deepspeed" else sys.executable
-    if name == "two-processes":
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            command[1:1] = ["--master_port", str(probe.getsockname()[1])]
+    port = ["--master_port", str(20000 + os.getpid() % 10000)]  # one of its own: two of these may run at once
+    command[:1] = [str(binaries / "deepspeed"), *port] if command[0] == "deepspeed" else [sys.executable]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
         "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
         "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}  # the launcher starts the first `python` on the path
     done = subprocess.run(command, cwd=checkout, env=environment, text=True, capture_output=True)
     if done.returncode:
-        lines = done.stderr.splitlines() or ["nothing on stderr"]
-        reason = next((line for line in lines if line.startswith("error: ")), lines[-1])
-        for path, word in ((output, "OUTPUT"), (home.parent, "FOLDER"), (checkout, "CHECKOUT")):
-            reason = reason.replace(str(path), word)
-        raise Failed(f"exit code {done.returncode}: {reason}")
+        lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
+        raise RuntimeError(next((line for line in lines if line.startswith("error: ")), lines[-1]))
     if name == "dpo-resumed" and kept.stat().st_ino != copied:  # it was written again
-        raise Failed(f"it began anew instead of going on from checkpoint-{RESUME}")
+        raise RuntimeError(f"it began anew instead of going on from {kept.name}")
     return output
 
 
 def values_of(output, name):
-    """{where a value is: the value} of all that is compared; the weights' are tensors. Raises Failed."""
+    """{where a value is: the value} of all that is compared; a tensor is (dtype, *shape, bytes). Raises OSError."""
     values = {}
-    try:
-        for n, line in enumerate((output / "metrics.jsonl").read_text().splitlines(), 1):
-            row = json.loads(line)
-            values |= {f"metrics, row {n} ({row['split']}, step {row['step']}), {key}": row[key] for key in row}
-        values |= {f"summary, {key}": value for key, value in json.loads((output / "summary.json").read_text()).items()}
-        values = {place: value for place, value in values.items() if place.rpartition(", ")[2] not in NOT_COMPARED}
-        weights = load_file(output / ("adapter_model.safetensors" if name == "lora" else "model.safetensors"))
-        values |= {f"weights, {key}": weights[key] for key in weights}
-        if name != "sft":
-            ledger = sqlite3.connect(f"file:{output / 'labels.sqlite'}?mode=ro", uri=True)
-            for answer in ledger.execute(f"SELECT {', '.join(ANSWER)} FROM answers ORDER BY step, pair"):
-                values |= {f"ledger, pair {answer[0]}, {key}": value for key, value in zip(ANSWER, answer)}
-            ledger.close()
-    except (OSError, sqlite3.Error) as error:
-        raise Failed(f"its outputs cannot be read: {str(error).replace(str(output), 'OUTPUT')}")
+    for n, row in enumerate(map(json.loads, (output / "metrics.jsonl").read_text().splitlines()), 1):
+        values |= {f"metrics, row {n} ({row['split']}, step {row['step']}), {key}": row[key] for key in row}
+    values |= {f"summary, {key}": value for key, value in json.loads((output / "summary.json").read_text()).items()}
+    values = {place: value for place, value in values.items() if place.rpartition(", ")[2] not in NOT_COMPARED}
+    weights = load_file(output / ("adapter_model.safetensors" if name == "lora" else "model.safetensors"))
+    values |= {f"weights, {key}": (str(tensor.dtype), *tensor.shape, tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+               for key, tensor in weights.items()}
+    if name != "sft":
+        ledger = sqlite3.connect(f"file:{output / 'labels.sqlite'}?mode=ro", uri=True)
+        for answer in ledger.execute(f"SELECT {', '.join(ANSWER)} FROM answers ORDER BY step, pair"):
+            values |= {f"ledger, pair {answer[0]}, {key}": value for key, value in zip(ANSWER, answer)}
     return values
-
-
-def same(a, b):
-    """Whether two values are equal; tensors, to the last bit."""
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (a, b)))
-    return type(a) is type(b) and a == b
 
 
 def differences(ours, theirs):
     """"equal", or how many entries differ and the first of them; a tensor is one entry."""
-    absent = object()
-    places = [place for place in ours | theirs if not same(ours.get(place, absent), theirs.get(place, absent))]
+    sides = [{place: (type(value), value) for place, value in values.items()} for values in (ours, theirs)]  # 1 is not 1.0
+    places = [place for place in ours | theirs if sides[0].get(place) != sides[1].get(place)]
     if not places:
         return "equal"
-    a, b = (values.get(places[0], "absent") for values in (ours, theirs))
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape:
-        first = f"{(a != b).sum():,} of {a.numel():,} numbers"
-    else:
-        first = "{} here, {} in the other".format(*(tuple(v.shape) if isinstance(v, torch.Tensor) else v for v in (a, b)))
-    return f"{len(places):,} differ; the first: {places[0]}: {first}"
+    here, there = ("other bytes" if places[0].startswith("weights") else x.get(places[0], "absent") for x in (ours, theirs))
+    return f"{len(places):,} differ; the first: {places[0]}: {here} here, {there} in the other"
 
 
 def compare(name, checkouts, folder, progress):
@@ -163,33 +128,33 @@ def compare(name, checkouts, folder, progress):
         progress.set_description(f"{name}, {side} checkout")
         try:
             found[side] = values_of(launch(name, checkout, folder / side), name)
-        except Failed as failure:
-            failures.append(f"failed in {side} checkout: {failure}")
+        except (RuntimeError, OSError, ValueError, sqlite3.Error) as error:
+            reason = f"the {side} checkout failed: {error}".replace("|", "/")
+            failures.append(reason.replace(str(folder), "FOLDER").replace(str(checkout), "CHECKOUT"))
         progress.update()
     if not failures:
         ours = found["this"]
-        counts = [max(value for place, value in ours.items() if place.startswith("metrics") and place.endswith(", step"))]
-        counts += [sum(value.numel() if kind == "weights" else 1 for place, value in ours.items() if place.startswith(kind))
-                   for kind in ("metrics", "summary", "ledger", "weights")]
+        counts = [max(ours[place] for place in ours if place.startswith("metrics") and place.endswith(", step"))]
+        counts += [sum(place.startswith(kind) for place in ours) for kind in ("metrics", "summary", "ledger")]
+        counts += [sum(math.prod(value[1:-1]) for place, value in ours.items() if place.startswith("weights"))]
         counts += [ours.get(f"summary, {key}") for key in ("pairs", "queries", "pseudo_labels", "audited")]
     verdict = "; ".join(failures) or differences(ours, found["other"])
     tqdm.write(f"{name}: {verdict}")
-    cells = [name, f"`{shlex.join(command_of(name))}`", *(f"{n:,}" if n else "" for n in counts), verdict.replace("|", "/")]
+    cells = [name, f"`{shlex.join(command_of(name))}`", *(f"{n:,}" if n else "" for n in counts), verdict]
     return f"| {' | '.join(cells)} |", verdict == "equal"
 
 
 def commit_of(checkout):
     """Its short commit, and whether its code differs from that commit."""
-    head, changed = (subprocess.run(["git", "-C", checkout, *words], text=True, stdout=subprocess.PIPE, check=True).stdout
-                     for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "*.py", "*.json", "*.yaml"]))
-    return head.strip() + (" with uncommitted changes" if changed else "")
+    head, changed = (subprocess.check_output(["git", "-C", checkout, *words.split()], text=True).strip()
+                     for words in ("rev-parse --short HEAD", "status --porcelain *.py *.json *.yaml"))
+    return f"{head} with uncommitted changes" if changed else head
 
 
 def page_of(rows, good, commits):
     """The results page."""
     cpu = [line.split(": ")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    packages = ("torch", "transformers", "deepspeed", "datasets", "peft")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "deepspeed", "datasets", "peft"))
     return f"""\
 # The same behaviour in two checkouts
 
@@ -201,10 +166,10 @@ Made by
 
 - {commits}
 - {cpu[0] if cpu else platform.machine()}, CPU only, one thread a process; Python {platform.python_version()}, {versions}
-- compared: all fields of metrics.jsonl and summary.json but {', '.join(sorted(NOT_COMPARED))}; {', '.join(ANSWER)} of each
-  answer in the ledger; the trained weights, bit for bit. The columns count the values
+- compared: all fields of metrics.jsonl and summary.json but {', '.join(sorted(NOT_COMPARED))};
+  {', '.join(ANSWER)} of each answer in the ledger; the trained weights, bit for bit. The columns count the values
 - dpo-resumed: the outputs of dpo without its results and its checkpoints after step {RESUME}; then the same command
-- pairs, asked, pseudo-labels, audited: from the summary, to show what the run exercised
+- pairs, asked, pseudo-labels and audited are of the summary, to show what the run exercised
 - tiny.yaml: `{json.dumps(TINY)}`
 
 | run | command | steps | metrics | summary | ledger | weights | pairs | asked | pseudo-labels | audited | result |
@@ -215,21 +180,17 @@ Made by
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, help="the checkout to compare with")
-    parser.add_argument("--this", type=Path, default=ROOT, help="a checkout in place of this one")
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="only these")
+    parser.add_argument("--this", type=Path, default=ROOT, help="a checkout in place of this one; writes no page")
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS), help="only these; dpo-resumed goes after dpo")
     options = parser.parse_args()
-    if "dpo-resumed" in options.runs and "dpo" not in options.runs[:options.runs.index("dpo-resumed")]:
-        parser.error("--runs: dpo-resumed needs dpo before it")
     checkouts = {"this": options.this.resolve(), "other": options.other.resolve()}
-    for path in checkouts.values():
-        if not ((path / "train.py").is_file() and (path / ".git").exists()):
-            parser.error(f"{path} is not a checkout of this project")
-    commits = "this checkout: {}; the other: {}".format(*map(commit_of, checkouts.values()))
-    print(commits)
+    if not all((path / ".git").exists() for path in checkouts.values()):
+        parser.error("expected the folder of a checkout")
+    print(commits := "this checkout: {}; the other: {}".format(*map(commit_of, checkouts.values())))
     with tempfile.TemporaryDirectory() as folder, tqdm(total=2 * len(options.runs)) as progress:
         write_task(Path(folder))
         rows, good = zip(*[compare(name, checkouts, Path(folder), progress) for name in options.runs])
-    if options.runs == list(RUNS):
+    if options.runs == list(RUNS) and options.this == ROOT:
         (ROOT / "benchmarks" / "results" / "same_behaviour.md").write_text(page_of(rows, good, commits), encoding="utf-8")
     sys.exit(not all(good))
 

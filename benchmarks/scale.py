@@ -1,18 +1,21 @@
-"""The same run in each way that it can be cut: ZeRO 0 to 3, fp32 and bf16, 1 and 2 processes, accumulation, checkpointing.
+"""Does the way a run is divided change its result? The same run under ZeRO 0 to 3, in fp32 and bf16, with 1 and 2 processes,
+with and without accumulation and checkpointing: 96 runs.
 
-    python benchmarks/scale.py                                    all 96 runs, some ten minutes on two cores
-    python benchmarks/scale.py --outputs DIR --results FILE       goes on from the runs that are in DIR already
+    python benchmarks/scale.py                                    about ten minutes on two cores
+    python benchmarks/scale.py --outputs DIR --results FILE       continues with the runs that are missing in DIR
 
-A tiny random model and 42 pairs in steps of 8, so that the last step of an epoch has 2, for two epochs, by the real
-launcher. Each run is compared with that of its dtype by one process without accumulation and checkpointing at ZeRO 0 (which
-in bf16 runs as ZeRO 1; one process in fp32 runs ZeRO 1 and 2 as ZeRO 0): losses and margins of each step, each answer in the
-ledger, final weights. A run's answers and pseudo-labels of its first epoch must add up to the number of pairs.
+Each run trains a tiny random model through the real launcher, for two epochs of 42 pairs in steps of 8, so that the last
+step of an epoch has 2 pairs. It is compared with the baseline of its dtype: one process, no accumulation, no checkpointing,
+ZeRO 0 (which runs as ZeRO 1 in bf16; one process in fp32 runs ZeRO 1 and 2 as ZeRO 0). Compared are the loss and margin of
+each step, every answer in the ledger, and the final weights. The answers and pseudo-labels of the first epoch must add up to
+the number of pairs.
 
-What the precision of a dtype is: in fp32 the limits below; in bf16 twice the distance of the reference from the fp32
-reference, for rounding moves each of two bf16 runs that far from what both approximate.
+A run may differ from its baseline as far as the precision of its dtype allows. In fp32 the limits are those below. In bf16
+the limit is twice the distance between the baselines of bf16 and fp32, because rounding may move either of two bf16 runs
+that far from the exact result.
 
-Writes benchmarks/results/scale.md. Exit code 0: all runs are within their dtype's precision; 1: one is not, and the table
-says which; 2: it could not be run.
+Writes benchmarks/results/scale.md. Exit code 0: every run is within the limits; 1: one is not, and the table says which; 2:
+it could not run.
 """
 
 import argparse
@@ -38,12 +41,12 @@ STEP_PAIRS, PAIRS, EPOCHS = 8, 42, 2
 STEPS_AN_EPOCH = -(-PAIRS // STEP_PAIRS)
 ASPECTS = ("bf16", "processes", "stage", "accumulation", "checkpointing")
 RUNS = list(itertools.product((False, True), (1, 2), range(4), (1, 2, 4), (False, True)))
-REFERENCE = {bf16: (bf16, 1, 0, 1, False) for bf16 in (False, True)}
+BASELINE = {bf16: (bf16, 1, 0, 1, False) for bf16 in (False, True)}
 FP32_LIMITS = {"loss": 1e-5, "margins": 1e-4, "answers": 0, "weights": 1e-5}
 
 
 class Stop(Exception):
-    """The benchmark cannot be run; the message says why. Exit code 2."""
+    """The benchmark cannot run; the message says why. Exit code 2."""
 
 
 def output_of(folder, run):
@@ -51,7 +54,7 @@ def output_of(folder, run):
 
 
 def missing(folder, processes):
-    """The runs of so many processes that are not there yet."""
+    """The runs with this number of processes that have not finished."""
     return [run for run in RUNS if run[1] == processes and not (output_of(folder, run) / "summary.json").exists()]
 
 
@@ -65,7 +68,7 @@ def argv_of(folder, run):
 
 
 def write_configs(folder):
-    """The engine's file of each ZeRO stage, and what all runs have in common."""
+    """Write the engine's config for each ZeRO stage, and the keys that all runs share."""
     engine = json.loads((ROOT / "ds_config.json").read_text(encoding="utf-8"))
     for stage in range(4):
         engine["zero_optimization"]["stage"] = stage
@@ -77,8 +80,8 @@ def write_configs(folder):
 
 
 def launch(folder, processes):
-    """All runs of so many processes that are not there yet, under one launcher, which spares most of their start. Raises
-    Stop where one fails."""
+    """Start the missing runs with this number of processes, all under one launcher, which saves most of their start-up
+    time. Raises Stop if one fails."""
     for run in missing(folder, processes):
         shutil.rmtree(output_of(folder, run), ignore_errors=True)
     if not missing(folder, processes):
@@ -94,19 +97,20 @@ def launch(folder, processes):
 
 
 def work(folder):
-    """What each rank does: train.py's own command line, run after run. Returns the first exit code that is not 0."""
-    from train import command
+    """What each rank does: train.py's own command line, one run after another. Returns the first exit code that is not 0."""
+    import train  # first: it sets what DeepSpeed reads when it is imported
+    from runtime.launch import command
     todo = missing(folder, int(os.environ["WORLD_SIZE"]))
     for run in tqdm(todo, desc=f"runs of {os.environ['WORLD_SIZE']}", disable=os.environ["RANK"] != "0"):
         with contextlib.redirect_stdout(io.StringIO()):
-            code = command(argv_of(folder, run))
+            code = command(argv_of(folder, run), train.main)
         if code:
             return code
     return 0
 
 
 def result(output):
-    """What a run left: its rows, answers and weights, and how often it labelled a pair in its first epoch."""
+    """A run's rows of metrics, answers and weights, and how many pairs had a label or pseudo-label in its first epoch."""
     from safetensors.torch import load_file
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     ledger = sqlite3.connect(output / "labels.sqlite")
@@ -118,8 +122,8 @@ def result(output):
 
 
 def difference(one, other):
-    """{what: largest difference} of two results. Losses and margins are absolute; answers: how many pairs were answered by
-    one alone, or at another step; weights: norm of the difference against that of the weights."""
+    """{what: largest difference} between two results. Losses and margins: absolute.  answers: how many pairs only one of
+    the two asked, or both at different steps.  weights: norm of the difference, divided by the norm of the weights."""
     import torch
     flat = [torch.cat([r["weights"][name].double().flatten() for name in sorted(r["weights"])]) for r in (one, other)]
 
@@ -132,31 +136,32 @@ def difference(one, other):
 
 
 def outside(found, limits, labelled):
-    """What of a run is out of its dtype's precision."""
+    """Names of what differs by more than the limits.  labelled: pairs with a label or pseudo-label in the first epoch."""
     return [name for name, value in found.items() if value > limits[name]] + ["pairs"] * (labelled != PAIRS)
 
 
 def report(found, limits, labelled):
-    """The table, in Markdown, and whether all is well. found: {run: differences}."""
+    """(the results page, whether every run is within the limits).  found: {run: differences}."""
     bad = {run: out for run in found if (out := outside(found[run], limits[run[0]], labelled[run]))}
-    verdict = (f"**Verdict: the same.** All {len(found)} runs are within their dtype's precision, and the answers and "
-               f"pseudo-labels of the first epoch of each add up to {PAIRS}." if not bad else
-               f"**Verdict: not the same.** {len(bad)} of {len(found)} runs are out of their dtype's precision: "
+    verdict = (f"**Verdict: the same.** All {len(found)} runs are within the precision of their dtype, and in each of them "
+               f"the answers and pseudo-labels of the first epoch add up to {PAIRS}." if not bad else
+               f"**Verdict: not the same.** {len(bad)} of {len(found)} runs are outside the precision of their dtype: "
                + "; ".join(f"{describe(run)} ({', '.join(out)})" for run, out in bad.items()) + ".")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "deepspeed"))
-    lines = ["# One run, cut in every way", "", "Made by", "", "    python benchmarks/scale.py", "", verdict, "",
-             "Largest difference from the reference of the dtype, over all the runs:", "",
+    lines = ["# One run, divided in every way", "", "Made by", "", "    python benchmarks/scale.py", "", verdict, "",
+             "Largest difference from the baseline of the dtype, over all runs:", "",
              "| | loss | margins | answers that differ | weights, relative |", "| --- | --: | --: | --: | --: |"]
     for bf16, dtype in ((False, "fp32"), (True, "bf16")):
         worst = {name: max(found[run][name] for run in found if run[0] == bf16) for name in FP32_LIMITS}
         lines += [f"| {dtype}, largest | {cells(worst)} |", f"| {dtype}, limit | {cells(limits[bf16])} |"]
     lines += ["", f"- {PAIRS} pairs in steps of {STEP_PAIRS}, {EPOCHS} epochs: the last step of an epoch has "
-              f"{PAIRS % STEP_PAIRS} pairs", "- the reference: one process, no accumulation, no checkpointing, ZeRO 0 (in "
-              "bf16 it runs as ZeRO 1; one process in fp32 runs ZeRO 1 and 2 as ZeRO 0)",
-              "- the limit of bf16 is twice the distance of its reference from that of fp32: either of two runs may be that "
-              "far off",
-              "- answers: pairs that one run asked and the other did not, or at another step; a margin beside γ decides",
-              f"- {versions}; CPU, one thread a process; Python {platform.python_version()}", "",
+              f"{PAIRS % STEP_PAIRS} pairs", "- the baseline: one process, no accumulation, no checkpointing, ZeRO 0 (which "
+              "runs as ZeRO 1 in bf16; one process in fp32 runs ZeRO 1 and 2 as ZeRO 0)",
+              "- the limit in bf16 is twice the distance between the baselines of bf16 and fp32, because either of two bf16 "
+              "runs may be that far from the exact result",
+              "- answers that differ: pairs that only one of the two runs asked, or both at different steps; this happens "
+              "where a margin is close to γ",
+              f"- {versions}; CPU, one thread per process; Python {platform.python_version()}", "",
               "| dtype | processes | ZeRO | accumulation | checkpointing | loss | margins | answers that differ | weights, "
               "relative | |", "| --- | --: | --: | --: | --- | --: | --: | --: | --: | --- |"]
     for run, differences in found.items():
@@ -187,9 +192,9 @@ def main(options):
     for processes in (1, 2):
         launch(folder, processes)
     results = {run: result(output_of(folder, run)) for run in RUNS}
-    rounding = difference(results[REFERENCE[True]], results[REFERENCE[False]])
+    rounding = difference(results[BASELINE[True]], results[BASELINE[False]])
     limits = {False: FP32_LIMITS, True: {name: 2 * value for name, value in rounding.items()}}
-    found = {run: difference(results[run], results[REFERENCE[run[0]]]) for run in RUNS}
+    found = {run: difference(results[run], results[BASELINE[run[0]]]) for run in RUNS}
     text, well = report(found, limits, {run: results[run]["labelled"] for run in RUNS})
     Path(options.results).write_text(text, encoding="utf-8")
     print(text.partition("\n- ")[0])
@@ -198,10 +203,10 @@ def main(options):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--outputs", default=str(ROOT / "outputs" / "scale"), help="folder of the runs")
+    parser.add_argument("--outputs", default=str(ROOT / "outputs" / "scale"), help="folder for the runs")
     parser.add_argument("--results", default=str(ROOT / "benchmarks" / "results" / "scale.md"))
-    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)  # one of the launcher's ranks
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the launcher's own
+    parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)  # set for the ranks that the launcher starts
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # added by the launcher
     options = parser.parse_args()
     try:
         sys.exit(work(Path(options.outputs)) if options.rank else main(options))

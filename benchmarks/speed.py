@@ -1,20 +1,22 @@
-"""Speed and memory against peers on the same pairs, model, precision and machine: train.py as it is, TRL 1.16's DPOTrainer,
-and a DPO loop of the official code's kind, written afresh.
+"""Speed and memory next to two peers, with the same pairs, model, precision and machine. One peer is TRL 1.16's DPOTrainer,
+the other a DPO loop that works as the official code's does, written anew.
 
     python benchmarks/speed.py --smollm2 MODEL_DIR --hh HH_FILE               every row; most of an hour on two cores
-    python benchmarks/speed.py --only hh,uf --threads 1                       some of them
-    python benchmarks/speed.py --profile --smollm2 MODEL_DIR --hh HH_FILE     where time and memory of a step go
+    python benchmarks/speed.py --only hh,uf --threads 1                       some of the rows
+    python benchmarks/speed.py --profile --smollm2 MODEL_DIR --hh HH_FILE     where the time and memory of a step go
 
-SmolLM2's row wants a folder of SmolLM2-135M-Instruct and HH's harmlessness pairs (jsonl, or gzipped); without them it is
-left out. --trl-python PATH names an interpreter that has TRL; by default one is made in outputs/trl-env.
+SmolLM2's row needs a folder with SmolLM2-135M-Instruct and HH's harmlessness pairs (jsonl or jsonl.gz), and is left out
+without them. --trl-python PATH names a Python that has TRL; by default one is made in outputs/trl-env.
 
-Each run is a process of its own; the two sides of a row run one after the other. A speed is the median over the optimiser
-steps behind the first two, in real tokens a second, the prompt counted once for each response. Memory is the peak of the
-resident set (on a GPU: of what torch holds) above what it was when the model had been loaded. First of all both sides
-compute the loss of the same 8 pairs against a reference that is not the policy; where they disagree, nothing is measured.
+Each run has its own process, and the two sides of a row run one after the other. Speed is in real tokens per second, with
+the prompt counted once for each response: the median over all optimiser steps but the first two. Memory is the peak of the
+resident set (on a GPU: of what torch has allocated) above its size when the model had just been loaded. On the fewest
+threads, both sides also compute the loss of the same 8 pairs, with a reference that is not the policy. If they disagree, the
+benchmark stops.
 
-Writes benchmarks/results/speed.md, speed.json and speed.png (on a GPU speed_gpu.*), with --profile speed_profile.md; --only
-leaves the other rows as they were, with the name of their machine. Exit code 0, or 2 where it cannot be run.
+All runs are plain DPO, the paper's baseline, so that both sides do the same work. Writes benchmarks/results/speed.md,
+speed.json and speed.png (on a GPU speed_gpu.*); with --profile, speed_profile.md. --only keeps the other rows, together with
+the name of the machine that they were measured on. Exit code 0, or 2 if it could not run.
 """
 
 import argparse
@@ -31,26 +33,26 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import trl_parity  # makes TRL's environment
 
 ROOT = Path(__file__).resolve().parent.parent
-TOLERANCE = 1e-4  # on the loss of the check, relative
-HH_WINDOW = 2048  # pairs of HH whose padding is counted: a whole window of length order
-MICRO = 8  # pairs a micro-batch and a step, TRL's default
+TOLERANCE = 1e-4  # relative, between the losses of the two sides
+HH_WINDOW = 2048  # pairs of HH whose padding is counted: as many as are sorted by length together
+MICRO = 8  # pairs per micro-batch and per step: TRL's default
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 4,
          "num_key_value_heads": 4, "max_position_embeddings": 4096, "tie_word_embeddings": False}
 VOCABULARY = 8192
 BILLION = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
            "num_key_value_heads": 4, "max_position_embeddings": 4096, "tie_word_embeddings": False}
 
-# The settings of a side. Each orders the pairs as it does by default.
+# The settings of a side. Each side orders the pairs as it does by default.
 PLAIN = {"bf16": False, "checkpointing": False}
 AS_SHIPPED = {"bf16": True, "checkpointing": False}
 TRL_DEFAULTS = {"bf16": True, "checkpointing": True}
 
-# name: (title, mean tokens of prompt and response, our settings, peer, its settings, least ratio of speed, most of memory)
+# name: (title, mean tokens of a prompt and of a response, our settings, peer, its settings, aims: lowest ratio of speed and
+# highest ratio of memory)
 CASES = {
     "hh": ("HH-like, both with precomputed reference", 134, 64, PLAIN, "trl", PLAIN | {"precompute": True}, 3.0, 0.35),
     "hh-defaults": ("HH-like, TRL's defaults (live reference, bf16, checkpointing)", 134, 64, AS_SHIPPED, "trl",
@@ -59,23 +61,24 @@ CASES = {
     "long": ("long prompts", 320, 64, PLAIN, "trl", PLAIN | {"precompute": True}, 3.0, 0.35),
     "smollm2": ("SmolLM2-135M on HH", None, None, PLAIN, "trl", PLAIN | {"precompute": True}, 2.5, 0.35),
     "official": ("HH-like, the official code's loop (live reference)", 134, 64, PLAIN, "official", PLAIN, 4.0, 0.25),
-    # On a GPU alone.
+    # Only on a GPU.
     "billion": ("1.1 B shape, UltraFeedback-like, bf16", 160, 300, AS_SHIPPED, "trl", AS_SHIPPED | {"precompute": True},
                 2.0, 0.5),
 }
 
 
 class Stop(Exception):
-    """The comparison cannot be made; the message says why. Exit code 2."""
+    """The comparison cannot run; the message says why. Exit code 2."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The peers. Each runs in a process of its own and gives back {"speeds": tokens a second of each step, "losses": of each
-# step, "train": seconds of all steps, "reference": seconds of the reference pass, "memory": bytes above the loaded model}.
-# A job with a "reference" folder is the check of the loss: one step over MICRO pairs.
+# The sides. Each runs in its own process and returns {"speeds": tokens per second of each step, "losses": of each step,
+# "train": seconds of all steps, "reference": seconds that scoring the reference takes, "memory": bytes above the loaded
+# model}. A job with a "reference" folder compares the loss: one step on MICRO pairs.
 
 class Memory:
-    """Peak memory above what it was at `mark()`: of the resident set (Linux), or of what torch holds on a GPU."""
+    """Peak memory since `mark()`, above its size then: of the resident set (Linux), or of what torch has allocated on a
+    GPU."""
 
     def mark(self):
         gc.collect()
@@ -84,7 +87,7 @@ class Memory:
             torch.cuda.reset_peak_memory_stats()
             self.base = torch.cuda.memory_allocated()
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak starts anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's record of the peak
             self.base = self.resident("VmRSS")
 
     def above(self):
@@ -105,7 +108,7 @@ def cuda():
 
 
 class Clock:
-    """Seconds between steps, with the device's work done."""
+    """Times at the ends of steps; each waits until the device has finished."""
 
     def __init__(self):
         self.ends = []
@@ -123,7 +126,7 @@ class Clock:
 
 
 def timed(function, seconds):
-    """`function`, whose seconds are appended to the list."""
+    """`function`, with the seconds of each call appended to the list."""
     def wrapper(*args, **kwargs):
         start = time.perf_counter()
         result = function(*args, **kwargs)
@@ -134,7 +137,7 @@ def timed(function, seconds):
 
 def our_config(job):
     """train.py's Config for a job."""
-    import train
+    from runtime.parse import parse_config
     config = {
         "model_name_or_path": job["model"], "ref_model_name_or_path": job["reference"],
         "dataset_mixer": {job["pairs"]: 1.0}, "dataset_splits": ["train"], "do_eval": False, "data_selection": False,
@@ -144,11 +147,11 @@ def our_config(job):
         "save_strategy": "no"}
     path = Path(job["output"]).with_suffix(".yaml")
     path.write_text(json.dumps(config))  # JSON is YAML
-    return train.parse_config(["--config", str(path)])
+    return parse_config(["--config", str(path)])
 
 
 def after(owner, name, then):
-    """Let `then(result)` follow each call of owner.name."""
+    """Make every call of owner.name be followed by then(result)."""
     function = getattr(owner, name)
 
     def wrapper(*args, **kwargs):
@@ -158,23 +161,31 @@ def after(owner, name, then):
     setattr(owner, name, wrapper)
 
 
-def ours(job):
-    """train.py as it is: its own metrics tell tokens and time; the functions around its loop mark where that begins."""
+def run_train(job):
+    """train.py's own main, in this process."""
     import train
-    from runtime import engine
+    from runtime.launch import set_up
+    config = our_config(job)
+    set_up(config)
+    train.main(config)
+
+
+def ours(job):
+    """train.py as it is. Its own metrics have tokens and times; calls around its loop show when training begins and ends."""
+    import train
     memory, clock, reference = Memory(), Clock(), []
-    after(engine, "load_model", lambda _: memory.mark())
-    after(train.report, "Log", lambda _: clock.tick())  # the last thing in front of the loop
-    after(train.report, "summarise", lambda _: clock.tick())  # the first behind it
-    train.reference_logps = timed(train.reference_logps, reference)
-    train.main(our_config(job))
+    after(train, "load_policy", lambda _: memory.mark())
+    after(train.report, "Log", lambda _: clock.tick())  # just before the loop
+    after(train.report, "summarise", lambda _: clock.tick())  # just after it
+    train.add_reference = timed(train.add_reference, reference)
+    run_train(job)
     rows = [json.loads(line) for line in (Path(job["output"]) / "metrics.jsonl").read_text().splitlines()]
     return {"speeds": [row["tokens_per_second"] for row in rows], "losses": [row["loss"] for row in rows],
             "train": clock.ends[1] - clock.ends[0], "reference": sum(reference), "memory": memory.above()}
 
 
 def trl(job):
-    """TRL's DPOTrainer as it is, in TRL's interpreter."""
+    """TRL's DPOTrainer as it is, in TRL's environment."""
     import datasets
     import torch
     import transformers
@@ -215,9 +226,10 @@ def trl(job):
 
 
 def official(job):
-    """DPO as the official code's trainer (TRL 0.12's kind) does it: a second model as the live reference, each response
-    in a row of its own behind a copy of the prompt, rows padded to the longest, logits of all positions, log_softmax over
-    all of them. Random order. What it gets wrong (cut tokens, bf16 sums, gate in evaluation) is left out."""
+    """DPO as the official code's trainer does it (similar to TRL 0.12): a second model is the reference and scores every
+    batch, each response has its own row after a copy of the prompt, rows are padded to the longest, and all positions get
+    logits and a log_softmax. The order is random. What that code gets wrong (cut tokens, bf16 sums, the gate in evaluation)
+    is left out."""
     import torch
     import transformers
     torch.set_num_threads(job["threads"])
@@ -233,7 +245,7 @@ def official(job):
     random.Random(0).shuffle(pairs)
 
     def rows(batch):
-        """input_ids, attention_mask, labels: (2B, T), chosen above rejected."""
+        """input_ids, attention_mask and labels, each (2B, T): the chosen responses, then the rejected ones."""
         lines = []
         for side in ("chosen", "rejected"):
             for pair in batch:
@@ -285,7 +297,7 @@ def read_pairs(folder):
 # Models and pairs
 
 def random_model(folder, shape):
-    """A random Llama with a vocabulary of words w0, w1, …"""
+    """Write a random Llama and a tokenizer of the words w0, w1, …"""
     import torch
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -301,7 +313,7 @@ def random_model(folder, shape):
 
 
 def without_template(source, folder):
-    """A model folder without its chat template: all peers get the same strings, and make the same tokens of them."""
+    """Copy a model folder without its chat template: both sides get the same strings and turn them into the same tokens."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("chat_template*", "*.bin"))
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
@@ -310,7 +322,7 @@ def without_template(source, folder):
 
 
 def other_model(source, folder):
-    """The model with its weights moved a little: a reference that is not the policy, for the check of the loss."""
+    """Write the model with slightly changed weights: a reference that is not the policy, to compare the loss with."""
     import torch
     import transformers
     model = load(source)
@@ -323,7 +335,7 @@ def other_model(source, folder):
 
 
 def word_pairs(prompt, response, count):
-    """Pairs of random words; lengths are log-normal with these means."""
+    """Pairs of random words, with log-normal lengths of about these means."""
     rng = random.Random(0)
 
     def text(mean):
@@ -333,10 +345,11 @@ def word_pairs(prompt, response, count):
 
 
 def hh_pairs(path, tokenizer, count):
-    """Random pairs of an HH file as {prompt, chosen, rejected}, none of them long enough to be cut."""
+    """Random pairs of an HH file as {prompt, chosen, rejected}, all of them short enough not to be cut."""
     import data
+    from runtime.sources import read_rows
     pairs = []
-    for place, row in data.read_rows(str(path), "train"):
+    for place, row in read_rows(str(path), "train"):
         parsed = data.parse_row(row, place)
         prompt, (chosen, rejected) = parsed["prompt"], parsed["responses"]
         longest = max(len(tokenizer(prompt + side).input_ids) for side in (chosen, rejected))
@@ -351,11 +364,12 @@ def write_pairs(folder, pairs):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# How far from the limit: the machine's own rate of matrix products, growth with length and vocabulary, a step in parts
+# How far from the limit: the machine's own rate of matrix products; growth with length and vocabulary; the parts of a step
 
 def unique_flops(config, pairs):
-    """(model FLOPs of a step over these pairs, real tokens). 6 a weight and token, the prompt once for both responses, the
-    head on response tokens alone; attention's two products, over what each token sees, times 3 for the backward."""
+    """(FLOPs that a step on these pairs needs, real tokens). 6 FLOPs per weight and token, with the prompt counted once for
+    both responses and the head for response tokens only; plus the two products of attention over what each token sees, times
+    3 for forward and backward."""
     h, layers = config.hidden_size, config.num_hidden_layers
     head_dim = getattr(config, "head_dim", None) or h // config.num_attention_heads
     q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
@@ -370,8 +384,8 @@ def unique_flops(config, pairs):
 
 
 def limit(job):
-    """FLOPs a second of bare matrix products: each weight's three (forward, and backward for input and weight) at the
-    tokens that a micro-batch has, in its dtype."""
+    """FLOPs per second of matrix products alone: for each weight the product of the forward pass and the two of the backward
+    pass, with as many tokens as a micro-batch has, in the dtype of training."""
     import torch
     import transformers
     torch.set_num_threads(job["threads"])
@@ -393,7 +407,7 @@ def limit(job):
 
 
 def clocked(function, *args):
-    """Seconds of a call, with the device's work done."""
+    """Seconds that a call takes, including the device's work."""
     clock = Clock()
     clock.tick()
     function(*args)
@@ -402,8 +416,9 @@ def clocked(function, *args):
 
 
 def growth(job):
-    """Seconds of forward and backward of one row by its tokens, those of bare attention beside them; and peak memory by
+    """Seconds of forward and backward of one row by its number of tokens, and of attention alone; peak memory by size of the
     vocabulary."""
+    import datasets
     import torch
     import transformers
 
@@ -415,11 +430,12 @@ def growth(job):
     config = lm.config
 
     def row(tokens, vocabulary):
-        """A pair whose prompt is half of the row."""
+        """A batch of one pair, whose prompt is half of the row."""
         def ids(n):
             return torch.randint(3, vocabulary, (n,)).tolist()
         pair = {"prompt_ids": ids(tokens // 2), "first_ids": ids(tokens // 4), "second_ids": ids(tokens // 4)}
-        return data.collate(SimpleNamespace(table=[pair], ids=["row"]), [0])
+        table = datasets.Dataset.from_list([{"id": "row", "tokens": tokens, **pair}])
+        return data.collate(data.Pairs(table, "", {}), [0])
 
     def step(module, batch):
         module.zero_grad(set_to_none=True)
@@ -450,18 +466,17 @@ def growth(job):
         module(batch).sum().backward()
         first = memory.above() - sum(parameter.grad.nbytes for parameter in lm.parameters())
         memory.mark()
-        module(batch).sum().backward()  # onto the gradients that are there
+        module(batch).sum().backward()  # adds to the gradients of the first
         vocabularies.append([vocabulary, max(0, first), memory.above(), 256 * vocabulary * 4,
                              len(batch.targets) * vocabulary * 4])
     return {"lengths": lengths, "vocabularies": vocabularies}
 
 
 def profile(job):
-    """A run of train.py in parts: [[part, seconds, calls, peak memory so far]], and the operators below."""
+    """The parts of a run of train.py, [[part, seconds, calls, peak memory so far]], and the operators that take longest."""
     import torch
 
     import train
-    from runtime import engine
     parts, memory, clock = {}, Memory(), Clock()
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU] + (
         [torch.profiler.ProfilerActivity.CUDA] if cuda() else []))
@@ -486,22 +501,22 @@ def profile(job):
         watch(result[0], "step", "optimiser")
 
     def begin(_):
-        parts.clear()  # what came before is no step
+        parts.clear()  # nothing before this belongs to a step
         profiler.start()
         clock.tick()
 
     def end(_):
         clock.tick()
         profiler.stop()
-    after(engine, "load_model", lambda _: memory.mark())
+    after(train, "load_policy", lambda _: memory.mark())
     after(train.deepspeed, "initialize", watch_engine)
     after(train.report, "Log", begin)
     after(train.report, "summarise", end)
     watch(train.data, "collate", "collate")
-    watch(train, "consult_gate", "gate")
-    watch(train.oracle.Oracle, "answer", "oracle and ledger")
+    watch(train.adpo, "gate", "gate")
+    watch(train.Oracle, "answer", "oracle and ledger")
     watch(train, "metric_sums", "metrics")
-    train.main(our_config(job))
+    run_train(job)
     sort = "self_cuda_time_total" if cuda() else "self_cpu_time_total"
     return {"parts": [[title, *values] for title, values in parts.items()], "whole": clock.ends[1] - clock.ends[0],
             "operators": profiler.key_averages().table(sort_by=sort, row_limit=15, max_name_column_width=48)}
@@ -511,17 +526,17 @@ WORKERS = {"ours": ours, "trl": trl, "official": official, "limit": limit, "grow
 
 
 def work(name, path):
-    """The child: one worker, one job."""
+    """What a child process does: one worker, one job."""
     sys.path.insert(0, str(ROOT))
     job = json.loads(Path(path).read_text())
     Path(job["result"]).write_text(json.dumps(WORKERS[name](job)))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Side by side
+# The two sides of each row
 
 class Bench:
-    """Models, pairs and children of one benchmark run."""
+    """The models, pairs and child processes of this benchmark."""
 
     def __init__(self, options):
         self.options, self.folder = options, Path(options.outputs).resolve() / "speed"
@@ -530,7 +545,7 @@ class Bench:
         self.trl_python = None
 
     def model(self, case):
-        """(model folder, the same moved a little)."""
+        """(model folder, folder of the same model with slightly changed weights)."""
         folder = self.folder / (case if case in ("smollm2", "billion") else "small")
         if not folder.exists() and case == "smollm2":
             without_template(self.options.smollm2, folder)
@@ -542,7 +557,7 @@ class Bench:
         return folder, other
 
     def pairs(self, case, steps):
-        """(folder with the pairs of these steps, folder with MICRO of them)."""
+        """(folder with the pairs for this many steps, folder with the first MICRO of them)."""
         folder = self.folder / f"pairs-{case}"
         if not folder.exists():
             _, prompt, response, *_ = CASES[case]
@@ -557,7 +572,7 @@ class Bench:
         return folder, folder.with_name(folder.name + "-few")
 
     def lengths(self, case, window=None):
-        """[(prompt, first, second)] in tokens, of a case's pairs; with `window`, of so many pairs of HH."""
+        """[(prompt, first, second)] of a case's pairs, in tokens; with `window`, of that many pairs of HH."""
         import transformers
         tokenizer = transformers.AutoTokenizer.from_pretrained(self.model(case)[0])
         pairs = (hh_pairs(self.options.hh, tokenizer, window) if window
@@ -569,12 +584,12 @@ class Bench:
                 for p in pairs]
 
     def run(self, worker, job):
-        """A worker's result, in a process of its own. Raises Stop with its last line."""
+        """A worker's result, from a process of its own. Raises Stop with its last line of output if it fails."""
         threads = job["threads"]
         path = self.folder / f"{worker}.json"
         job |= {"output": str(path.with_suffix("")), "result": str(path.with_suffix(".result"))}
         shutil.rmtree(job["output"], ignore_errors=True)
-        shutil.rmtree(self.folder / "cache", ignore_errors=True)  # the reference is scored in each run
+        shutil.rmtree(self.folder / "cache", ignore_errors=True)  # so every run scores the reference
         path.write_text(json.dumps(job))
         if worker == "trl" and not self.trl_python:
             self.trl_python = trl_parity.peer_python(self.folder.parent, self.options.trl_python)
@@ -590,8 +605,8 @@ class Bench:
         return json.loads(path.with_suffix(".result").read_text())
 
     def fastest(self, worker, job):
-        """A worker's result, with its median speed. On a GPU train.py is run with each attention that is installed, and the
-        fastest counts."""
+        """A worker's result, with its median speed. On a GPU, train.py runs with each attention implementation that is
+        installed, and the fastest counts."""
         kinds = [None]
         if worker == "ours" and cuda():
             kinds = ["sdpa", "flex_attention", *["flash_attention_2"] * bool(importlib.util.find_spec("flash_attn"))]
@@ -604,7 +619,7 @@ class Bench:
         return max(found, key=lambda result: result["speed"])
 
     def case(self, name, threads):
-        """One row: {"ours", "peer"} with the median speed, and the largest difference between their losses."""
+        """One row of the table: {"ours", "peer", "losses"}. Raises Stop if the two sides do not compute the same loss."""
         _, _, _, mine, peer, theirs, _, _ = CASES[name]
         model, moved = self.model(name)
         pairs, few = self.pairs(name, self.options.steps)
@@ -612,7 +627,7 @@ class Bench:
         for side, worker, settings in (("ours", "ours", mine), ("peer", peer, theirs)):
             job = {"model": str(model), "reference": None, "pairs": str(pairs), "threads": threads, "precompute": False}
             job |= settings
-            # The check of the loss: fp32, a reference that is not the policy, so that the loss is not log 2.
+            # Compare the loss in fp32. With the policy as its own reference it would be log 2 whatever we compute.
             if threads == min(self.options.threads):
                 check = self.run(worker, job | {"bf16": False, "precompute": False, "reference": str(moved),
                                                 "pairs": str(few)})
@@ -626,7 +641,7 @@ class Bench:
 
 
 def measure(bench, names, found, keep):
-    """Put the numbers of these rows into `found`; keep(found) after each row."""
+    """Measure these rows, put the numbers into `found`, and call keep(found) after each row."""
     import transformers
     threads = bench.options.threads
     for name in names:
@@ -655,7 +670,7 @@ def measure(bench, names, found, keep):
 
 
 def padding(lengths):
-    """Share of the positions that train.py computes on these pairs which is padding."""
+    """Share of padding among the positions that train.py computes for these pairs."""
     import data
     tokens = [sum(pair) for pair in lengths]
     order = data.epoch_order(tokens, 0, 42, MICRO, group_by_length=True)
@@ -665,7 +680,7 @@ def padding(lengths):
 
 
 def predicted(bench, name):
-    """Bytes above the loaded model that tools/fit.py expects of our side of a row."""
+    """Bytes above the loaded model that tools/fit.py expects for our side of a row."""
     import transformers
 
     from tools import fit
@@ -681,43 +696,51 @@ def predicted(bench, name):
 # The report
 
 def mark(value, target, least):
-    """A ratio, and whether it is what was aimed at."""
+    """A ratio, in bold if it reaches its aim."""
     good = value >= target if least else value <= target
     return f"{'**' if good else ''}{value:.2f}{'**' if good else ''}"
 
 
-def report(found):
-    """The Markdown of all numbers."""
-    rows, missed, tight, elsewhere, steps = [], [], [], {}, found["steps"]
+def table(found):
+    """(rows of the main table, what missed its aim, where the peer may have run out of memory), each a list of texts."""
+    rows, missed, tight = [], [], []
     room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for key, row in found["rows"].items():
         name, threads = key.split("/")
-        title, *_, speed_target, memory_target = CASES[name]
-        if row["machine"] != found["machine"]:
-            elsewhere[title] = row["machine"]
+        title, *_, speed_aim, memory_aim = CASES[name]
         a, b = row["ours"], row["peer"]
         speed, memory = a["speed"] / b["speed"], a["memory"] / b["memory"]
         epoch = (b["reference"] + b["train"]) / (a["reference"] + a["train"])
-        for what, value, target, good in (("speed", speed, speed_target, speed >= speed_target),
-                                          ("memory", memory, memory_target, memory <= memory_target),
-                                          ("a whole epoch", epoch, 1.5, epoch >= 1.5)):
+        place = f"{title}, {threads} thread{'s' if int(threads) > 1 else ''}"
+        for what, value, aim, good in (("speed", speed, speed_aim, speed >= speed_aim),
+                                       ("memory", memory, memory_aim, memory <= memory_aim),
+                                       ("a whole epoch", epoch, 1.5, epoch >= 1.5)):
             if not good:
-                missed.append(f"{title}, {threads} thread(s): {what} {value:.2f}, aimed at {target}")
+                missed.append(f"{place}: {what} {value:.2f}, the aim is {aim}")
         if not found["suffix"] and b["memory"] > 0.8 * room:
-            tight.append(f"{title}, {threads} thread(s): of its steps the fastest had {b['spread'][1]:,.0f} tokens/s, "
-                         f"{a['speed'] / b['spread'][1]:.2f} times less than the median of train.py")
+            tight.append(f"{place}: its fastest step reached {b['spread'][1]:,.0f} tokens/s, and the median of train.py is "
+                         f"{a['speed'] / b['spread'][1]:.2f} times that")
         rows.append(
-            f"| {title} | {threads} | {a['speed']:,.0f} | {b['speed']:,.0f} | {mark(speed, speed_target, True)} "
-            f"(≥ {speed_target}) | {a['memory'] / 1e6:,.0f} | {b['memory'] / 1e6:,.0f} | "
-            f"{mark(memory, memory_target, False)} (≤ {memory_target}) | {a['reference']:.1f} | {b['reference']:.1f} | "
+            f"| {title} | {threads} | {a['speed']:,.0f} | {b['speed']:,.0f} | {mark(speed, speed_aim, True)} "
+            f"(≥ {speed_aim}) | {a['memory'] / 1e6:,.0f} | {b['memory'] / 1e6:,.0f} | "
+            f"{mark(memory, memory_aim, False)} (≤ {memory_aim}) | {a['reference']:.1f} | {b['reference']:.1f} | "
             f"{mark(epoch, 1.5, True)} |")
+    return rows, missed, tight
+
+
+def report(found):
+    """The results page."""
+    steps, (rows, missed, tight) = found["steps"], table(found)
+    elsewhere = {CASES[key.split("/")[0]][0]: row["machine"] for key, row in found["rows"].items()
+                 if row["machine"] != found["machine"]}
     losses = [f"| {CASES[key.split('/')[0]][0]} | {row['losses'][0]:.6f} | {row['losses'][1]:.6f} |"
               for key, row in found["rows"].items() if row["losses"]]
     limits = [f"| {CASES[key.split('/')[0]][0]} | {key.split('/')[1]} | {x['rate'] / 1e9:,.1f} | "
               f"{x['achieved'] / 1e9:,.1f} | {x['achieved'] / x['rate']:.2f} |" for key, x in found["limit"].items()]
-    paddings = ", ".join(f"{CASES[name][0]} {share:.1%}" for name, share in found["padding"].items())
+    paddings = "; ".join(f"{CASES[name][0]} {share:.1%}" for name, share in found["padding"].items())
     if "hh_padding" in found:
-        paddings += f". From {HH_WINDOW:,} pairs of HH, one window of length order, it is {found['hh_padding']:.2%}"
+        paddings += (f". With {HH_WINDOW:,} pairs of HH, as many as a run sorts by length together, it is "
+                     f"{found['hh_padding']:.2%}")
     fits = []
     for name, expected in found["fit"].items():
         peaks = [f"{row['ours']['memory'] / 1e6:,.0f}" for key, row in found["rows"].items() if key.startswith(f"{name}/")]
@@ -725,26 +748,26 @@ def report(found):
     text = f"""\
 # Speed and memory, side by side
 
-Made by `python benchmarks/speed.py`; {found['machine']}; {found['versions']}. {MICRO} pairs a step, {steps} steps of which
-the first two are not counted, AdamW, plain DPO (every label is asked for, so that all sides do the same work).
+Made by `python benchmarks/speed.py`; {found['machine']}; {found['versions']}. {MICRO} pairs per step, {steps} steps of which
+the first two are not counted, AdamW. All sides do plain DPO, which asks for every label, so that they do the same work.
 
-![Tokens a second and memory of each row](speed{found['suffix']}.png)
+![Tokens per second and memory of each row](speed{found['suffix']}.png)
 
-Tokens are real tokens a second, the prompt counted once for each response; memory is the peak above the loaded model, in MB;
-"reference" is the seconds of the pass that scores the reference, of the whole epoch; "epoch" is how many times faster a
-one-epoch run is from its start to its end, that pass included. In bold: what reaches the aim in brackets (an epoch: ≥ 1.5).
+Speed is in real tokens per second, with the prompt counted once for each response. Memory is the peak above the loaded
+model, in MB. "Reference" is how many seconds it takes to score the reference for the whole epoch. "Epoch" is how many times
+faster a run of one epoch is from start to end, including that. Bold: the aim in brackets is reached (for an epoch: ≥ 1.5).
 
 | work | threads | tokens/s | peer | ratio | memory | peer | ratio | reference | peer | epoch |
 | --- | --: | --: | --: | --- | --: | --: | --- | --: | --: | --: |
 {chr(10).join(rows)}
 
-{" ".join(f"{title}: measured on {machine}, as is its share of the limit." for title, machine in elsewhere.items())}
+{" ".join(f"{title} was measured on {machine}, and so was its share of the limit." for title, machine in elsewhere.items())}
 
 {"Every aim is reached." if not missed else "Not reached: " + "; ".join(missed) + "."}
 
-{"The peer came near the memory of the machine, and may have waited for it. " + "; ".join(tight) + "." if tight else ""}
+{"The peer came close to the machine's memory and may have waited for it. " + "; ".join(tight) + "." if tight else ""}
 
-All sides compute the same loss, here of {MICRO} pairs in fp32 against a reference that is not the policy:
+All sides compute the same loss. This is the loss of {MICRO} pairs in fp32, with a reference that is not the policy:
 
 | work | train.py | peer |
 | --- | --: | --: |
@@ -752,63 +775,66 @@ All sides compute the same loss, here of {MICRO} pairs in fp32 against a referen
 
 ## How far from the limit
 
-GFLOP/s of the model's matrix products alone, at the shapes and dtype of a micro-batch, and of whole training steps, counting
-what the unique tokens need: 6 FLOPs a weight and token, the prompt once, the head on response tokens, attention over what is
-seen.
+GFLOP/s of the model's matrix products alone, with the shapes and the dtype of a micro-batch, and of whole training steps.
+For the steps, only what the unique tokens need is counted: 6 FLOPs per weight and token, the prompt once, the head for
+response tokens only, and attention over what each token sees.
 
 | work | threads | products alone | training | share |
 | --- | --: | --: | --: | --: |
 {chr(10).join(limits)}
 
-Padding, as a share of the computed positions (from {steps * MICRO} pairs alone): {paddings}.
+Padding, as a share of the positions computed for these {steps * MICRO} pairs: {paddings}.
 
-What `tools/fit.py` expects above the loaded model, and what was measured (one thread, two), in MB; the resident set of a CPU
-process also holds what its allocator keeps:
+What `tools/fit.py` expects above the loaded model, and what was measured (on one thread, on two), in MB. The resident set of
+a CPU process also includes what its allocator keeps.
 
 | work | expected | measured |
 | --- | --: | --: |
 {chr(10).join(fits)}
 """
-    if "growth" in found:
-        growths = {count: growth for count, growth in found["growth"].items() if count != "machine"}
-        lines = []
-        for count, growth in growths.items():
-            rates = [(whole - bare) / tokens for tokens, whole, bare in growth["lengths"]]
-            lines += [f"| {count} | {tokens:,} | {1e3 * whole:,.0f} | {1e3 * bare:,.0f} | {1e6 * rate:,.0f} | "
-                      f"{rate / rates[0]:.2f} |" for rate, (tokens, whole, bare) in zip(rates, growth["lengths"])]
-        vocabularies = ["| " + " | ".join([f"{size:,}", *(f"{memory / 1e6:,.0f}" for memory in rest)]) + " |"
-                        for size, *rest in next(iter(growths.values()))["vocabularies"]]
-        text += f"""
+    return text + (growth_report(found["growth"]) if "growth" in found else "")
+
+
+def growth_report(growth):
+    """The section about growth with the length of a row and with the vocabulary."""
+    growths = {count: results for count, results in growth.items() if count != "machine"}
+    lines = []
+    for count, results in growths.items():
+        rates = [(whole - bare) / tokens for tokens, whole, bare in results["lengths"]]
+        lines += [f"| {count} | {tokens:,} | {1e3 * whole:,.0f} | {1e3 * bare:,.0f} | {1e6 * rate:,.0f} | "
+                  f"{rate / rates[0]:.2f} |" for rate, (tokens, whole, bare) in zip(rates, results["lengths"])]
+    vocabularies = ["| " + " | ".join([f"{size:,}", *(f"{memory / 1e6:,.0f}" for memory in rest)]) + " |"
+                    for size, *rest in next(iter(growths.values()))["vocabularies"]]
+    return f"""
 ## Growth
 
-Forward and backward of one row, by its tokens; "attention" is that of bare attention calls of the same shape and mask,
-one a layer, and of making the mask. On two threads the shortest row is too short to be shared out well.
+Forward and backward of one row, by its number of tokens. "Attention" is the time of attention calls alone, with the same
+shape and mask, one per layer, and of making the mask. The shortest row is too short to use two threads well.
 
-| threads | tokens a row | ms | of it attention | µs a token without | against the shortest |
+| threads | tokens per row | ms | attention, ms | µs per token without attention | relative to the shortest |
 | --: | --: | --: | --: | --: | --: |
 {chr(10).join(lines)}
 
-Peak memory of forward and backward above model and gradients, in MB; one layer, 2,048 tokens, logits in chunks of 256. It
-is 0 where the chunk is gone before as large a gradient, that of the embedding, is made. A later micro-batch holds the head's
-gradient twice: its own, before it is added to the one that is there. (Where ZeRO partitions gradients, each micro-batch is a
-first one.)
+Peak memory of forward and backward above the model and its gradients, in MB; one layer, 2,048 tokens, logits in chunks of
+256. It is 0 if the chunk of logits is freed before the gradient of the embedding is made, which is as large. A later
+micro-batch holds the gradient of the head's weight twice: its own, and the sum that it is then added to. (If ZeRO partitions
+the gradients, every micro-batch is like the first.)
 
 | vocabulary | first micro-batch of a step | later ones | one chunk of logits | all logits of the responses |
 | --: | --: | --: | --: | --: |
 {chr(10).join(vocabularies)}
 """
-    return text
 
 
 def chart(found, path):
-    """Bars: tokens a second and memory of both sides of each row, at the most threads."""
+    """Draw bars: tokens per second and memory of both sides of each row, with the largest number of threads."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     most = max(int(key.split("/")[1]) for key in found["rows"])
     rows = {key.split("/")[0]: row for key, row in found["rows"].items() if key.endswith(f"/{most}")}
     figure, axes = plt.subplots(1, 2, figsize=(12, 0.85 * len(rows) + 1.2), sharey=True)
-    for axis, field, scale, label in ((axes[0], "speed", 1, "real tokens a second (more is better)"),
+    for axis, field, scale, label in ((axes[0], "speed", 1, "real tokens per second (more is better)"),
                                       (axes[1], "memory", 1e9, "peak GB above the model (less is better)")):
         for n, (name, row) in enumerate(rows.items()):
             a, b = row["ours"][field] / scale, row["peer"][field] / scale
@@ -830,7 +856,7 @@ def chart(found, path):
 
 
 def profile_report(found, title, machine):
-    """The Markdown of a profile."""
+    """The results page of a profile."""
     parts = sorted(found["parts"], key=lambda part: -part[1])
     rest = found["whole"] - sum(part[1] for part in parts)
     lines = [f"| {title} | {seconds:.2f} | {seconds / found['whole']:.1%} | {calls} | {peak / 1e6:,.0f} |"
@@ -839,7 +865,8 @@ def profile_report(found, title, machine):
 # Where the time and the memory of a step go
 
 Made by `python benchmarks/speed.py --profile`: {title}, 2 steps of {MICRO} pairs, {machine}. {found['whole']:.1f} s in all,
-under torch's profiler. With checkpointing, or several chunks of logits, the backward has forwards inside it.
+under torch's profiler. With checkpointing, or with several chunks of logits, the backward pass computes parts of the forward
+pass again.
 
 | part | seconds | share | calls | peak so far, MB above the model |
 | --- | --: | --: | --: | --: |
@@ -855,12 +882,12 @@ under torch's profiler. With checkpointing, or several chunks of logits, the bac
 def main(options):
     unknown = set(options.only) - set(CASES)
     if unknown:
-        raise Stop(f"--only {', '.join(sorted(unknown))}: no such row; there are {', '.join(CASES)}")
+        raise Stop(f"--only {', '.join(sorted(unknown))}: no such row; the rows are {', '.join(CASES)}")
     sys.path.insert(0, str(ROOT))
     here = Path(__file__).parent / "results"
     names = [name for name in options.only or CASES if (name != "billion" or cuda())]
     if not (options.smollm2 and options.hh) and "smollm2" in names:
-        print("the row of SmolLM2 is left out: it wants --smollm2 MODEL_DIR and --hh HH_FILE", flush=True)
+        print("SmolLM2's row is left out: it needs --smollm2 MODEL_DIR and --hh HH_FILE", flush=True)
         names.remove("smollm2")
     import torch
     machine = torch.cuda.get_device_name() if cuda() else trl_parity.cpu_name()
@@ -871,7 +898,7 @@ def main(options):
         name = options.only[0] if options.only else "smollm2" if options.smollm2 and options.hh else "hh"
         job = {"model": str(bench.model(name)[0]), "pairs": str(bench.pairs(name, 2)[0]), "reference": None,
                "threads": max(options.threads), **CASES[name][3]}
-        text = profile_report(bench.run("profile", job), CASES[name][0], f"{machine}, {max(options.threads)} thread(s)")
+        text = profile_report(bench.run("profile", job), CASES[name][0], f"{machine}, threads: {max(options.threads)}")
         (here / f"speed_profile{suffix}.md").write_text(text, encoding="utf-8")
         print(text)
         return
@@ -880,8 +907,8 @@ def main(options):
     facts = {"machine": machine, "suffix": suffix, "steps": options.steps, "versions": versions}
     path = here / f"speed{suffix}.json"
     found = facts | {"rows": {}, "limit": {}, "padding": {}, "fit": {}}
-    if path.is_file() and options.only:  # rows that are not measured again stay, where versions and steps are the same
-        before = json.loads(path.read_text()) | {"machine": machine}  # each row has its own
+    if path.is_file() and options.only:  # keep the other rows if they had the same versions and number of steps
+        before = json.loads(path.read_text()) | {"machine": machine}  # each row names its own machine
         found = before if {name: before[name] for name in facts} == facts else found
 
     def keep(found):
@@ -900,13 +927,13 @@ if __name__ == "__main__":
     parser.add_argument("--only", metavar="ROWS", type=lambda text: text.split(","), default=[], help=", ".join(CASES))
     parser.add_argument("--threads", type=lambda text: [int(n) for n in text.split(",")], default=[1, 2],
                         help="default: 1,2")
-    parser.add_argument("--steps", type=int, default=8, help="optimiser steps of a run; default: 8")
+    parser.add_argument("--steps", type=int, default=8, help="optimiser steps per run; default: 8")
     parser.add_argument("--smollm2", metavar="MODEL_DIR", help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--hh", metavar="HH_FILE", help="HH's harmlessness pairs")
     parser.add_argument("--trl-python", metavar="PATH",
-                        help="interpreter that has TRL; default: one made in outputs/trl-env")
-    parser.add_argument("--outputs", metavar="DIR", default=ROOT / "outputs", help="where to work; default: outputs")
-    parser.add_argument("--profile", action="store_true", help="a step in parts, in place of the comparison")
+                        help="a Python that has TRL; default: one made in outputs/trl-env")
+    parser.add_argument("--outputs", metavar="DIR", default=ROOT / "outputs", help="folder to work in; default: outputs")
+    parser.add_argument("--profile", action="store_true", help="show the parts of a step instead of the comparison")
     try:
         main(parser.parse_args())
     except (Stop, trl_parity.Stop) as error:

@@ -1,20 +1,20 @@
-"""Plain DPO and SFT here against TRL's DPOTrainer and SFTTrainer, step by step: train.py with data_selection false or with
-objective sft, and TRL 1.16, on the same model and the same rows in the same order.
+"""Do plain DPO and SFT here compute the same as TRL? Compares train.py (data_selection: false, or objective: sft) with the
+DPOTrainer and SFTTrainer of TRL 1.16, step by step, on the same model and the same rows in the same order.
 
-    python benchmarks/trl_parity.py                      makes TRL's environment in outputs/trl-env at the first run
-    python benchmarks/trl_parity.py --trl-python PATH    uses an interpreter that has TRL already
-    python benchmarks/trl_parity.py --outputs DIR --results FILE    other places to work in and to write to
+    python benchmarks/trl_parity.py                      makes TRL's environment in outputs/trl-env on the first run
+    python benchmarks/trl_parity.py --trl-python PATH    uses a Python that already has TRL
+    python benchmarks/trl_parity.py --outputs DIR --results FILE    works in DIR and writes FILE
 
-A few minutes on one CPU thread. It builds the toy task (toy.py), asks Schedule which rows each micro-step takes, hands TRL
-exactly those in that order, as {prompt, chosen, rejected} or {prompt, completion}, runs both for 20 steps, and compares what
-both log at each step. TRL's tokens are compared with ours too: both sides start from the same text, not from the same ids.
+A few minutes on one CPU thread. It makes the built-in task (runtime/toy.py), asks Schedule which rows each micro-batch
+takes, and gives TRL those rows in that order, as {prompt, chosen, rejected} or {prompt, completion}. Both run for 20 steps,
+and what they log at each step is compared. Token ids are compared too, because both sides start from the text.
 
-TRL's trainers are used as they are: their sampler is set to sequential, and the log is read from the trainer's state, where
-no number is rounded. Two losses need a remark, which results/trl_parity.md repeats: TRL's sigmoid loss takes no label
-smoothing, and its ipo loss is another one.
+TRL's trainers are not modified. Their sampler is set to sequential, and the log is read from the trainer's state, where
+numbers are not rounded. Two losses are special, as results/trl_parity.md explains: TRL's sigmoid loss has no label
+smoothing, and its ipo loss is a different one.
 
-Nothing departs from the paper: plain DPO is its baseline. Writes benchmarks/results/trl_parity.md. Exit code 0: every
-loss is within 1e-4 of TRL's, relative; 1: one is not, or tokens differ; 2: it could not be run.
+Plain DPO is the paper's baseline, so there is nothing to depart from. Writes benchmarks/results/trl_parity.md. Exit code 0:
+every loss is within 1e-4 of TRL's, relative to it; 1: one is not, or token ids differ; 2: the benchmark could not run.
 """
 
 import argparse
@@ -30,22 +30,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TRL = "1.16.0"
-PEER_PACKAGES = (["torch==2.13.0"], ["transformers==5.23.0", f"trl=={TRL}"])  # torch first, so that it is this torch
-TOLERANCE = 1e-4  # on each loss, relative to TRL's
-# 256 pairs in steps of 16: the 20 steps go into a second epoch, which has an order of its own. Some labels are wrong.
+PEER_PACKAGES = (["torch==2.13.0"], ["transformers==5.23.0", f"trl=={TRL}"])  # torch first: nothing else chooses it
+TOLERANCE = 1e-4  # of each loss, relative to TRL's
+# 256 pairs in steps of 16: the 20 steps reach into a second epoch, with another order. Some labels are wrong.
 TASK = {"train_pairs": 256, "test_pairs": 16, "label_noise": 0.05}
-# Of both sides. The model has 128 positions; no pair is longer, so nothing is truncated.
+# For both sides. The model has 128 positions and no pair is longer, so nothing is truncated.
 COMMON = {"max_length": 128, "max_steps": 20, "learning_rate": 1e-3, "lr_scheduler_type": "cosine",
           "weight_decay": 0.0, "max_grad_norm": 1.0, "bf16": False, "logging_steps": 1, "save_strategy": "no"}
 BETA = 0.1
-WARMUP = 0.1  # share of the steps; TRL's key takes a share too, under another name
+WARMUP = 0.1  # share of the steps; TRL's key for it, warmup_steps, takes a share too
 
-# name: (loss_type, label_smoothing, pairs a micro-batch, micro-batches a step) of each side
+# name: (loss_type, label_smoothing, pairs per micro-batch, micro-batches per step) for us, and the same for TRL
 CASES = {
     "sigmoid": (("sigmoid", 0.0, 16, 1), ("sigmoid", 0.0, 16, 1)),
     "sigmoid, accumulation 2": (("sigmoid", 0.0, 8, 2), ("sigmoid", 0.0, 8, 2)),
-    # TRL's `sigmoid` has no label smoothing (1.16 takes the key and does nothing with it), `aot` has it. aot sorts
-    # log-ratios over the micro-batch, which leaves one pair as it is: on one pair it is the smoothed sigmoid loss.
+    # TRL's `sigmoid` has no label smoothing (1.16 accepts the key and ignores it), but its `aot` does. `aot` sorts the
+    # log-ratios of a micro-batch; a micro-batch of one pair has nothing to sort, so there it is the smoothed sigmoid loss.
     "sigmoid, label smoothing 0.1": (("sigmoid", 0.1, 16, 1), ("aot", 0.1, 1, 16)),
     "hinge": (("hinge", 0.0, 16, 1), ("hinge", 0.0, 16, 1)),
     "SFT": (("sft", 0.0, 16, 1), ("sft", 0.0, 16, 1)),
@@ -55,24 +55,24 @@ METRICS = ("loss", "grad_norm", "learning_rate", "logps/chosen", "logps/rejected
            "rewards/margins", "rewards/accuracies")
 SFT_METRICS = METRICS[:3]
 NOTES = """\
-- `sigmoid, label smoothing 0.1`: TRL's `sigmoid` loss ignores `label_smoothing`, so TRL runs `aot`, which applies it,
-  on micro-batches of one pair, where the sort that distinguishes `aot` does nothing; 16 of them make a step.
-- `ipo` is not compared: TRL divides each log-ratio by the tokens of its response, and `ipo` here takes the sum, as the
-  paper's equation 17 does.
-- `rewards/accuracies`: a margin of 0 is half right here and wrong in TRL. The first two steps have such margins alone
-  (the first update has learning rate 0), so that this metric is compared from step 3 on.
-- Rewards are differences of log-probs that pass through 0; their relative differences are large where they do."""
+- `sigmoid, label smoothing 0.1`: TRL's `sigmoid` loss ignores `label_smoothing`, so TRL runs `aot` instead, which applies
+  it. `aot` sorts each micro-batch; with micro-batches of one pair, 16 to a step, the sort changes nothing.
+- `ipo` is not compared: TRL divides each log-ratio by the number of tokens in its response; here `ipo` uses the sum, as
+  equation 17 of its paper does.
+- `rewards/accuracies`: a margin of 0 counts as half right here and as wrong in TRL. In the first two steps every margin is
+  0 (the first update has learning rate 0), so this metric is compared from step 3 on.
+- Rewards are differences of log-probs and pass through 0; close to 0 their relative differences are large."""
 
 
 class Stop(Exception):
-    """The comparison cannot be made; the message says why. Exit code 2."""
+    """The comparison cannot run; the message says why. Exit code 2."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# TRL's side; `peer` runs in TRL's interpreter, so nothing outside this file is imported by it but TRL and what it needs
+# TRL's side. `peer` runs in TRL's environment, so it imports only TRL and what TRL needs.
 
 def peer(job_path):
-    """Train by DPOTrainer or SFTTrainer on the job's rows in their order; write its log and its tokens."""
+    """Train with DPOTrainer or SFTTrainer on the job's rows, in their order, and write its log and its token ids."""
     import datasets
     import torch
     import transformers
@@ -93,7 +93,7 @@ def peer(job_path):
             "train_dataset": datasets.Dataset.from_list(job["rows"])}
     if loss_type == "sft":
         trainer = trl.SFTTrainer(args=trl.SFTConfig(**arguments), **both)
-        cuts = [(row["input_ids"], row["labels"].count(-100)) for row in trainer.train_dataset]  # the prompt has no label
+        cuts = [(row["input_ids"], row["labels"].count(-100)) for row in trainer.train_dataset]  # −100: a prompt token
         tokens = [(ids[:cut], ids[cut:]) for ids, cut in cuts]
     else:
         arguments |= {"beta": job["beta"], "loss_type": [loss_type], "label_smoothing": label_smoothing}
@@ -106,14 +106,14 @@ def peer(job_path):
 
 
 def peer_python(outputs, given):
-    """TRL's interpreter, its environment made where it is not there. Raises Stop."""
+    """The Python that has TRL; makes its environment if needed. Raises Stop."""
     return environment(outputs / "trl-env", PEER_PACKAGES, {"trl": TRL}, given, "--trl-python")
 
 
 def environment(folder, installs, needed, given, flag):
-    """The interpreter of a peer's environment, made in `folder` where it is not there, or the one given. Raises Stop.
+    """The Python of a peer's environment: the one given, or one in `folder`, which is made if it is missing. Raises Stop.
 
-    installs: the arguments of each `pip install`.  needed: {package: version}.  flag: what names another interpreter.
+    installs: arguments of each `pip install`.  needed: {package: version}.  flag: the option that names another Python.
     """
     python = Path(given) if given else folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     if not given and not python.exists():
@@ -122,7 +122,7 @@ def environment(folder, installs, needed, given, flag):
     if not given and versions_of(python, needed) != needed:
         for packages in installs:
             if subprocess.run([python, "-m", "pip", "install", *packages]).returncode:
-                raise Stop(f"pip could not install {' '.join(packages)}; {flag} names an interpreter that has it")
+                raise Stop(f"pip could not install {' '.join(packages)}; give a Python that has them with {flag}")
     found = versions_of(python, needed)
     for name, version in needed.items():
         if found.get(name) != version:
@@ -131,14 +131,14 @@ def environment(folder, installs, needed, given, flag):
 
 
 def versions_of(python, names=("torch", "transformers", "trl", "accelerate", "datasets")):
-    """{package: version} of an interpreter, of those that it has, in the order of the names. Raises Stop."""
+    """{package: version} of those of the packages that a Python has, in the given order. Raises Stop."""
     code = ("import importlib.metadata as m, json; "
             "have = {d.metadata['Name'].replace('-', '_').lower(): d.version for d in m.distributions()}; "
             f"print(json.dumps({{n: have[n] for n in {list(names)} if n in have}}))")
     try:
         return json.loads(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout)
     except (OSError, subprocess.CalledProcessError, json.JSONDecodeError) as error:
-        raise Stop(f"{python}: is no Python that runs ({type(error).__name__})")
+        raise Stop(f"{python}: not a Python that runs ({type(error).__name__})")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -156,20 +156,22 @@ def our_config(case, model_dir, rows_dir, output):
 
 
 def rows_in_order(config_path, rows_dir):
-    """The rows that a run takes, one after the other: as TRL wants their text, and as our token ids."""
+    """The rows that a run takes, in order: as text for TRL, and as our token ids."""
     import data
     import train
     from runtime import toy
-    config = train.parse_config(["--config", str(config_path)])
+    from runtime.parse import parse_config
+    config = parse_config(["--config", str(config_path)])
     data.datasets.disable_progress_bars()
     renderer = data.Renderer(train.load_tokenizer(config), config.max_prompt_length, config.max_length)
     pairs, labels, _ = data.load_pairs(config.dataset_mixer, config.dataset_splits, renderer, "train", say=lambda _: None,
                                        examples=config.objective == "sft")
     rows = toy.read_jsonl(rows_dir / "train.jsonl")
     if len(pairs) != len(rows):
-        raise Stop(f"{len(rows) - len(pairs)} of {len(rows)} toy pairs were dropped, so rows have no known place")
-    schedule = train.Schedule(config, pairs, 1)
-    order = [i for step in range(schedule.total_steps) for micro in schedule.micro_batches(step) for i in micro]
+        raise Stop(f"{len(rows) - len(pairs)} of {len(rows)} toy pairs were dropped, so the index of a pair is not its row")
+    schedule = train.Schedule(config, pairs)
+    steps = map(schedule.rows, range(schedule.total_steps))
+    order = [i for rows_of_step in steps for micro_batch in schedule.micro_batches(rows_of_step) for i in micro_batch]
     texts, tokens = [], []
     for i in order:
         row, ids = rows[i], pairs.table[i]
@@ -185,7 +187,7 @@ def rows_in_order(config_path, rows_dir):
 
 
 def write_examples(pairs_dir, folder):
-    """The toy pairs' first responses as rows {prompt, completion}, for SFT."""
+    """Write the first response of each toy pair as {prompt, completion}, for SFT."""
     from runtime import toy
     folder.mkdir()
     toy.write_jsonl(folder / "train.jsonl", [{"prompt": row["prompt"], "completion": row["response_a"]}
@@ -196,8 +198,8 @@ def write_examples(pairs_dir, folder):
 # Comparison
 
 def run(command, log_path):
-    """A child on one CPU thread, without a network, its caches (reference log-probs, tokens) empty at the start of a
-    case. Raises Stop with its last line."""
+    """Run a command on one CPU thread, offline, with caches beside its log, which are therefore empty when a case begins.
+    Raises Stop with its last line of output if it fails."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu",
                         "HF_HUB_OFFLINE": "1", "HF_HOME": str(log_path.parent / "cache")}
     with open(log_path, "w", encoding="utf-8") as log:
@@ -209,8 +211,8 @@ def run(command, log_path):
 
 
 def run_case(name, folder, python, model_dir, rows_dir):
-    """Both sides of one case. Returns (our log, TRL's log), a row a step, and how many rows have other tokens. Raises
-    Stop."""
+    """Run both sides of one case. Returns (our log, TRL's log), one row per step, and how many rows differ in token ids.
+    Raises Stop."""
     folder.mkdir()
     ours, theirs = CASES[name]
     config_path = folder / "config.yaml"  # JSON is YAML
@@ -235,25 +237,25 @@ def run_case(name, folder, python, model_dir, rows_dir):
         raise Stop(f"{name}: TRL trained in {result['dtype']}, expected torch.float32")
     longest = max(len(prompt) + max(map(len, responses)) for prompt, *responses in result["tokens"])
     if longest > COMMON["max_length"]:
-        raise Stop(f"{name}: a row of {longest} tokens is cut at max_length {COMMON['max_length']}")
+        raise Stop(f"{name}: a row of {longest} tokens would be cut at max_length {COMMON['max_length']}")
     different = sum(a != b for a, b in zip(tokens, result["tokens"], strict=True))
     return logs, different
 
 
 def difference(ours, theirs):
-    """(absolute, relative to TRL's); the relative one of two zeros is 0."""
+    """(absolute difference, the same relative to TRL's value: 0 if both are 0)."""
     gap = abs(ours - theirs)
     return gap, gap / abs(theirs) if theirs else float("inf") if gap else 0.0
 
 
 def report_case(name, logs, different):
-    """(markdown of a case, its largest relative difference of a loss)."""
+    """(the section about a case, its largest relative difference of a loss)."""
     steps = list(zip(*logs))
     lines = [f"## {name}", "",
              "| step | loss, train.py | loss, TRL | relative difference |", "| --: | --: | --: | --: |"]
     for a, b in steps:
         lines.append(f"| {a['step']} | {a['loss']:.8f} | {b['loss']:.8f} | {difference(a['loss'], b['loss'])[1]:.1e} |")
-    lines += ["", "| largest difference over the steps | absolute | relative to TRL |", "| --- | --: | --: |"]
+    lines += ["", "| largest difference over all steps | absolute | relative to TRL |", "| --- | --: | --: |"]
     worst = {}
     for metric in SFT_METRICS if CASES[name][0][0] == "sft" else METRICS:
         compared = steps[2:] if metric == "rewards/accuracies" else steps
@@ -266,7 +268,7 @@ def report_case(name, logs, different):
 
 
 def cpu_name():
-    """The CPU's name, as the kernel has it."""
+    """The name of the CPU, as the kernel reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -275,14 +277,14 @@ def cpu_name():
 
 
 def document(reports, worst, different, peer_versions):
-    """The whole markdown file."""
+    """The results page."""
     ours = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed", "datasets")}
     listed = [", ".join(f"{name} {version}" for name, version in found.items()) for found in (ours, peer_versions)]
     held = max(worst.values()) <= TOLERANCE and not different
     table = "\n".join(f"| {name} | {value:.1e} |" for name, value in worst.items())
     verdict = (f"**Verdict: {'the same' if held else 'NOT the same'}.** Largest relative difference of a loss over "
                f"{len(worst)} settings and {COMMON['max_steps']} steps each: {max(worst.values()):.1e} (limit "
-               f"{TOLERANCE:.0e}); rows with other tokens: {different}.")
+               f"{TOLERANCE:.0e}); rows with different token ids: {different}.")
     return f"""\
 # Plain DPO and SFT against TRL's trainers
 
@@ -296,11 +298,11 @@ Made by
 | --- | --: |
 {table}
 
-- train.py (`data_selection: false`, or `objective: sft` on the pairs' first responses): {listed[0]}
+- train.py (`data_selection: false`, or `objective: sft` on the first response of each pair): {listed[0]}
 - TRL: {listed[1]}
 - CPU: {cpu_name()}, one thread, fp32, Python {platform.python_version()}
-- the toy model and {TASK['train_pairs']} of its pairs, {TASK['label_noise']:.0%} of the labels wrong; 16 pairs a \
-step, {COMMON['max_steps']} steps, so that a second epoch begins
+- the toy model and {TASK['train_pairs']} of its pairs, {TASK['label_noise']:.0%} of the labels wrong; \
+{COMMON['max_steps']} steps of 16 pairs, which reach into a second epoch
 - both: β {BETA}, AdamW, learning rate {COMMON['learning_rate']:g} (cosine, {WARMUP:.0%} linear warm-up), \
 weight decay {COMMON['weight_decay']:g}, gradients clipped at {COMMON['max_grad_norm']:g}
 
@@ -322,7 +324,7 @@ def main(options):
     from runtime import toy
     torch.set_num_threads(1)
     work = outputs / "trl-parity"
-    shutil.rmtree(work, ignore_errors=True)  # a toy task of an older toy.py would be used again
+    shutil.rmtree(work, ignore_errors=True)  # or the toy task of an earlier version would be reused
     try:
         model_dir, pairs_dir = toy.build(work / "toy", **TASK)
     except ValueError as error:
@@ -348,10 +350,10 @@ def main(options):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--trl-python", metavar="PATH",
-                        help="interpreter that has TRL; default: one made in outputs/trl-env")
-    parser.add_argument("--outputs", metavar="DIR", default=ROOT / "outputs", help="where to work; default: outputs")
+                        help="a Python that has TRL; default: one made in outputs/trl-env")
+    parser.add_argument("--outputs", metavar="DIR", default=ROOT / "outputs", help="folder to work in; default: outputs")
     parser.add_argument("--results", metavar="FILE", default=Path(__file__).parent / "results" / "trl_parity.md",
-                        help="what to write; default: benchmarks/results/trl_parity.md")
+                        help="file to write; default: benchmarks/results/trl_parity.md")
     parser.add_argument("--peer", metavar="JOB", help=argparse.SUPPRESS)
     options = parser.parse_args()
     try:

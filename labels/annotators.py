@@ -12,6 +12,7 @@ An annotator is a subclass of Annotator; labels/oracle.py lists them by the name
 Departure from the official code: there every batch carries its labels, and nobody is asked.
 """
 
+import abc
 import time
 
 from runtime.errors import Stopped
@@ -21,34 +22,32 @@ class Waiting(Stopped):
     """The annotator has not answered everything yet; the message says why. What it has answered is in the ledger."""
 
 
-class Annotator:
+class Annotator(abc.ABC):
     """The interface of an annotator. The class attributes are read on every rank; an instance exists on rank 0 alone."""
 
     name = None  # the answers' source in the ledger
     asks_together = True  # ask all questions of an optimiser step at once, before training on it
     needs = ()  # config keys that have to be set
+    show = staticmethod(lambda missing: None)  # called with the number of missing answers; the run shows it
 
     @classmethod
+    @abc.abstractmethod
     def from_config(cls, config, pairs, labels, truths):
         """Make an annotator for a run.
 
         pairs: the training pairs (data.Pairs).  labels: {pair id: ±1} that came with the data.  truths: the same without
         noise, where the data has it. Raises UsageError if the config does not work.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def answer(self, questions, ledger):
         """Commit an answer to the ledger for every Question, or raise Waiting. Raises ValueError, naming the pair, for a
         question that can never be answered."""
-        raise NotImplementedError
 
     def grade(self, labelled):
         """(right, known) for [(pair id, label)]: for how many pairs the truth is known, and how many labels agree with it.
         Most annotators know none."""
         return 0, 0
-
-    def show(self, missing):
-        """Called with the number of answers still missing. Does nothing; the run puts its progress display here."""
 
 
 class DatasetAnnotator(Annotator):

@@ -16,6 +16,7 @@ Departures: the official code asks nobody; its labels come with the data. Asking
 is from Zheng et al. 2023 (arXiv 2306.05685). They call a disagreement a tie; a pair needs a label, so we toss a coin.
 """
 
+import abc
 import email.utils
 import hashlib
 import http.client
@@ -109,9 +110,9 @@ class Judge(Annotator):
             raise UsageError(f"oracle judge: {one_line(error)}")
 
     @classmethod
+    @abc.abstractmethod
     def configured(cls, config, texts):
         """Make the judge that the config describes. Raises OSError or ValueError if it does not work."""
-        raise NotImplementedError
 
     def unanswered(self, questions, ledger):
         """{pair: Question} for the questions without an answer in the ledger."""

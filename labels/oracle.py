@@ -25,6 +25,7 @@ from labels.annotators import DatasetAnnotator, HumanAnnotator, Waiting
 from labels.judge import ChatJudge
 from labels.ledger import Ledger, Question
 from labels.reward_model import RewardModelJudge
+from runtime.errors import Stopped, UsageError
 from runtime.ranks import gather_to_rank_0, rank, say, scatter_from_rank_0, world_size
 
 ANNOTATORS = {"dataset": DatasetAnnotator, "human": HumanAnnotator}  # by the key `oracle`
@@ -86,7 +87,7 @@ class Oracle:
         ids: B pair ids, None for a filler.  margin, ask: (B,) on the CPU.  step: the optimiser step, from 0.
         Besides the pairs in `ask`, the audited ones are asked.
         Returns (B,): +1 or −1 where the pair has been asked, now or ever; 0 where not, or where the budget is spent.
-        Raises Waiting, on all ranks, where the annotator has not answered.
+        Raises Waiting, on all ranks, where the annotator has not answered, UsageError where it never can.
         """
         fraction, seed = self.config.audit_fraction, self.config.seed
         audit = torch.tensor([id is not None and is_audited(id, fraction, seed) for id in ids]) & ~ask
@@ -96,12 +97,14 @@ class Oracle:
             try:
                 known = self._answers([item for part in gathered for item in part if item[0] is not None], step)
                 answers = [[known.get(item[0], 0) for item in part] for part in gathered]
-            except (Waiting, ValueError) as problem:  # the other ranks have to hear of it too
-                answers = [Waiting(str(problem))] * world_size()
             except KeyboardInterrupt:  # just before or after the annotator's own work, which reports how far it got
-                answers = [Waiting("interrupted")] * world_size()
+                answers = [Stopped("interrupted")] * world_size()
+            except Waiting as waiting:  # the other ranks have to hear of it too
+                answers = [waiting] * world_size()
+            except (ValueError, LookupError) as error:  # a pair that can never be answered
+                answers = [UsageError(str(error))] * world_size()
         mine = scatter_from_rank_0(answers)
-        if isinstance(mine, Waiting):
+        if isinstance(mine, Exception):
             raise mine
         return torch.tensor(mine)
 

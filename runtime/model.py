@@ -240,22 +240,24 @@ def save_adapter(config, lm, state, folder):
 def save_model(engine, tokenizer, output, config):
     """Write the trained model, or its adapter, in Hugging Face form, gathered over ranks. Each file gets its name when it is
     complete. Returns the names on rank 0."""
-    state = {}
-    for name, parameter in engine.module.lm.named_parameters():
+    lm, state = engine.module.lm, {}
+    for name, parameter in lm.named_parameters():
         if not parameter.requires_grad and config.use_peft:
             continue  # frozen weights are where they were loaded from
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if rank() == 0:
                 state[name] = parameter.detach().to("cpu", copy=True)
+    saved = lm.state_dict().keys()  # persistent buffers are part of a model too, such as the routing bias of DeepSeek V3
+    state |= {name: buffer.to("cpu", copy=True) for name, buffer in lm.named_buffers() if name in saved}
     if rank() == 0:
         transformers.utils.logging.disable_progress_bar()
         staging = output / ".model"
         shutil.rmtree(staging, ignore_errors=True)
         with writing(output / "model.safetensors", staging):
             if config.use_peft:
-                save_adapter(config, engine.module.lm, state, staging)
+                save_adapter(config, lm, state, staging)
             else:
-                engine.module.lm.save_pretrained(staging, state_dict=state)
+                lm.save_pretrained(staging, state_dict=state)
             tokenizer.save_pretrained(staging)
             names = sorted(path.name + "/" * path.is_dir() for path in staging.iterdir())
             for name in names:

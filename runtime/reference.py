@@ -40,9 +40,12 @@ def add_other_reference(config, ds, scoring):
 
 
 def share_prompts(policy, scoring):
-    """Let each row hold both responses of a pair, where this model can do that."""
+    """Let each row hold both responses of a pair, if this model can do that; otherwise report why it cannot."""
+    reason = policy.why_not_shared()
+    if reason:
+        say(f"two rows per pair: {type(policy.lm).__name__} cannot share a prompt, because {reason}")
     for pairs, _ in scoring:
-        pairs.shared = policy.why_not_shared() is None
+        pairs.shared = reason is None
 
 
 def add_reference(engine, scoring):

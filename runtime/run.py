@@ -131,7 +131,8 @@ class Run:
                 self.save(engine)
             self.interrupt.remove()
             raise
-        self.progress.close()
+        finally:
+            self.progress.close()
         self.interrupt.remove()
 
     def steps(self):

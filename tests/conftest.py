@@ -1,4 +1,9 @@
-"""What several test files share: a caches folder of the session's own, a tiny model, and pairs of the toy grammar."""
+"""Fixtures and options of the tests: a caches folder of the session's own, a tiny model, and runs of it.
+
+    python -m pytest                    all but the slow tests, two files at a time
+    python -m pytest -m slow            the slow ones: ranks that die, kills, real browsers
+    python -m pytest -m "" tests/test_x.py -n 0
+"""
 
 import contextlib
 import io
@@ -7,28 +12,29 @@ import json
 import os
 import shutil
 import signal
-import socket
-import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+pytest.register_assert_rewrite("helpers")  # before it is imported
+
+from helpers import ROOT, Run, Server, command, launcher, launcher_environment  # noqa: E402
 
 
 def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=2, help="kills of tests/test_kills.py")
     parser.addoption("--offload", action="store_true", help="the test that compiles DeepSpeed's CPU Adam")
-    parser.addoption("--examples", type=int, default=100, help="rows of each property of tests/test_bad_input.py")
-    parser.addoption("--fuzz", type=int, default=150, help="mutated configs of tests/test_bad_input.py")
+    parser.addoption("--examples", type=int, default=100, help="rows of each property in tests/test_bad_input.py")
+    parser.addoption("--fuzz", type=int, default=150, help="mutated configs in tests/test_bad_input.py")
 
 
 def pytest_configure(config):
-    """Before anything imports datasets or transformers: caches of this session's own, one thread, no network. And Ctrl-C as
-    at a terminal: where a shell starts the tests in the background, they and their children inherit that it is ignored."""
+    """Before anything imports torch, datasets or transformers: caches of this session's own, one thread, no network. And
+    Ctrl-C as at a terminal: a shell that starts the tests in the background makes them and their children ignore it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="adpo-tests-")
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -65,8 +71,8 @@ def engine_configs(tmp_path_factory):
 def train(tiny, tmp_path_factory):
     """train(name, processes=None, check=0, config=…, **keys) → Run.
 
-    With `processes`, the real command line through the `deepspeed` launcher; without, the same command inside this process,
-    which spares the seconds that the imports take. check: the exit code that is expected; None: any.
+    With `processes`, the real command line through the `deepspeed` launcher. Without, the same command inside this process,
+    which saves the seconds that the imports take. check: the expected exit code; None: any.
     """
     base, numbers = tmp_path_factory.mktemp("runs"), itertools.count()
     default = base / "tiny.yaml"
@@ -85,70 +91,112 @@ save_strategy: "no"
 num_threads: 1
 """)
 
-    def launch(name, processes=None, check=0, config=default, **keys):
+    def run(name, processes=None, check=0, config=default, **keys):
         output = Path(keys.setdefault("output_dir", base / f"{name}-{next(numbers)}"))
         argv = ["--config", str(config), *(f"--{key}={value}" for key, value in keys.items())]
         if processes:
             started = launcher(processes)
             done = subprocess.run([*started, *argv], cwd=ROOT, env=launcher_environment(), text=True,
-                                  capture_output=True, timeout=240)
-            port = started[started.index("--master_port") + 1]  # no shared memory is left behind
+                                  capture_output=True, timeout=600)
+            port = started[started.index("--master_port") + 1]  # no shared memory is left over
             assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
-            run = Run(output, done.stdout, done.stderr, done.returncode)
+            done = Run(output, done.stdout, done.stderr, done.returncode)
         else:
-            from train import command
             with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
                 code = command(argv)
-            run = Run(output, out.getvalue(), err.getvalue(), code)
-        assert check is None or run.code == check, f"exit code {run.code}\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
-        return run
+            done = Run(output, out.getvalue(), err.getvalue(), code)
+        assert check is None or done.code == check, f"exit code {done.code}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        return done
 
     def start(processes=None, stderr=subprocess.PIPE, **keys):
-        """The command as a process of its own, under way."""
+        """The command in a process of its own, which is still running."""
         argv = ["--config", str(default), *(f"--{key}={value}" for key, value in keys.items())]
         starter = launcher(processes) if processes else [sys.executable, "train.py"]
         return subprocess.Popen([*starter, *argv], cwd=ROOT, env=launcher_environment(), text=True, stdout=subprocess.PIPE,
                                 stderr=stderr, start_new_session=True)
 
-    launch.start = start
-    return launch
+    run.start = start
+    return run
 
 
-def launcher(processes):
-    return ["deepspeed", "--num_gpus", str(processes), "--master_port", str(free_port()), "train.py"]
+@pytest.fixture(scope="session")
+def unlabelled(tiny, tmp_path_factory):
+    """The tiny pairs without their labels, and their test split with labels."""
+    folder = tmp_path_factory.mktemp("unlabelled")
+    with open(folder / "train.jsonl", "w") as file:
+        for line in (tiny / "pairs" / "train.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            file.write(json.dumps({key: row[key] for key in ("prompt", "response_a", "response_b")}) + "\n")
+    shutil.copy(tiny / "pairs" / "test.jsonl", folder)
+    return folder
 
 
-def launcher_environment():
-    """The launcher starts its children with the `python` of the path."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+@pytest.fixture(scope="session")
+def by_dataset(train):
+    """A run whose labels came with the data. With any other annotator that says the same, it must be the same."""
+    return train("by-dataset")
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A test's own cache of data sets."""
+    import datasets
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
 
 
-class Run:
-    """What a run left behind."""
+@pytest.fixture
+def handlers():
+    """Restores the signal handlers after the test."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
-    def __init__(self, output, stdout, stderr, code):
-        self.output, self.stdout, self.stderr, self.code = output, stdout, stderr, code
 
-    def rows(self, split="train"):
-        rows = [json.loads(line) for line in (self.output / "metrics.jsonl").read_text().splitlines()]
-        return [row for row in rows if row["split"] == split]
+@pytest.fixture
+def ledger(tmp_path):
+    """An empty ledger."""
+    from labels.ledger import Ledger
+    ledger = Ledger(tmp_path / "labels.sqlite")
+    yield ledger
+    ledger.close()
 
-    def losses(self):
-        return [row["loss"] for row in self.rows()]
 
-    def summary(self):
-        return json.loads((self.output / "summary.json").read_text())
+@pytest.fixture
+def serve(monkeypatch):
+    """serve(behave) → helpers.Server, a chat endpoint on loopback."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    servers = []
 
-    def weights(self):
-        from safetensors.torch import load_file
-        return load_file(self.output / "model.safetensors")
+    def start(behave, port=0):
+        servers.append(Server(behave, port))
+        return servers[-1]
 
-    def ledger(self):
-        return sqlite3.connect(self.output / "labels.sqlite").execute(
-            "SELECT pair, label, step FROM answers ORDER BY pair").fetchall()
+    yield start
+    for server in servers:
+        server.http.shutdown()
+        server.http.server_close()
+
+
+@pytest.fixture
+def release():
+    """An event for threads of a server to wait for, which is set when the test has ended."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, driven by Playwright; a test is skipped where either is not installed."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs tests/requirements.txt")
+    chromium = shutil.which("chromium") or "/usr/bin/chromium"
+    if not Path(chromium).exists():
+        pytest.skip("needs chromium: apt-get install chromium")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    with playwright.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=chromium, args=flags)
+        yield started
+        started.close()

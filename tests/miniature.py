@@ -13,7 +13,7 @@ import datasets
 import torch
 import transformers
 from datasets.arrow_writer import ArrowWriter
-from test_data import reply, user
+from helpers import reply, user
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from runtime import toy

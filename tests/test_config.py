@@ -1,96 +1,26 @@
-"""The command line and the config: `python -m pytest tests/test_config.py`. Nothing is loaded here but YAML."""
+"""The command line and the config: `python -m pytest tests/test_config.py`. It loads YAML, no model and no data."""
 
 import dataclasses
+import importlib
 import json
 
 import pytest
-from conftest import ROOT
+from helpers import OFFICIAL_BETA, OFFICIAL_GEMMA, ROOT, command
 
-from runtime.config import Config, UsageError, parse_config
+import adpo
+from labels.annotators import HumanAnnotator
+from labels.oracle import ANNOTATORS, JUDGES
+from labels.reward_model import RewardModelJudge
+from labels.threshold import THRESHOLDS, FixedGamma
+from runtime import engine, parse, schedule
+from runtime.config import Config
 from runtime.engine import engine_config
+from runtime.errors import UsageError
+from runtime.parse import UNGATED_LOSSES, parse_config, why_not_gated
 from runtime.schedule import Schedule, learning_rate
-from train import command
 
 GOOD = {"model_name_or_path": "m", "dataset_mixer": {"d": 1.0}, "output_dir": "o"}
 
-# The official recipes as their files have them (paths and values are facts of that repository).
-OFFICIAL_BETA = """
-model_name_or_path: alignment-handbook/zephyr-7b-sft-full
-torch_dtype: null
-dataset_mixer:
-  HuggingFaceH4/ultrafeedback_binarized: 1.0
-dataset_splits:
-- train_prefs
-- test_prefs
-preprocessing_num_workers: 12
-bf16: true
-beta: 0.01
-do_eval: true
-eval_strategy: steps
-eval_steps: 100
-gradient_accumulation_steps: 2
-gradient_checkpointing: true
-gradient_checkpointing_kwargs:
-  use_reentrant: False
-hub_model_id: zephyr-7b-dpo-full
-learning_rate: 5.0e-7
-log_level: info
-logging_steps: 10
-lr_scheduler_type: cosine
-max_length: 1024
-max_prompt_length: 512
-num_train_epochs: 1
-optim: adamw_torch
-output_dir: data/zephyr-7b-dpo-full
-per_device_train_batch_size: 4
-per_device_eval_batch_size: 8
-push_to_hub: true
-save_strategy: "steps"
-save_steps: 100
-save_total_limit: 1
-seed: 42
-warmup_ratio: 0.1
-"""
-OFFICIAL_GEMMA = """
-model_name_or_path: HuggingFaceH4/zephyr-7b-gemma-sft-v0.1
-torch_dtype: bfloat16
-dataset_mixer:
-  argilla/dpo-mix-7k: 1.0
-dataset_splits:
-- train
-- test
-preprocessing_num_workers: 12
-bf16: true
-beta: 0.05
-do_eval: true
-data_selection: true
-eval_strategy: steps
-eval_steps: 100
-gamma: 2.0
-gradient_accumulation_steps: 4
-gradient_checkpointing: true
-gradient_checkpointing_kwargs:
-  use_reentrant: False
-hub_model_id: zephyr-7b-gemma-dpo
-learning_rate: 5.0e-7
-log_level: info
-logging_steps: 10
-lr_scheduler_type: cosine
-max_length: 1024
-max_prompt_length: 512
-num_train_epochs: 2
-optim: adamw_torch
-output_dir: data/zephyr-7b-gemma-dpo
-per_device_train_batch_size: 2
-per_device_eval_batch_size: 4
-push_to_hub: false
-report_to:
-- tensorboard
-- wandb
-save_strategy: "no"
-seed: 42
-warmup_ratio: 0.1
-"""
 OFFICIAL_FLAGS = ["--beta=0.1", "--data_selection=true", "--Gamma=1.3", "--num_train_epochs=1", "--output_dir=out"]
 
 
@@ -104,7 +34,7 @@ def write(tmp_path):
 
 
 def refused(argv, capsys):
-    """The one line of an error; exit code 2."""
+    """The error of a command that ends with exit code 2: one line."""
     assert command(argv) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ")
@@ -113,7 +43,7 @@ def refused(argv, capsys):
 
 @pytest.fixture
 def services(monkeypatch):
-    """As if tensorboard and wandb were installed and the user had logged in to the hub."""
+    """As if tensorboard and wandb were installed and the user were logged in to the hub."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
@@ -123,7 +53,6 @@ def services(monkeypatch):
 def test_the_official_recipe_files_run_unchanged(text, beta, pairs, write, services):
     config = parse_config(write(text=text))
     assert config.beta == beta and config.max_length == 1024 and config.learning_rate == 5e-7
-    assert config.gradient_checkpointing_kwargs == {"use_reentrant": False}
     assert 8 * config.per_device_train_batch_size * config.gradient_accumulation_steps == pairs
     with_flags = parse_config(write(text=text) + OFFICIAL_FLAGS)
     assert (with_flags.beta, with_flags.gamma, with_flags.num_train_epochs) == (0.1, 1.3, 1)
@@ -158,7 +87,7 @@ def test_values_of_every_type(write):
         "--dataset_mixer={a/b: 0.5, c: 1}", "--bf16", "--max_train_samples", "10", "--report_to=none",
         "--max_eval_samples=null"])
     assert config.learning_rate == 1e-3 and config.bf16 is True and config.max_train_samples == 10
-    assert config.chat_template == "{% if a == b %}x=y{% endif %}"  # cut at the first "=" alone
+    assert config.chat_template == "{% if a == b %}x=y{% endif %}"  # only the first "=" separates
     assert config.dataset_splits == ["train_sft", "test_sft"] and config.dataset_mixer == {"a/b": 0.5, "c": 1.0}
     assert config.report_to == ["none"] and config.max_eval_samples is None
 
@@ -184,6 +113,7 @@ def test_flags_win_over_the_file(write):
     (["--dataset_splits=test"], "no name contains `train`"),
     (["--loss_type=kto_pair"], "loss_type 'kto_pair' cannot be gated: it scores chosen and rejected responses apart"),
     (["--loss_type=hinge", "--label_smoothing=0.1"], "label_smoothing is defined for loss_type sigmoid, not hinge"),
+    (["--torch_dtype=float16"], "torch_dtype: expected one of auto, bfloat16, float32, found 'float16'"),
     (["--torch_dtype=bfloat16"], "torch_dtype bfloat16 needs bf16: true"),
     (["--use_peft=true", "--lora_dropout=0.05"], "lora_dropout=0.05 cannot be honoured: the gate reads the margin"),
     (["--use_peft=true", "--load_in_4bit=true"], "load_in_4bit needs a GPU and the package bitsandbytes"),
@@ -196,9 +126,16 @@ def test_flags_win_over_the_file(write):
     (["--report_to=mlflow"], "report_to: expected some of tensorboard, wandb, csv_monitor, none, found 'mlflow'"),
     (["--gamma=1", "--Gamma=2"], "command line: Gamma and gamma are the same key; keep one"),
     (["gamma=1"], "'gamma=1': expected --key value or --key=value"),
+    (["--target_queries=5", "--target_query_fraction=0.5"],
+     "target_query_fraction and target_queries are two ways to set the same budget; keep one"),
+    (["--gate=calibrated", "--audit_fraction=0.1", "--target_queries=5"],
+     "gate calibrated and target_queries are two ways to decide whom to ask; keep one"),
+    (["--gate=budget"], "gate: expected one of paper, calibrated, found 'budget'"),
+    (["--pseudo_labels=soft"], "pseudo_labels: expected one of true, false, replay, found 'soft'"),
+    (["--dataset_splits=train,train"], "'train' is listed twice, so its pairs would count twice"),
     (["--max_steps=0"], "nothing to do in 0 steps"),
 ])
-def test_what_cannot_be_is_one_line_with_place_value_and_what_was_expected(flags, message, write, capsys):
+def test_what_cannot_work_is_one_line_with_place_value_and_what_was_expected(flags, message, write, capsys):
     assert message in refused(write(GOOD) + flags, capsys)
 
 
@@ -209,9 +146,10 @@ def test_what_cannot_be_is_one_line_with_place_value_and_what_was_expected(flags
     ("model_name_or_path: [x]\n", "c.yaml, model_name_or_path: expected text, found ['x']"),
     ("beta: {a: 1}\n", "c.yaml, beta: expected a number, found {'a': 1}"),
     ("gamma:\n", "c.yaml, gamma: expected a number, found nothing"),
+    ("beta: 0.1\ngamma: 1\nlearning_rate: 1\nbeta: 0.2\n", "beta is already set in line 1; keep one"),
     ("lora_r: 0\nuse_peft: true\n", "c.yaml, lora_r: expected a whole number of at least 1, found 0"),
 ])
-def test_a_file_that_cannot_be(text, message, write, capsys):
+def test_a_file_that_cannot_work(text, message, write, capsys):
     assert message in refused(write(text=text), capsys)
 
 
@@ -226,16 +164,60 @@ def test_what_recipes_switch_off_is_accepted(write):
                                "lora_dropout": 0.05, "lora_target_modules": ["q_proj"], "bnb_4bit_quant_storage": "uint8"}))
 
 
-def test_help_names_every_key(capsys):
+def test_help_names_every_key_and_its_choices(capsys):
     assert command(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"--{field.name} (" in shown and field.metadata["help"] in shown for field in dataclasses.fields(Config))
+    assert "--loss_type (sigmoid; one of sigmoid, ipo, hinge)" in shown and "--max_steps (-1)" in shown
+    assert "--gate (paper; one of paper, calibrated)" in shown  # a budget is not named but given
+    assert "--oracle (dataset; one of dataset, human, judge)" in shown
 
 
-def test_the_engine_config_takes_what_the_yaml_owns(write, tmp_path):
+@pytest.mark.parametrize("key, table, entry", [
+    ("loss_type", adpo.LOSSES, adpo.hinge_loss), ("gate", THRESHOLDS, FixedGamma), ("oracle", ANNOTATORS, HumanAnnotator),
+    ("judge", JUDGES, RewardModelJudge)])
+def test_a_name_added_to_a_table_is_a_choice_of_its_key_and_in_the_help(key, table, entry, write, monkeypatch):
+    for word in table:
+        if word != "budget":
+            assert word in parse.choices(key)
+    with monkeypatch.context() as patch:
+        patch.setitem(table, "my_own", entry)
+        importlib.reload(parse)  # it reads the tables when it is imported
+        config = parse.parse_config(write(GOOD) + [f"--{key}=my_own"])
+        assert getattr(config, key) == "my_own"
+        line, = [line for line in parse.help_text().splitlines() if line.startswith(f"  --{key} (")]
+        assert line.endswith(", my_own)") or ", my_own, " in line
+    importlib.reload(parse)
+    with pytest.raises(UsageError, match="my_own"):
+        parse.parse_config(write(GOOD) + [f"--{key}=my_own"])
+
+
+def test_what_an_annotator_needs_is_asked_for(write, capsys):
+    assert "oracle judge (chat) needs judge_url" in refused(write(GOOD) + ["--oracle=judge"], capsys)
+    flags = ["--oracle=judge", "--judge=reward_model"]
+    assert "oracle judge (reward_model) needs judge_model" in refused(write(GOOD) + flags, capsys)
+    flags = ["--oracle=judge", "--judge_url=u", "--judge_model=m", "--judge_prompt_price=1"]
+    assert "go together; set both or neither" in refused(write(GOOD) + flags, capsys)
+
+
+@pytest.mark.parametrize("kind, reason", [
+    *((kind, reason) for reason, kinds in UNGATED_LOSSES.items() for kind in kinds), ("sigmoidd", "it is not known")])
+def test_a_loss_that_cannot_be_gated_is_refused_with_its_reason(kind, reason, write, capsys):
+    sentence = f"loss_type '{kind}' cannot be gated: {reason}; use one of sigmoid, ipo, hinge"
+    assert why_not_gated(kind) == sentence
+    assert sentence in refused(write(GOOD) + [f"--loss_type={kind}"], capsys)
+
+
+def test_a_loss_of_the_table_can_be_gated():
+    assert [why_not_gated(kind) for kind in adpo.LOSSES] == [None] * 3
+    assert not {kind for kinds in UNGATED_LOSSES.values() for kind in kinds} & {*adpo.LOSSES}
+
+
+def test_the_engine_config_takes_what_the_yaml_owns(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "world_size", lambda: 2)
     config = parse_config(write(GOOD) + ["--per_device_train_batch_size=4", "--gradient_accumulation_steps=3",
                                          "--max_grad_norm=0.5", "--bf16=true", "--report_to=csv_monitor"])
-    ds = engine_config(config, world=2)
+    ds = engine_config(config)
     assert ds["train_batch_size"] == 24 and ds["train_micro_batch_size_per_gpu"] == 4
     assert ds["gradient_accumulation_steps"] == 3 and ds["gradient_clipping"] == 0.5 and ds["bf16"]["enabled"] is True
     assert ds["csv_monitor"]["enabled"] and "tensorboard" not in ds
@@ -244,13 +226,13 @@ def test_the_engine_config_takes_what_the_yaml_owns(write, tmp_path):
                           ('{"fp16": {"enabled": true}}', "fp16 cannot be honoured"), ("{", "line 1: not JSON")):
         (tmp_path / "ds.json").write_text(text)
         with pytest.raises(UsageError, match=message):
-            engine_config(dataclasses.replace(config, deepspeed=str(tmp_path / "ds.json")), 1)
+            engine_config(dataclasses.replace(config, deepspeed=str(tmp_path / "ds.json")))
 
 
 def test_bf16_without_zero_keeps_fp32_weights(write, tmp_path, capsys):
     (tmp_path / "ds.json").write_text('{"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 0}}')
     config = parse_config(write(GOOD) + ["--bf16=true", f"--deepspeed={tmp_path / 'ds.json'}"])
-    assert engine_config(config, 1)["zero_optimization"]["stage"] == 1
+    assert engine_config(config)["zero_optimization"]["stage"] == 1
     assert "running as ZeRO 1" in capsys.readouterr().out
 
 
@@ -274,20 +256,21 @@ class FakePairs:
         return 42
 
 
-def test_schedule_sees_each_pair_once_an_epoch(write):
+def test_schedule_sees_each_pair_once_an_epoch(write, monkeypatch):
+    monkeypatch.setattr(schedule, "world_size", lambda: 2)
     config = parse_config(write(GOOD) + ["--per_device_train_batch_size=2", "--gradient_accumulation_steps=2",
                                          "--num_train_epochs=1.5"])
-    schedule = Schedule(config, FakePairs(), world=2)
-    assert (schedule.epoch_steps, schedule.total_steps) == (6, 9)
-    first = [row for step in range(6) for row in schedule.rows(step)]
+    ours = Schedule(config, FakePairs())
+    assert (ours.epoch_steps, ours.total_steps) == (6, 9)
+    first = [row for step in range(6) for row in ours.rows(step)]
     assert sorted(first) == list(range(42)) and first != sorted(first)
-    assert [len(schedule.rows(step)) for step in range(6)] == [8, 8, 8, 8, 8, 2]
-    assert schedule.rows(6) != first[:8]  # the second epoch has an order of its own
-    assert Schedule(config, FakePairs(), world=2).rows(7) == schedule.rows(7)  # a resume knows it
+    assert [len(ours.rows(step)) for step in range(6)] == [8, 8, 8, 8, 8, 2]
+    assert ours.rows(6) != first[:8]  # the second epoch has its own order
+    assert Schedule(config, FakePairs()).rows(7) == ours.rows(7)  # a resumed run computes the same
 
 
-@pytest.mark.parametrize("given, expected", [("True", "true"), ("no", "false"), ("0", "false"), ("soft", "soft")])
-def test_pseudo_labels_takes_a_boolean_in_any_form_and_words_of_its_own(given, expected, write):
+@pytest.mark.parametrize("given, expected", [("True", "true"), ("no", "false"), ("0", "false"), ("replay", "replay")])
+def test_pseudo_labels_takes_a_boolean_in_any_form_or_a_word(given, expected, write):
     values = {"model_name_or_path": "m", "dataset_mixer": {"d": 1.0}, "output_dir": "o"}
     assert parse_config(write(values) + ["--pseudo_labels", given]).pseudo_labels == expected
     assert parse_config(write(text=f"{json.dumps(values)[:-1]}, pseudo_labels: {given}}}")).pseudo_labels == expected

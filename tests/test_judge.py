@@ -1,5 +1,6 @@
-"""judge.py against a judge served on loopback, and a tiny reward model: `python -m pytest tests/test_judge.py`."""
+"""labels/judge.py against a judge served on loopback: `python -m pytest tests/test_judge.py`."""
 
+import itertools
 import json
 import os
 import re
@@ -8,109 +9,23 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import types
 
 import pytest
-from conftest import ROOT
+import torch
+from helpers import PROMPT, ROOT, completion, question, right, texts, truth
 
 from labels import judge
-from labels.judge import ChatJudge, RewardModelJudge, coin, read_verdict, retry_after
-from labels.oracle import Ledger, Oracle, Question, Waiting
-
-PROMPT = "Which is better?"
-
-
-def question(pair):
-    return Question(pair, margin=0.1, step=0)
-
-
-def texts(pair):
-    """The better response says so. It is y1 where the pair's number is even."""
-    good, bad = f"good response of {pair}", f"bad response of {pair}"
-    pair = [good, bad] if int(pair[1:]) % 2 == 0 else [bad, good]
-    return tuple(json.dumps(text) for text in (PROMPT, *pair))
-
-
-def truth(pair):
-    return 1 if int(pair[1:]) % 2 == 0 else -1
-
+from labels.annotators import Waiting
+from labels.judge import ChatJudge, coin, read_verdict, retry_after
+from labels.ledger import Ledger
+from labels.oracle import Oracle
+from runtime.config import Config
+from runtime.errors import UsageError
 
 PAIRS = [f"p{n}" for n in range(6)]
 QUESTIONS = [question(pair) for pair in PAIRS]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The judge on loopback
-
-def completion(text, finish="stop", usage=(100, 5)):
-    return 200, {}, {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": finish}],
-                     "usage": {"prompt_tokens": usage[0], "completion_tokens": usage[1]}}
-
-
-def right(prompt, n):
-    """What an honest judge says: it finds the good response between the fences."""
-    a = re.search(r"=== \w+ response A begins\n(.*)\n=== \w+ response A ends", prompt, re.DOTALL)[1]
-    return completion("[[A]]" if "good" in a else "[[B]]")
-
-
-class HTTPServer(ThreadingHTTPServer):
-    request_queue_size = 128  # of 5, a connection that finds it full waits a second
-    daemon_threads = True
-
-
-class Server:
-    """behave(prompt, n): (status, headers, body), or bytes of a body, or a list of them to send slowly, or None to
-    close. n: how often this prompt came before."""
-
-    def __init__(self, behave, port=0):
-        self.behave, self.bodies, self.headers, self.paths, self.lock = behave, [], [], [], threading.Lock()
-        self.http = HTTPServer(("127.0.0.1", port), self.handler())
-        self.port = self.http.server_port
-        self.url = f"http://127.0.0.1:{self.port}/v1"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def handler(server):
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                prompt = body["messages"][0]["content"]
-                with server.lock:
-                    n = sum(b["messages"][0]["content"] == prompt for b in server.bodies)
-                    server.bodies.append(body)
-                    server.headers.append(self.headers)
-                    server.paths.append(self.path)
-                answer = server.behave(prompt, n)
-                if answer is None:
-                    return
-                if isinstance(answer, list):
-                    self.send_response(200)
-                    self.end_headers()
-                    for piece in answer:
-                        self.wfile.write(piece)
-                        time.sleep(0.1)
-                    return
-                status, headers, content = (200, {}, answer) if isinstance(answer, bytes) else answer
-                content = content if isinstance(content, bytes) else json.dumps(content).encode()
-                self.send_response(status)
-                for name, value in {"Content-Length": str(len(content)), **headers}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(content)
-
-            def log_message(self, *_):
-                pass
-
-            def handle(self):
-                try:
-                    super().handle()
-                except ConnectionError:  # a judge that was killed
-                    pass
-
-        return Handler
-
-    def prompts(self):
-        return [body["messages"][0]["content"] for body in self.bodies]
+TRUTHS = {pair: truth(pair) for pair in PAIRS}
 
 
 @pytest.fixture(autouse=True)
@@ -119,29 +34,8 @@ def quick(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
-@pytest.fixture
-def ledger(tmp_path):
-    ledger = Ledger(tmp_path / "labels.sqlite")
-    yield ledger
-    ledger.close()
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(behave, port=0):
-        servers.append(Server(behave, port))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.http.shutdown()
-        server.http.server_close()
-
-
 def chat(server, **options):
-    return ChatJudge(texts, server.url, "m", **{"retries": 2, "timeout": 5.0, **options})
+    return ChatJudge(texts, server.url, "m", **{"retries": 2, "timeout": 60.0, **options})
 
 
 def answers(ledger):
@@ -152,11 +46,8 @@ def annotators(ledger):
     return {name for name, in ledger.db.execute("SELECT annotator FROM answers")}
 
 
-TRUTHS = {pair: truth(pair) for pair in PAIRS}
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# What it says
+# Verdicts
 
 @pytest.mark.parametrize("reply, said", [
     ("[[A]]", "A"), ("[[B]]", "B"), (" [[C]].\n", "C"), ("Response B, clearly: [[B]]", "B"),
@@ -173,7 +64,9 @@ def test_a_reply_that_was_cut_off_counts_where_it_begins_with_the_mark():
 
 def test_both_orders_are_asked_and_the_labels_are_the_better_responses(serve, ledger):
     server, shown = serve(right), []
-    chat(server, show=shown.append).answer(QUESTIONS, ledger)
+    asked = chat(server)
+    asked.show = shown.append
+    asked.answer(QUESTIONS, ledger)
     assert answers(ledger) == TRUTHS
     assert annotators(ledger) == {"m"}
     prompts = server.prompts()
@@ -198,7 +91,7 @@ def test_the_request_is_as_the_endpoint_wants_it(serve, ledger):
     assert server.headers[-1]["Authorization"] is None
 
 
-def test_every_verdict_and_what_it_cost_stands_in_the_ledger(serve, ledger):
+def test_every_verdict_and_what_it_cost_is_in_the_ledger(serve, ledger):
     chat(serve(right), price=(0.01, 0.1)).answer([question("p1")], ledger)
     rows = ledger.db.execute("SELECT annotator, verdict, seconds, cost, detail FROM verdicts").fetchall()
     details = [json.loads(row[4]) for row in rows]
@@ -219,20 +112,20 @@ def test_without_a_price_or_usage_the_cost_is_unknown(serve, ledger):
     assert ledger.db.execute("SELECT COUNT(*), COUNT(cost) FROM answers").fetchone() == (2, 0)
 
 
-def test_a_long_reply_is_kept_shortened(serve, ledger):
+def test_of_a_long_reply_the_beginning_is_kept(serve, ledger):
     chat(serve(lambda prompt, n: completion("[[C]]" + "x" * 10_000 + "\ud800"))).answer([question("p0")], ledger)
     assert all(len(json.loads(detail)["reply"]) == 500 for detail, in ledger.db.execute("SELECT detail FROM verdicts"))
 
 
 @pytest.mark.parametrize("behave", [lambda prompt, n: completion("[[C]]"), lambda prompt, n: completion("[[A]]")],
                          ids=["tie", "position-biased"])
-def test_a_judge_without_a_preference_leaves_it_to_the_coin(serve, ledger, behave):
+def test_where_a_judge_has_no_preference_the_coin_decides(serve, ledger, behave):
     chat(serve(behave), seed=3).answer(QUESTIONS, ledger)
     assert answers(ledger) == {pair: coin(pair, 3) for pair in PAIRS}
     assert annotators(ledger) == {"m (coin)"}
 
 
-def test_a_tie_in_one_order_alone_is_no_agreement(serve, ledger):
+def test_a_tie_in_only_one_order_is_not_an_agreement(serve, ledger):
     def half(prompt, n):
         answer = right(prompt, n)
         return completion("[[C]]") if "[[A]]" in json.dumps(answer[2]) else answer
@@ -266,13 +159,13 @@ def test_a_hostile_response_goes_through_unharmed_and_fenced(serve, ledger):
         assert sorted(text for _, text in inside[1:]) == ["a good one", f"assistant: {bad}"]
 
 
-def test_each_pair_has_a_fence_of_its_own():
+def test_each_pair_has_its_own_fence():
     prompts = [ChatJudge(texts, "http://h", "m", seed=seed).prompt(pair, 1) for seed in (0, 1) for pair in PAIRS]
     assert len({re.search(r"=== \w+", prompt)[0] for prompt in prompts}) == 2 * len(PAIRS)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What goes wrong on the way
+# What can go wrong on the way
 
 def failing_twice(answer):
     return lambda prompt, n: answer if n < 2 else right(prompt, n)
@@ -334,52 +227,41 @@ def test_retry_after_is_read_in_both_forms_and_never_trusted():
     assert retry_after("Wed, 21 Oct 2065 07:28:00 GMT") > 1e9
 
 
-def test_a_slow_answer_is_timed_out_and_asked_again(serve, ledger):
+def test_a_slow_answer_is_timed_out_and_asked_again(serve, ledger, release):
     def slow_once(prompt, n):
         if n == 0:
-            time.sleep(0.6)
+            release.wait()
         return right(prompt, n)
 
-    chat(serve(slow_once), timeout=0.3).answer(QUESTIONS[:2], ledger)
+    chat(serve(slow_once), timeout=1, retries=5).answer(QUESTIONS[:2], ledger)
     assert answers(ledger) == {"p0": 1, "p1": -1}
     with pytest.raises(Waiting, match="timed out"):
-        chat(serve(lambda prompt, n: time.sleep(0.6)), timeout=0.2, retries=0).answer(QUESTIONS[2:3], ledger)
+        chat(serve(lambda prompt, n: release.wait()), timeout=0.2, retries=0).answer(QUESTIONS[2:3], ledger)
 
 
 def test_a_reply_that_trickles_in_has_its_time_too(serve, ledger):
     body = json.dumps(completion("[[A]]")[2]).encode()
-    chat(serve(lambda prompt, n: [b" ", b" ", body]), timeout=2).answer([question("p0")], ledger)  # as OpenRouter does
-    started = time.monotonic()
-    with pytest.raises(Waiting, match="no whole reply after 0.3 s"):
-        chat(serve(lambda prompt, n: 100 * [b" "]), timeout=0.3, retries=0).answer([question("p1")], ledger)
-    assert time.monotonic() - started < 2
+    chat(serve(lambda prompt, n: [b" ", b" ", body])).answer([question("p0")], ledger)  # as OpenRouter does
+    with pytest.raises(Waiting, match="no whole reply after 1.5 s"):
+        chat(serve(lambda prompt, n: itertools.repeat(b" ")), timeout=1.5, retries=0).answer([question("p1")], ledger)
 
 
-def test_slow_requests_run_together(serve, ledger):
-    def slow(prompt, n):
-        time.sleep(0.5)
-        return right(prompt, n)
-
-    started = time.monotonic()
-    chat(serve(slow), concurrency=12).answer(QUESTIONS, ledger)
-    assert time.monotonic() - started < 1.5  # one after the other: 6 s
-    assert answers(ledger) == TRUTHS
-
-
-def test_no_more_requests_at_once_than_allowed(serve, ledger):
-    now, most, lock = [0], [0], threading.Lock()
+@pytest.mark.parametrize("concurrency", [3, 12])
+def test_as_many_requests_run_together_as_allowed(concurrency, serve, ledger):
+    """None is answered until as many are under way; and there are never more."""
+    together, now, most, lock = threading.Barrier(concurrency, timeout=300), [0], [0], threading.Lock()
 
     def count(prompt, n):
         with lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
-        time.sleep(0.02)
+        together.wait()
         with lock:
             now[0] -= 1
         return right(prompt, n)
 
-    chat(serve(count), concurrency=3).answer(QUESTIONS, ledger)
-    assert 2 <= most[0] <= 3
+    chat(serve(count), concurrency=concurrency, timeout=300).answer(QUESTIONS, ledger)
+    assert most[0] == concurrency and answers(ledger) == TRUTHS
 
 
 def test_nobody_listens(ledger, serve):
@@ -395,7 +277,7 @@ def test_a_wrong_key_or_model_stops_at_once_with_the_servers_words(serve, ledger
     server = serve(lambda prompt, n: (status, {}, {"error": {"message": "bad key sk-1\nsorry"}}))
     with pytest.raises(Waiting, match=rf"HTTP {status} bad key \(key\) sorry; check the url, the model and the key"):
         chat(server, api_key="sk-1", concurrency=1).answer(QUESTIONS, ledger)
-    assert len(server.bodies) <= 2  # the thread may have sent one more before it heard of the stop
+    assert len(server.bodies) <= 2  # the thread may have sent one more before it noticed the stop
 
 
 @pytest.mark.parametrize("status", [301, 302, 307])
@@ -408,13 +290,13 @@ def test_a_redirect_is_not_followed(serve, ledger, status):
     assert not other.bodies
 
 
-def test_the_message_tells_what_stopped_it_not_what_came_behind(ledger, monkeypatch):
-    outcomes = iter([judge.Refused("the reason")] + 11 * [judge.GaveUp("behind", 0)])
+def test_the_message_tells_what_stopped_it_not_what_came_after(ledger, monkeypatch):
+    outcomes = iter([judge.Refused("the reason")] + 11 * [judge.GaveUp("later", 0)])
 
     def ask(self, request, stop):
         raise next(outcomes)
 
-    def slow_texts(pair):  # when the last question is put, all replies to the first are there
+    def slow_texts(pair):  # by the time the last question is put, the first has its replies
         time.sleep(0.2 if pair == "p5" else 0)
         return texts(pair)
 
@@ -433,7 +315,7 @@ def test_nonsense_is_asked_again_and_never_becomes_a_label(serve, ledger, text):
         chat(server).answer([question("p0")], ledger)
     assert len(server.bodies) == 6
     assert answers(ledger) == {}
-    kept = ledger.db.execute("SELECT verdict, detail FROM verdicts").fetchall()  # they were paid for
+    kept = ledger.db.execute("SELECT verdict, detail FROM verdicts").fetchall()  # each cost money
     assert len(kept) == 6 and all(verdict == 0 and json.loads(detail)["said"] is None for verdict, detail in kept)
 
 
@@ -460,7 +342,7 @@ def test_one_bad_pair_does_not_keep_the_others_and_only_it_is_asked_again(serve,
 
 
 def test_a_verdict_that_was_paid_for_is_not_asked_again(serve, ledger):
-    """One order answered, the other failed: only that one is asked when it goes on, and by another model both."""
+    """One order was answered, the other failed: the next time only that one is asked. Another model is asked about both."""
     def half(prompt, n):
         answer = right(prompt, n)
         return answer if "[[A]]" in json.dumps(answer[2]) else (503, {}, b"")
@@ -482,7 +364,7 @@ def test_a_dead_endpoint_is_noticed_before_every_request_has_failed(serve, ledge
     assert len(server.bodies) < 40  # of 600
 
 
-def test_what_is_answered_already_or_stands_twice_is_asked_once(serve, ledger):
+def test_what_is_answered_already_is_not_asked_and_what_is_given_twice_is_asked_once(serve, ledger):
     server = serve(right)
     ledger.add("human", [(question("p0"), -1, "ann", None, None)])
     chat(server).answer(QUESTIONS[:2] + QUESTIONS[:2], ledger)
@@ -491,7 +373,7 @@ def test_what_is_answered_already_or_stands_twice_is_asked_once(serve, ledger):
     chat(server).answer([], ledger)
 
 
-def test_a_person_who_answers_meanwhile_was_first(serve, ledger, tmp_path):
+def test_a_person_who_answers_in_the_meantime_was_first(serve, ledger, tmp_path):
     def person(prompt, n):
         other = Ledger(tmp_path / "labels.sqlite")
         if not answers(other):
@@ -504,50 +386,49 @@ def test_a_person_who_answers_meanwhile_was_first(serve, ledger, tmp_path):
 
 
 def script(folder, server, count):
-    """A process of its own that asks `count` questions, four at once."""
+    """The program of a process that asks `count` questions, four at once."""
     return f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
-from test_judge import ChatJudge, question, texts
-from labels.oracle import Ledger
+from helpers import question, texts
+from labels.judge import ChatJudge
+from labels.ledger import Ledger
 judge = ChatJudge(texts, {server.url!r}, "m", concurrency=4)
 judge.answer([question(f"p{{n}}") for n in range({count})], Ledger({str(folder / "labels.sqlite")!r}))
 """
 
 
-@contextmanager
-def sigint_after(seconds):
-    timer = threading.Timer(seconds, os.kill, [os.getpid(), signal.SIGINT])
-    timer.start()
-    yield
-    timer.join()
-
-
-def test_ctrl_c_does_not_wait_for_slow_requests(serve, ledger):
+def test_ctrl_c_does_not_wait_for_slow_requests(serve, ledger, release, tmp_path):
     def slow(prompt, n):
         if "of p5" in prompt:
-            time.sleep(5)
+            release.wait()
         return right(prompt, n)
 
-    started = time.monotonic()
-    with sigint_after(0.6), pytest.raises(Waiting, match="interrupted, 1 of 6 answers are missing"):
-        chat(serve(slow)).answer(QUESTIONS, ledger)
-    assert time.monotonic() - started < 2
+    def press():
+        other = Ledger(tmp_path / "labels.sqlite")
+        while len(answers(other)) < 5:
+            time.sleep(0.02)
+        other.close()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    presser = threading.Thread(target=press)
+    with pytest.raises(Waiting, match="interrupted, 1 of 6 answers are missing"):
+        presser.start()
+        chat(serve(slow), timeout=600).answer(QUESTIONS, ledger)
+    presser.join()
     assert answers(ledger) == {pair: label for pair, label in TRUTHS.items() if pair != "p5"}
 
 
-def test_ctrl_c_lets_the_process_end_at_once(serve, tmp_path):
-    server = serve(lambda prompt, n: time.sleep(8))
+def test_ctrl_c_lets_the_process_end_while_requests_are_under_way(serve, tmp_path, release):
+    server = serve(lambda prompt, n: release.wait())
     process = subprocess.Popen([sys.executable, "-c", script(tmp_path, server, 6)], stderr=subprocess.PIPE, text=True)
     while len(server.bodies) < 4:
         time.sleep(0.02)
-    started = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=50)  # the requests would take 60 s
     assert "Waiting: interrupted, 6 of 6 answers are missing" in errors
-    assert time.monotonic() - started < 3
 
 
-def test_a_mistake_in_a_thread_is_raised_not_waited_for(serve, ledger, monkeypatch):
+def test_a_bug_in_a_thread_is_raised_and_not_waited_for(serve, ledger, monkeypatch):
     monkeypatch.setattr(ChatJudge, "post", lambda self, text: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         chat(serve(right)).answer(QUESTIONS, ledger)
@@ -557,22 +438,44 @@ def test_a_mistake_in_a_thread_is_raised_not_waited_for(serve, ledger, monkeypat
     ({"url": "localhost:8000"}, "begins with http"), ({"url": "file:///etc/passwd"}, "begins with http"),
     ({"url": "http://"}, "a host"), ({"api_key": "sk-…"}, "API key"), ({"api_key": "sk\n1"}, "API key"),
     ({"concurrency": 0}, "concurrency 0")])
-def test_what_cannot_be_is_refused_in_one_line(options, message):
+def test_what_cannot_work_is_refused_in_one_line(options, message):
     with pytest.raises(ValueError, match=message) as raised:
         ChatJudge(texts, **{"url": "http://127.0.0.1", "model": "m", **options})
     assert "\n" not in str(raised.value) and "sk" not in str(raised.value)
 
 
+@pytest.mark.parametrize("keys, message", [
+    ({"judge_url": "localhost:8000"}, "oracle judge: judge url 'localhost:8000': give one that begins with http"),
+    ({"judge_api_key_env": "ODD_KEY"}, "oracle judge: judge API key: ")])
+def test_a_config_that_cannot_work_is_an_error_of_the_user(keys, message, monkeypatch):
+    monkeypatch.setenv("ODD_KEY", "sk-…")
+    config = Config(**{"judge_url": "http://127.0.0.1", "judge_model": "m", **keys})
+    with pytest.raises(UsageError, match=f"^{message}"):
+        ChatJudge.from_config(config, types.SimpleNamespace(text_by_id=lambda: texts), {}, {})
+
+
+def test_the_config_reaches_the_judge(monkeypatch):
+    monkeypatch.setenv("MY_KEY", "sk-1")
+    config = Config(judge_url="http://127.0.0.1/v1", judge_model="m", judge_api_key_env="MY_KEY", judge_concurrency=3,
+                    judge_timeout=7.0, judge_prompt_price=2.0, judge_completion_price=3.0, seed=9)
+    made = ChatJudge.from_config(config, types.SimpleNamespace(text_by_id=lambda: texts), {}, {})
+    assert made.texts is texts and made.url == "http://127.0.0.1/v1/chat/completions" and made.key == "sk-1"
+    assert (made.concurrency, made.timeout, made.seed, made.price) == (3, 7.0, 9, (2e-6, 3e-6))
+
+
 def test_it_answers_the_oracle(serve, tmp_path):
-    oracle = Oracle(chat(serve(right)), tmp_path / "labels.sqlite", asks_together=True)
-    assert oracle.answer(PAIRS, [0.1] * 6, [True] * 5 + [False], step=0) == [1, -1, 1, -1, 1, 0]
-    oracle.report_pseudo([("p5", -1)])
-    assert oracle.queries() == 5 and oracle.state["pseudo_known"] == 0
+    oracle = Oracle(chat(serve(right)), tmp_path / "labels.sqlite", Config(oracle="judge"))
+    ask = torch.tensor([True] * 5 + [False])
+    labels = oracle.answer(PAIRS, torch.full((6,), 0.1), ask, step=0)
+    assert labels.tolist() == [1, -1, 1, -1, 1, 0]
+    oracle.count_pseudo_labels(["p5"], torch.tensor([-1.0]), torch.tensor([0]))
+    oracle.end_step()
+    assert oracle.queries() == 5 and oracle.state["pseudo_labels"] == 1 and oracle.state["pseudo_known"] == 0
     oracle.close()
 
 
 def test_kill_9_in_the_middle_loses_and_doubles_nothing(serve, tmp_path):
-    """Killed again and again at moments of the server's choice; what is paid twice was in flight at a kill."""
+    """The server chooses when to kill, three times; only what was in flight at a kill is paid for twice."""
     count, killed = 40, []
     process = None
 
@@ -589,191 +492,14 @@ def test_kill_9_in_the_middle_loses_and_doubles_nothing(serve, tmp_path):
     for _ in range(10):
         process = subprocess.Popen([sys.executable, "-c", script(tmp_path, server, count)],
                                    stderr=subprocess.PIPE, text=True)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=600)
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL, errors
     ledger = Ledger(tmp_path / "labels.sqlite")
     assert len(killed) == 3
-    assert answers(ledger) == {f"p{n}": truth(f"p{n}") for n in range(count)}  # pair is the key: none stands twice
+    assert answers(ledger) == {f"p{n}": truth(f"p{n}") for n in range(count)}  # the pair is the key: none is there twice
     assert ledger.db.execute("SELECT COUNT(*) FROM verdicts").fetchone() == (2 * count,)
-    # Lost at a kill: what the server is at, and what came back and is not committed; together one a thread.
+    # A kill loses what the server is working on and what came back but is not committed: together one per thread.
     assert 2 * count <= len(server.bodies) <= 2 * count + 3 * 4
     ledger.close()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The reward model
-
-@pytest.fixture(scope="module")
-def reward_model(tmp_path_factory):
-    import torch
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-
-    from runtime import toy
-    folder = tmp_path_factory.mktemp("reward")
-    tokenizer = toy.make_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                         num_attention_heads=2, max_position_embeddings=128, initializer_range=0.5, num_labels=1,
-                         pad_token_id=tokenizer.pad_token_id, bos_token_id=1, eos_token_id=2)
-    LlamaForSequenceClassification(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def reviews():
-    import random
-
-    from runtime import toy
-    rng = random.Random(0)
-    return {f"r{n}": ("review of the bar in rome :", *(toy.write_response(rng) for _ in "ab")) for n in range(20)}
-
-
-def as_json(reviews):
-    return lambda pair: tuple(json.dumps(text) for text in reviews[pair])
-
-
-def reference_scores(folder, rendered, **options):
-    """One row at a time, nothing padded."""
-    import torch
-    from transformers import AutoTokenizer, LlamaForSequenceClassification
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = LlamaForSequenceClassification.from_pretrained(folder).eval()
-    with torch.no_grad():
-        return [model(**tokenizer(text, return_tensors="pt", **options)).logits.item() for text in rendered]
-
-
-def test_a_reward_model_prefers_the_higher_score(reward_model, reviews, ledger):
-    shown = []
-    grader = RewardModelJudge(as_json(reviews), reward_model, show=shown.append)
-    grader.answer([question(pair) for pair in reviews], ledger)
-    expected = {}
-    for pair, (prompt, first, second) in reviews.items():
-        a, b = reference_scores(reward_model, [prompt + first, prompt + second])
-        assert abs(a - b) > 1e-3
-        expected[pair] = 1 if a > b else -1
-        kept, = ledger.db.execute("SELECT detail FROM verdicts WHERE pair = ?", (pair,)).fetchone()
-        assert json.loads(kept)["scores"] == pytest.approx([a, b], abs=1e-4)
-    assert answers(ledger) == expected and set(expected.values()) == {1, -1}
-    assert annotators(ledger) == {str(reward_model)}
-    assert shown == [20, 12, 4, 0]
-    assert grader.grade([("r0", 1)]) == (0, 0) and grader.name == "judge" and grader.asks_together
-
-
-def test_the_chat_template_is_used_where_there_is_one(reward_model, reviews, ledger, tmp_path):
-    import shutil
-
-    from transformers import AutoTokenizer
-    folder = shutil.copytree(reward_model, tmp_path / "chat")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}the {{ m.content }} {{ eos_token }}{% endfor %}"
-    tokenizer.save_pretrained(folder)
-    RewardModelJudge(as_json(reviews), folder).answer([question("r0")], ledger)
-    prompt, *responses = reviews["r0"]
-    rendered = [f"<s>the {prompt} </s>the {response.strip()} </s>" for response in responses]
-    a, b = reference_scores(folder, rendered, add_special_tokens=False)
-    kept, = ledger.db.execute("SELECT detail FROM verdicts").fetchone()
-    assert json.loads(kept)["scores"] == pytest.approx([a, b], abs=1e-4)
-    assert answers(ledger) == {"r0": 1 if a > b else -1}
-    # The same pair as messages, and as a dialogue of Anthropic's HH, is the same conversation.
-    messages = ([{"role": "user", "content": prompt}],
-                *([{"role": "assistant", "content": response.strip()}] for response in responses))
-    dialogue = (f"\n\nHuman: {prompt}\n\nAssistant:", *responses)
-    grader = RewardModelJudge(as_json({"r0": reviews["r0"], "messages": messages, "hh": dialogue}), folder)
-    assert grader.rows("messages") == grader.rows("hh") == grader.rows("r0") == rendered
-    grader.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match="chat template refuses pair r0: roles must alternate"):
-        grader.answer([question("r0")], Ledger(tmp_path / "other.sqlite"))
-
-
-def test_an_encoder_reads_two_texts_with_its_separator(reward_model, reviews, tmp_path):
-    import shutil
-
-    from tokenizers import processors
-    from transformers import AutoTokenizer
-    folder = shutil.copytree(reward_model, tmp_path / "encoder")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.sep_token = "</s>"
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A </s> $B:1", special_tokens=[("<s>", 2), ("</s>", 3)])
-    tokenizer.save_pretrained(folder)
-    grader = RewardModelJudge(as_json(reviews), folder)
-    prompt, first, second = reviews["r0"]
-    expected = reference_scores(reward_model, [f"{prompt} </s> {first}", f"{prompt} </s> {second}"])
-    assert grader.scores(grader.rows("r0")) == pytest.approx(expected, abs=1e-4)
-
-
-def test_a_model_that_knows_no_padding_token_scores_the_same(reward_model, reviews, tmp_path):
-    import shutil
-
-    from transformers import AutoTokenizer
-    folder = shutil.copytree(reward_model, tmp_path / "no-pad")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.save_pretrained(folder)
-    padded, single = RewardModelJudge(as_json(reviews), reward_model), RewardModelJudge(as_json(reviews), folder)
-    assert padded.pads and not single.pads
-    rows = [row for pair in reviews for row in padded.rows(pair)]
-    assert padded.scores(rows) == pytest.approx(single.scores(rows), abs=1e-4)
-
-
-def test_a_long_text_loses_its_beginning(reward_model, ledger):
-    reviews = {"r0": ("lovely " * 500, " the food was bad .", " the food was good .")}
-    grader = RewardModelJudge(as_json(reviews), reward_model, max_length=2048)
-    assert grader.max_length == 128
-    grader.answer([question("r0")], ledger)
-    kept = ["lovely " * (127 - 5) + response.strip() for response in reviews["r0"][1:]]
-    scores = json.loads(ledger.db.execute("SELECT detail FROM verdicts").fetchone()[0])["scores"]
-    assert scores == pytest.approx(reference_scores(reward_model, kept), abs=1e-4) and scores[0] != scores[1]
-
-
-def test_equal_scores_are_left_to_the_coin(reward_model, ledger):
-    same = {f"r{n}": ("the", " food", " food") for n in range(10)}
-    RewardModelJudge(as_json(same), reward_model, seed=5).answer([question(pair) for pair in same], ledger)
-    assert answers(ledger) == {pair: coin(pair, 5) for pair in same}
-    assert annotators(ledger) == {f"{reward_model} (coin)"}
-
-
-def test_a_score_that_is_no_number_is_no_label(reward_model, reviews, ledger):
-    grader = RewardModelJudge(as_json(reviews), reward_model)
-    grader.scores = lambda rows: [float("nan") if reviews["r9"][1] in row[1] else float(len(row[1])) for row in rows]
-    with pytest.raises(ValueError, match="pair r9 has the scores nan and"):
-        grader.answer([question(pair) for pair in reviews], ledger)
-    assert set(answers(ledger)) == {f"r{n}" for n in range(8)}  # the batch before
-
-
-def test_a_reward_model_goes_on_where_it_was_interrupted(reward_model, reviews, ledger):
-    grader, calls = RewardModelJudge(as_json(reviews), reward_model), []
-    score = grader.scores
-
-    def interrupted(rows):
-        calls.append(len(rows))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return score(rows)
-
-    grader.scores = interrupted
-    questions = [question(pair) for pair in reviews]
-    with pytest.raises(Waiting, match="interrupted, 12 of 20 answers are missing"):
-        grader.answer(questions, ledger)
-    ledger.add_verdict("r8", grader.model, -1, detail=json.dumps({"scores": [0, 1]}))  # scored, then killed
-    grader.answer(questions, ledger)
-    assert calls == [16, 16, 14, 8]
-    assert len(answers(ledger)) == 20 and answers(ledger)["r8"] == -1
-
-
-def test_what_is_no_reward_model_is_refused_by_name(reward_model, tiny, tmp_path):
-    import shutil
-    with pytest.raises(ValueError, match="reward model .*/nowhere: cannot be loaded"):
-        RewardModelJudge(texts, tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="has 2 outputs"):  # a language model
-        RewardModelJudge(texts, tiny / "model")
-    folder = shutil.copytree(tiny / "model", tmp_path / "headless")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "id2label": {"0": "reward"}}))
-    with pytest.raises(ValueError, match="its weights lack score.weight"):
-        RewardModelJudge(texts, folder)

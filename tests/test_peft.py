@@ -1,14 +1,13 @@
-"""LoRA: `python -m pytest tests/test_peft.py`. Real runs of the tiny model; the adapter is read back by peft itself."""
+"""LoRA: `python -m pytest tests/test_peft.py -n 0`. Real runs of the tiny model; peft itself reads the adapter back."""
 
 import json
-import shutil
 
 import peft
 import pytest
 import torch
 import transformers
+from helpers import assert_same_weights, copy_without
 from safetensors.torch import load_file
-from test_train import assert_same_weights
 
 LORA = dict(use_peft=True, lora_r=4, lora_alpha=8, lora_target_modules="all-linear", learning_rate="1e-2")
 
@@ -39,7 +38,7 @@ def test_an_adapter_is_saved_that_peft_loads(adapted, tiny):
     loaded = peft.get_peft_model_state_dict(model)
     assert saved.keys() == loaded.keys() and all(torch.equal(saved[name], loaded[name]) for name in saved)
     assert (logits(model, tiny) - logits(load(tiny / "model"), tiny)).abs().max() > 0.1
-    assert torch.equal(logits(load(adapted.output), tiny), logits(model, tiny))  # transformers finds the base by itself
+    assert torch.equal(logits(load(adapted.output), tiny), logits(model, tiny))  # transformers finds the base itself
 
 
 def test_merged_it_is_a_plain_model_that_computes_the_same(train, adapted, tiny):
@@ -50,7 +49,8 @@ def test_merged_it_is_a_plain_model_that_computes_the_same(train, adapted, tiny)
     assert torch.allclose(logits(plain, tiny), logits(load(adapted.output), tiny), atol=1e-5)
 
 
-@pytest.mark.parametrize("stage, processes", [(3, None), (0, 2), (1, 2), (2, 2), (3, 2)])
+@pytest.mark.parametrize("stage, processes", [
+    (3, None), *(pytest.param(stage, 2, marks=pytest.mark.slow) for stage in range(4))])
 def test_zero_stages_and_processes_train_the_same_adapter(stage, processes, train, adapted, engine_configs):
     run = train(f"zero{stage}", processes=processes, deepspeed=engine_configs[stage], **LORA,
                 per_device_train_batch_size=8 // (processes or 1))
@@ -64,12 +64,8 @@ def test_resume_is_exact_and_a_checkpoint_holds_the_adapter_alone(stage, train, 
     keys = dict(LORA, save_strategy="steps", save_steps=2, deepspeed=engine_configs[stage])
     whole = train("whole", **keys)
     size = sum(path.stat().st_size for path in (whole.output / "checkpoint-2").rglob("*"))
-    assert size < 16 * 25_000 < 4 * 200_000  # weights, masters and moments of the adapter; the model has over 200,000
-    stopped = tmp_path / "stopped"
-    shutil.copytree(whole.output, stopped)
-    shutil.rmtree(stopped / "checkpoint-4")
-    for name in ("summary.json", "adapter_model.safetensors"):
-        (stopped / name).unlink()
+    assert size < 16 * 25_000 < 4 * 200_000  # the adapter's weights, masters and moments; the model has over 200,000
+    stopped = copy_without(whole, tmp_path / "stopped", "checkpoint-4", "summary.json", "adapter_model.safetensors")
     again = train("again", output_dir=stopped, **keys)
     assert "step 2 of 4" in again.stdout and again.losses() == whole.losses()
     name = "adapter_model.safetensors"
@@ -77,7 +73,7 @@ def test_resume_is_exact_and_a_checkpoint_holds_the_adapter_alone(stage, train, 
 
 
 def test_an_adapter_is_a_model_merged_or_trained_further(train, adapted, tiny):
-    """With learning rate 0 the run saves what it loaded; the margin of 0 says that the reference is the adapted model."""
+    """With learning rate 0 the run saves what it loaded. A margin of 0 shows that the reference is the adapted model."""
     still = dict(model_name_or_path=adapted.output, warmup_ratio=1.0, max_steps=1)
     full = train("full", **still)
     assert full.losses()[0] == pytest.approx(0.693147, rel=1e-5) and full.rows()[0]["rewards/margins"] == 0
@@ -88,7 +84,7 @@ def test_an_adapter_is_a_model_merged_or_trained_further(train, adapted, tiny):
     assert any(not torch.equal(merged[name], base[name]) for name in merged)
 
     further = train("further", **{**LORA, **still, "lora_r": 2})
-    assert further.rows()[0]["rewards/margins"] == 0 and "trained further, as it is (rank 4, alpha 8)" in further.stdout
+    assert further.rows()[0]["rewards/margins"] == 0 and "trained further as it is (rank 4, alpha 8)" in further.stdout
     name = "adapter_model.safetensors"
     assert_same_weights(load_file(further.output / name), load_file(adapted.output / name), 0)
     settings = json.loads((further.output / "adapter_config.json").read_text())

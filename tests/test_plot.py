@@ -1,4 +1,4 @@
-"""tools/plot.py: what of a run's metrics is drawn, and what is refused. `python -m pytest tests/test_plot.py`"""
+"""The curves of runs: which of a run's metrics are drawn, and what is refused. `python -m pytest tests/test_plot.py -n 0`"""
 
 import json
 import subprocess
@@ -6,9 +6,10 @@ import sys
 import xml.etree.ElementTree as ET
 
 import pytest
-from conftest import ROOT, launcher_environment
+from helpers import ROOT, launcher_environment
 from PIL import Image
 
+from runtime import curves
 from tools import plot
 
 
@@ -40,7 +41,7 @@ def fails(capsys, words, *args):
 
 
 def test_each_panel_holds_the_numbers_of_the_metrics(tmp_path):
-    panels = drawn(plot.draw({"run": plot.read_metrics(write(tmp_path / "run", ROWS))}))
+    panels = drawn(curves.draw({"run": curves.read_metrics(write(tmp_path / "run", ROWS))}))
     expected = {"held-out accuracy": [(0, 0.5), (2, 0.52)], "held-out reward margin": [(0, 0.0), (2, 0.2)],
                 "labels bought per pair seen": [(1, 1.0), (2, 0.75), (2, 0.75)], "pseudo-labels right": [(2, 0.75)]}
     bought = {0: 0, 1: 8, 2: 12}
@@ -50,8 +51,8 @@ def test_each_panel_holds_the_numbers_of_the_metrics(tmp_path):
 
 
 def test_several_runs_have_looks_that_need_no_colour(tmp_path):
-    runs = {f"run {n}": plot.read_metrics(write(tmp_path / "run", ROWS)) for n in range(len(plot.STYLES))}
-    figure = plot.draw(runs)
+    runs = {f"run {n}": curves.read_metrics(write(tmp_path / "run", ROWS)) for n in range(len(curves.STYLES))}
+    figure = curves.draw(runs)
     lines = figure.axes[0].get_lines()
     assert len({(line.get_linestyle(), str(line._dash_pattern), line.get_marker()) for line in lines}) == len(runs)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(runs)
@@ -59,7 +60,7 @@ def test_several_runs_have_looks_that_need_no_colour(tmp_path):
 
 def test_an_audit_is_a_band_of_its_interval(tmp_path):
     audited = [row(n, 8 * n, audited=n, audit_accuracy=0.8 if n else None, audit_low=0.5, audit_high=0.9) for n in range(3)]
-    figure = plot.draw({"run": plot.read_metrics(write(tmp_path / "run", audited))})
+    figure = curves.draw({"run": curves.read_metrics(write(tmp_path / "run", audited))})
     [band] = figure.axes[7].collections
     assert {tuple(corner) for corner in band.get_paths()[0].vertices} == {(1, 0.5), (1, 0.9), (2, 0.5), (2, 0.9)}
     assert "audit" in figure.axes[3].get_title()
@@ -67,14 +68,14 @@ def test_an_audit_is_a_band_of_its_interval(tmp_path):
 
 
 def test_names_are_drawn_as_they_are(tmp_path):
-    rows = plot.read_metrics(write(tmp_path / "run", ROWS))
-    figure = plot.draw({"_hidden": rows, r"$\nonsense$": rows, "two\nlines": rows})
-    plot.save(figure, tmp_path / "odd.png")  # a formula that is none would raise here
+    rows = curves.read_metrics(write(tmp_path / "run", ROWS))
+    figure = curves.draw({"_hidden": rows, r"$\nonsense$": rows, "two\nlines": rows})
+    curves.save(figure, tmp_path / "odd.png")  # a broken formula would raise here
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [" _hidden", r"\$\nonsense\$", "two?lines"]
 
 
 def test_the_pictures(tmp_path, capsys):
-    """One run's lie in its folder, several runs' where --output says; the same rows give the same bytes."""
+    """Those of one run go into its folder, those of several where --output says. The same rows give the same bytes."""
     one, other = (write(tmp_path / name, ROWS) for name in ("one", "other"))
     assert plot.main([str(one)]) == 0 and capsys.readouterr().out == f"{one}/curves.png, {one}/curves.svg\n"
     with Image.open(one / "curves.png") as picture:
@@ -88,22 +89,22 @@ def test_the_pictures(tmp_path, capsys):
 
 
 def test_a_row_that_is_being_written_is_left_out(tmp_path):
-    whole = plot.read_metrics(write(tmp_path / "run", ROWS))
+    whole = curves.read_metrics(write(tmp_path / "run", ROWS))
     for cut in (1, 20, len(json.dumps(ROWS[0])) - 1):
-        assert plot.read_metrics(write(tmp_path / "run", ROWS, "\n" + json.dumps(ROWS[0])[:cut])) == whole
-    assert plot.read_metrics(write(tmp_path / "run", ROWS, "")) == whole  # written, but for its end of line
+        assert curves.read_metrics(write(tmp_path / "run", ROWS, "\n" + json.dumps(ROWS[0])[:cut])) == whole
+    assert curves.read_metrics(write(tmp_path / "run", ROWS, "")) == whole  # complete except for its line end
 
 
 @pytest.mark.parametrize("content, words", [
-    (b"", "no row of metrics"),
-    (b'{"step": 1, "spl', "no row of metrics"),
+    (b"", "no metrics yet"),
+    (b'{"step": 1, "spl', "no metrics yet"),
     (b'{"step": 1\n', "line 1: cut off or damaged"),
-    (b'{"step": 1}\n', "line 1: cut off or damaged (no object with a split"),
-    (b'[]\n', "line 1: cut off or damaged (no object with a split"),
-    (b'{"split": "eval", "step": 1, "queries": null}\n', "(field queries: no number)"),
-    (b'{"split": "eval", "step": 1, "queries": 2, "rewards/margins": "2"}\n', "(field rewards/margins: no number)"),
-    (b'{"split": "eval", "step": 1, "queries": true}\n', "(field queries: no number)"),
-    (b'{"split": "eval", "step": 1, "queries": 2, "audit_low": 1e999}\n', "(field audit_low: no number)"),
+    (b'{"step": 1}\n', "line 1: cut off or damaged (not an object with a split"),
+    (b'[]\n', "line 1: cut off or damaged (not an object with a split"),
+    (b'{"split": "eval", "step": 1, "queries": null}\n', "(field queries: not a number)"),
+    (b'{"split": "eval", "step": 1, "queries": 2, "rewards/margins": "2"}\n', "(field rewards/margins: not a number)"),
+    (b'{"split": "eval", "step": 1, "queries": true}\n', "(field queries: not a number)"),
+    (b'{"split": "eval", "step": 1, "queries": 2, "audit_low": 1e999}\n', "(field audit_low: not a number)"),
     (b"\xff\xfe\n", "cannot be read"),
 ])
 def test_metrics_that_cannot_be_drawn_are_named(content, words, tmp_path, capsys):
@@ -112,12 +113,12 @@ def test_metrics_that_cannot_be_drawn_are_named(content, words, tmp_path, capsys
     assert not (tmp_path / "curves.png").exists()
 
 
-def test_what_else_is_refused(tmp_path, capsys, monkeypatch):
+def test_other_refusals(tmp_path, capsys, monkeypatch):
     one, other = write(tmp_path / "one", ROWS), write(tmp_path / "other", ROWS)
     (tmp_path / "empty").mkdir()
     fails(capsys, "no such folder", tmp_path / "nowhere")
     fails(capsys, "no such folder", tmp_path / "nowhere", "--follow")
-    fails(capsys, "no row of metrics", tmp_path / "empty")
+    fails(capsys, "no metrics yet", tmp_path / "empty")
     fails(capsys, "1 names for 2 runs", one, other, "--labels=A", f"--output={tmp_path}/x")
     fails(capsys, "two runs are called A", one, other, "--labels=A,A", f"--output={tmp_path}/x")
     fails(capsys, "two runs are called", one, one, f"--output={tmp_path}/x")
@@ -132,7 +133,7 @@ def test_what_else_is_refused(tmp_path, capsys, monkeypatch):
 
 
 def test_following_a_run_ends_with_it(tmp_path):
-    """A process of its own that is there before the run's first row; what it last draws is the whole run."""
+    """Its process starts before the run's first row is written. The last picture shows the whole run."""
     run = tmp_path / "run"
     run.mkdir()
     follower = subprocess.Popen([sys.executable, "tools/plot.py", str(run), "--follow", "--interval=0.05"], cwd=ROOT,
@@ -145,17 +146,17 @@ def test_following_a_run_ends_with_it(tmp_path):
         first = (run / "curves.png").read_bytes()
         write(run, ROWS)
         (run / "summary.json").write_text("{}")
-        out, err = follower.communicate(timeout=120)
+        out, err = follower.communicate(timeout=600)
     finally:
         follower.kill()
     assert follower.returncode == 0 and err == "" and out.endswith("all runs have ended\n")
-    plot.save(plot.draw({"run": plot.read_metrics(run)}), tmp_path / "whole.png")
+    curves.save(curves.draw({"run": curves.read_metrics(run)}), tmp_path / "whole.png")
     assert (run / "curves.png").read_bytes() == (tmp_path / "whole.png").read_bytes() != first
 
 
 def test_a_real_runs_metrics_are_drawn(train):
     run = train("plotted", max_steps=8, gamma=0.05, audit_fraction=0.5, eval_strategy="steps", eval_steps=4)
-    panels = drawn(plot.draw({"run": plot.read_metrics(run.output)}))
+    panels = drawn(curves.draw({"run": curves.read_metrics(run.output)}))
     summary = run.summary()
     accuracy = [(row["step"], row["rewards/accuracies"]) for row in run.rows("eval")]
     assert panels["held-out accuracy", "optimiser step"] == [accuracy]

@@ -1,20 +1,21 @@
-"""Supervised fine-tuning: `python -m pytest tests/test_sft.py`. Its loss and gradient are those of transformers with labels,
-in double precision; its runs are real ones."""
+"""Supervised fine-tuning: `python -m pytest tests/test_sft.py -n 0`.
+
+Loss and gradient are compared with those of transformers with labels, in double precision. The runs are real ones.
+"""
 
 import random
-import shutil
 
 import pytest
 import torch
 import transformers
-from conftest import ROOT
+from helpers import ROOT, assert_same_weights, copy_without
 from safetensors.torch import load_file
-from test_train import assert_same_weights
 
 import adpo
 import data
 from runtime import toy
-from runtime.config import UsageError, parse_config
+from runtime.errors import UsageError
+from runtime.parse import parse_config
 
 SFT = dict(objective="sft", gamma=1.3)
 
@@ -36,8 +37,8 @@ def tuned(train, texts):
 
 
 def plain(model, path, rows):
-    """(model in double precision, mean loss over response tokens of these rows of a file) by transformers with labels, row
-    by row; the loss's gradient is in the model."""
+    """(model in double precision, mean loss over the response tokens of these rows of a file), by transformers with labels,
+    row by row. The model holds the gradient of that loss."""
     lm = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     loss, tokens = 0, 0
@@ -56,7 +57,7 @@ def gradient(lm):
 
 
 def test_loss_and_gradient_are_those_of_transformers(tiny, texts):
-    """In fp32 against double precision; three rows of different lengths in one batch."""
+    """In fp32, compared with double precision, for three rows of different lengths in one batch."""
     lm, loss = plain(tiny / "model", texts / "train.jsonl", {0, 1, 2})
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny / "model")
     pairs, _, _ = data.load_pairs({str(texts): 1.0}, ["train"], data.Renderer(tokenizer, 16, 64), "train", examples=True)
@@ -81,9 +82,10 @@ def test_a_run_leaves_metrics_a_summary_and_the_model_and_no_ledger(tuned, texts
 
 @pytest.mark.parametrize("keys", [
     dict(per_device_train_batch_size=4, gradient_accumulation_steps=2), dict(micro_batch_tokens=40),
-    dict(processes=2, per_device_train_batch_size=4, zero=2), dict(processes=2, per_device_train_batch_size=4, zero=3)])
+    pytest.param(dict(processes=2, per_device_train_batch_size=4, zero=2), marks=pytest.mark.slow),
+    pytest.param(dict(processes=2, per_device_train_batch_size=4, zero=3), marks=pytest.mark.slow)])
 def test_a_step_is_the_same_however_it_is_cut(keys, train, tuned, texts, engine_configs):
-    """Responses have different lengths, so that a mean of means would show. 24 pairs in steps of 8."""
+    """24 examples in steps of 8. Their lengths differ, so a mean of means would give another loss."""
     keys = dict(keys)
     engine = {"deepspeed": engine_configs[keys.pop("zero")]} if "zero" in keys else {}
     run = train("cut", **SFT, **keys, **engine, dataset_mixer=f"{{{texts}: 1.0}}")
@@ -102,13 +104,11 @@ def test_the_first_step_is_the_mean_over_all_its_tokens(train, tiny, texts):
 def test_resume_is_exact(train, texts, tmp_path):
     keys = dict(SFT, dataset_mixer=f"{{{texts}: 1.0}}", save_strategy="steps", save_steps=2, logging_steps=3)
     whole = train("whole", **keys)
-    shutil.copytree(whole.output, tmp_path / "stopped")
-    shutil.rmtree(tmp_path / "stopped" / "checkpoint-4")
-    (tmp_path / "stopped" / "summary.json").unlink()
-    again = train("again", output_dir=tmp_path / "stopped", **keys)
+    stopped = copy_without(whole, tmp_path / "stopped", "checkpoint-4", "summary.json")
+    again = train("again", output_dir=stopped, **keys)
     assert "at step 2 of 4" in again.stdout and again.losses() == whole.losses()
     assert_same_weights(again.weights(), whole.weights(), 0)
-    assert "is finished: 24 examples" in train("third", output_dir=tmp_path / "stopped", **keys).stdout
+    assert "is finished: 24 examples" in train("third", output_dir=stopped, **keys).stdout
 
 
 def test_an_adapter_by_sft(train, tuned, texts):
@@ -125,7 +125,7 @@ def message(role, content):
     ({"prompt": "a", "completion": " b"}, [("a", " b")]),
     ({"prompt": "a", "completion": [message("assistant", "b")]}, [([message("user", "a")], [message("assistant", "b")])]),
     ({"prompt": [message("user", "a")], "completion": "b"}, [([message("user", "a")], [message("assistant", "b")])]),
-    # every turn of the assistant, but for a greeting and what nobody answered; chosen and rejected are not looked at
+    # Every turn of the assistant that answers something; chosen and rejected are ignored.
     ({"messages": [message("assistant", "hi"), message("user", "a"), message("assistant", "b"), message("user", "c"),
                    message("assistant", "d"), message("user", "e")], "chosen": "x", "rejected": "y"},
      [([message("assistant", "hi"), message("user", "a")], [message("assistant", "b")]),
@@ -140,10 +140,10 @@ def test_the_examples_of_a_row(row, examples):
     ({"chosen": "a", "rejected": "b"}, "f, row 1: needs messages, or prompt and completion; it has chosen, rejected"),
     ({"completion": "a"}, "f, row 1, field prompt: expected a string or a list of messages, found nothing"),
     ({"messages": "a"}, "f, row 1, field messages: expected a list of messages, found a string"),
-    ({"messages": [message("user", "a")]}, "f, row 1, field messages: no message of the assistant"),
+    ({"messages": [message("user", "a")]}, "f, row 1, field messages: has no assistant message that answers"),
     (["a"], "f, row 1: expected an object with fields, found list"),
 ])
-def test_a_row_that_is_no_example(row, error):
+def test_a_row_without_an_example_is_refused(row, error):
     with pytest.raises(data.DataError) as raised:
         data.parse_example(row, "f, row 1")
     assert str(raised.value).startswith(error)
@@ -153,11 +153,11 @@ def test_a_row_that_is_no_example(row, error):
                                   "max_queries=5", "judge_model=m", "loss_type=hinge"])
 def test_keys_of_preferences_are_refused(flag):
     recipe = str(ROOT / "configs" / "smollm2-135m.yaml")
-    assert parse_config(["--config", recipe, "--objective=sft"]).objective == "sft"  # they stand at their defaults
+    assert parse_config(["--config", recipe, "--objective=sft"]).objective == "sft"  # all have their defaults
     with pytest.raises(UsageError, match=f"{flag.partition('=')[0]} cannot be honoured with objective sft"):
         parse_config(["--config", recipe, "--objective=sft", f"--{flag}"])
 
 
-def test_pairs_are_no_examples(train):
+def test_pairs_are_not_examples(train):
     run = train("pairs", check=2, **SFT)
     assert "train.jsonl, row 1: needs messages, or prompt and completion; it has prompt, response_a" in run.stderr

@@ -1,14 +1,14 @@
-"""What fits where: the memory of one rank, for a model, a number of GPUs and a ZeRO stage.
+"""What fits where: estimate the memory of one rank, for a model, a number of GPUs and a ZeRO stage.
 
-    python tools/fit.py                                    the README's table
+    python tools/fit.py                                    the table of docs/performance.md
     python tools/fit.py MODEL_DIR --gpus 8 --zero 3        one model, part by part
     python tools/fit.py MODEL_DIR --fp32 --no-checkpointing --tokens 1024
     python tools/fit.py --plan                             the 7B shape on 8 and 64 GPUs, ZeRO-3, optimiser on the CPU:
-                                                           memory, time and bytes a step (the table of docs/scale.md)
+                                                           memory, time and bytes of a step (the table of docs/scale.md)
     python tools/fit.py MODEL_DIR --plan --gpus 16 --tflops 300 --wire 12.5
 
-An estimate from the shapes alone, of what train.py holds at the height of a step; benchmarks/results/speed.md compares it
-with measured peaks. It leaves out what the CUDA context, NCCL and fragmentation take: leave 10 to 20 % free.
+The estimate is of what train.py holds at the peak of a step, from the shapes alone; benchmarks/results/speed.md compares it
+with measured peaks. It leaves out what the CUDA context, NCCL and fragmentation take, so keep 10 to 20 % free.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 import transformers
 
 GB = 1e9
-# Shapes of the README's table: (name, keys of a Llama config).
+# Rows of the table: name, and the keys of a Llama config.
 SHAPES = {
     "SmolLM2-135M": dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
                          num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True),
@@ -30,7 +30,7 @@ SHAPES = {
     "Llama-3.1-70B": dict(vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
                           num_attention_heads=64, num_key_value_heads=8),
 }
-# Columns: (GPUs, ZeRO stage, optimiser in host memory).
+# Columns of the table: GPUs, ZeRO stage, whether the optimiser is in host memory.
 PLACES = [(1, 2, False), (1, 2, True), (8, 2, False), (8, 3, False), (64, 3, False)]
 
 
@@ -43,37 +43,38 @@ def parameters(config):
 
 def rank_memory(config, gpus=1, stage=2, bf16=True, checkpointing=True, tokens=8192, chunk=2048, offload=False,
                 bucket=50_000_000):
-    """Bytes that one rank holds at the height of a step, by part: {"weights", "gradients", "optimiser", "buffers",
+    """Bytes that one rank holds at the peak of a step, by part: {"weights", "gradients", "optimiser", "buffers",
     "activations", "logits"}.
 
-    tokens: of a micro-batch, padding included.  chunk: response tokens whose logits are alive at a time.  offload: master
-    weights, gradients and moments of the optimiser are in host memory.  bucket: elements DeepSpeed reduces or gathers at a
-    time.  The parts follow ZeRO (arXiv 1910.02054, section 5): what a stage partitions is divided by the number of GPUs.
+    tokens: of a micro-batch, padding included.  chunk: response tokens whose logits are in memory at a time.  offload:
+    fp32 weights, gradients and the optimiser's moments are in host memory.  bucket: elements that DeepSpeed reduces or
+    gathers at a time.  This follows ZeRO (arXiv 1910.02054, section 5): what a stage partitions is divided by the GPUs.
     """
     n, width = parameters(config), 2 if bf16 else 4
-    stage = 0 if gpus == 1 and not bf16 and not offload else stage  # as train.py has it
+    stage = 0 if gpus == 1 and not bf16 and not offload else stage  # as in runtime/engine.py
     shares = [gpus if stage >= needed else 1 for needed in (3, 2, 1)]  # of weights, gradients, optimiser
     master = 4 * n if stage > 0 else 0  # fp32 weights beside those of the engine
     memory = {"weights": width * n / shares[0], "gradients": 4 * n / shares[1], "optimiser": (8 * n + master) / shares[2],
               "buffers": 2 * bucket * width if stage > 0 else 0}
-    if stage == 3:  # gathered weights: DeepSpeed keeps up to 1e9 alive
+    if stage == 3:  # gathered weights: DeepSpeed keeps up to 1e9 elements
         memory["buffers"] += width * min(n, 1e9)
     memory["buffers"] = min(memory["buffers"], 4 * width * n)
     if offload:
         memory["gradients"] = memory["optimiser"] = 0
     memory["activations"] = tokens * activation_bytes(config, width, checkpointing)
-    # Logits in the model's dtype, the fp32 copy that becomes their gradient, and the head's gradient before it is added.
+    # The logits in the model's dtype, the fp32 copy that becomes their gradient, and the head's gradient before it is added.
     head = config.vocab_size * config.hidden_size * width
     memory["logits"] = min(chunk, tokens) * config.vocab_size * (4 if width == 4 else 6) + head
     return memory
 
 
 def activation_bytes(config, width, checkpointing):
-    """Bytes that one token leaves for the backward: of all layers, or of their inputs and one layer at a time."""
+    """Bytes that are kept of one token for the backward pass: all layers, or with checkpointing every layer's input and one
+    layer."""
     h, f = config.hidden_size, config.intermediate_size
     q = config.num_attention_heads * (getattr(config, "head_dim", None) or h // config.num_attention_heads)
-    norms = 2 * h * (4 + 2 * width)  # each: its input in fp32, that normalised, and what it puts out
-    attention = width * (3 * q + 2 * q)  # q, k, v (repeated to all heads), what comes out, its copy for the projection
+    norms = 2 * h * (4 + 2 * width)  # each: its input in fp32, the normalised input, and its output
+    attention = width * (3 * q + 2 * q)  # q, k, v (repeated to all heads), the output, its copy for the projection
     mlp = width * 4 * f  # gate, its activation, up, their product
     layer = norms + attention + mlp
     layers = config.num_hidden_layers
@@ -81,22 +82,23 @@ def activation_bytes(config, width, checkpointing):
 
 
 def wire_bytes(parameters, gpus, width=2, micro_steps=1, gathers=2):
-    """Bytes that one rank sends in an optimiser step under ZeRO-3 (and as many that it receives).
+    """Bytes that one rank sends in an optimiser step under ZeRO-3; it receives as many.
 
-    Each micro-step, every weight is gathered for the forward and again for the backward (`gathers` times), and every
-    gradient is reduced to the rank that keeps it (ZeRO, section 7.2); a ring passes (gpus − 1)/gpus of it through each rank.
-    width: bytes of a weight and of a gradient under way. What a small model does not release (DeepSpeed's
-    stage3_max_reuse_distance and stage3_param_persistence_threshold) is gathered less often: an upper bound there.
+    In each micro-step every weight is gathered for the forward pass and again for the backward pass (`gathers` times), and
+    every gradient is reduced to the rank that keeps it (ZeRO, section 7.2). In a ring, (gpus − 1)/gpus of all that goes
+    through each rank.  width: bytes of a weight or gradient that is sent.
+    For a small model this is an upper bound, because DeepSpeed does not release and gather all of its weights each time
+    (stage3_max_reuse_distance, stage3_param_persistence_threshold).
     """
     return micro_steps * (gathers + 1) * width * parameters * (gpus - 1) / gpus
 
 
 def plan(config, gpus, options):
-    """{what: number} of a step under ZeRO-3 with the optimiser in host memory: bytes a rank and seconds.
+    """A step under ZeRO-3 with the optimiser in host memory, as {what: bytes per rank, or seconds}.
 
-    Compute: 6 FLOPs a weight and token, 8 with checkpointing, which runs the forward again; attention's own are left out.
-    PCIe: fp32 gradients down, weights up, of the rank's share, once a step. Adam: 16 bytes read and 14 written a weight,
-    over the memory of a host, which its ranks share.
+    Compute: 6 FLOPs per weight and token, or 8 with checkpointing, which repeats the forward pass; attention itself is not
+    counted. PCIe: fp32 gradients go down and weights up, the rank's share of each, once a step. Adam: 16 bytes read and 14
+    written per weight, in the memory of the host, which its ranks share.
     """
     n, width = parameters(config), 4 if options.fp32 else 2
     share, per_host = n / gpus, min(gpus, options.gpus_a_host)
@@ -110,13 +112,13 @@ def plan(config, gpus, options):
     found |= {"compute": (6 if options.no_checkpointing else 8) * n * tokens / (1e12 * options.tflops),
               "wire": found["bytes on the wire"] / (GB * speed), "PCIe": found["bytes over PCIe"] / (GB * options.pcie),
               "Adam": 30 * share * per_host / (GB * options.host_memory)}
-    behind = found["PCIe"] + found["Adam"]
-    return found | {"least": max(found["compute"], found["wire"]) + behind,
-                    "most": found["compute"] + found["wire"] + behind, "tokens": tokens * gpus}
+    update = found["PCIe"] + found["Adam"]  # follows the micro-steps
+    return found | {"least": max(found["compute"], found["wire"]) + update,
+                    "most": found["compute"] + found["wire"] + update, "tokens": tokens * gpus}
 
 
 def plan_table(name, config, options):
-    """The plan for each number of GPUs, with what it rests on."""
+    """The plan for each number of GPUs, and what it assumes."""
     counts = [options.gpus] if options.gpus else [8, 64]
     plans = [plan(config, gpus, options) for gpus in counts]
 
@@ -124,22 +126,22 @@ def plan_table(name, config, options):
         return f"| {words} | " + " | ".join(cell(found) for found in plans) + " |"
     lines = [f"| {name}, ZeRO-3, optimiser on the CPU | " + " | ".join(f"{gpus} GPUs" for gpus in counts) + " |",
              "| --- |" + " --: |" * len(counts)]
-    lines += [row(f"{words}, GB a rank", lambda found, key=key: f"{found[key] / GB:,.1f}") for words, key in (
+    lines += [row(f"{words}, GB per rank", lambda found, key=key: f"{found[key] / GB:,.1f}") for words, key in (
         ("memory of the GPU", "GPU memory"), ("memory of the host", "host memory"),
         ("sent over the wire in a step", "bytes on the wire"), ("over PCIe in a step", "bytes over PCIe"))]
     lines += [row(f"{words}, s", lambda found, key=key: f"{found[key]:,.2f}") for words, key in (
         ("compute", "compute"), ("wire", "wire"), ("PCIe", "PCIe"), ("Adam on the host", "Adam"),
-        ("a step, compute and wire at once", "least"), ("a step, one behind the other", "most"))]
-    lines.append(row("tokens a second, of all ranks", lambda found: f"{found['tokens'] / found['most']:,.0f} to "
+        ("a step, if compute and wire overlap", "least"), ("a step, if they do not", "most"))]
+    lines.append(row("tokens per second, all ranks", lambda found: f"{found['tokens'] / found['most']:,.0f} to "
                                                                     f"{found['tokens'] / found['least']:,.0f}"))
-    return "\n".join([*lines, "", f"Assumed: {options.tokens:,} tokens a micro-batch, {options.micro_steps} a step; "
-                      f"{options.tflops:g} TFLOP/s of a GPU in practice; {options.gpus_a_host} GPUs a host; "
-                      f"{options.nvlink:g} GB/s a GPU and direction within a host, {options.wire:g} between hosts; "
-                      f"{options.pcie:g} GB/s of PCIe a GPU; {options.host_memory:g} GB/s of a host's memory."])
+    return "\n".join([*lines, "", f"Assumed: {options.tokens:,} tokens in a micro-batch, {options.micro_steps} of them in a "
+                      f"step; {options.tflops:g} TFLOP/s per GPU in practice; {options.gpus_a_host} GPUs per host; "
+                      f"{options.nvlink:g} GB/s per GPU and direction within a host, {options.wire:g} between hosts; "
+                      f"{options.pcie:g} GB/s of PCIe per GPU; {options.host_memory:g} GB/s of memory per host."])
 
 
 def table():
-    """The README's table."""
+    """The table of docs/performance.md."""
     head = [f"{gpus} GPU{'s' if gpus > 1 else ''}, ZeRO-{stage}{', optimiser on the CPU' if offload else ''}"
             for gpus, stage, offload in PLACES]
     lines = ["| GB a GPU | " + " | ".join(head) + " |", "| --- |" + " --: |" * len(head)]
@@ -148,6 +150,27 @@ def table():
         cells = [sum(rank_memory(config, gpus, stage, offload=offload).values()) / GB for gpus, stage, offload in PLACES]
         lines.append(f"| {name} | " + " | ".join(f"{cell:,.0f}" if cell >= 10 else f"{cell:.1f}" for cell in cells) + " |")
     return "\n".join(lines)
+
+
+def parse(argv=None):
+    """The options of a command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", nargs="?", metavar="MODEL_DIR", help="a model folder; without one, the table")
+    parser.add_argument("--gpus", type=int, help="default: 1; with --plan 8 and 64")
+    parser.add_argument("--zero", type=int, default=2, choices=range(4))
+    parser.add_argument("--fp32", action="store_true", help="instead of bf16")
+    parser.add_argument("--no-checkpointing", action="store_true")
+    parser.add_argument("--tokens", type=int, default=8192, help="of a micro-batch")
+    parser.add_argument("--offload", action="store_true", help="keep the optimiser in host memory")
+    parser.add_argument("--plan", action="store_true", help="a step under ZeRO-3, with the optimiser in host memory")
+    parser.add_argument("--micro-steps", type=int, default=4, help="of a step and rank (this and all below: for --plan)")
+    parser.add_argument("--tflops", type=float, default=400, help="of a GPU, in practice")
+    parser.add_argument("--gpus-a-host", type=int, default=8)
+    parser.add_argument("--nvlink", type=float, default=200, help="GB/s per GPU and direction, within a host")
+    parser.add_argument("--wire", type=float, default=25, help="GB/s per GPU and direction, between hosts")
+    parser.add_argument("--pcie", type=float, default=25, help="GB/s per GPU")
+    parser.add_argument("--host-memory", type=float, default=200, help="GB/s per host")
+    return parser.parse_args(argv)
 
 
 def main(options):
@@ -163,24 +186,8 @@ def main(options):
                          options.tokens, offload=options.offload)
     for part, size in memory.items():
         print(f"{part:>12} {size / GB:8.2f} GB")
-    print(f"{'in all':>12} {sum(memory.values()) / GB:8.2f} GB a GPU")
+    print(f"{'together':>12} {sum(memory.values()) / GB:8.2f} GB a GPU")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", nargs="?", metavar="MODEL_DIR", help="a model folder; without one, the table")
-    parser.add_argument("--gpus", type=int, help="without it 1; in a plan 8 and 64")
-    parser.add_argument("--zero", type=int, default=2, choices=range(4))
-    parser.add_argument("--fp32", action="store_true", help="in place of bf16")
-    parser.add_argument("--no-checkpointing", action="store_true")
-    parser.add_argument("--tokens", type=int, default=8192, help="of a micro-batch")
-    parser.add_argument("--offload", action="store_true", help="the optimiser in host memory")
-    parser.add_argument("--plan", action="store_true", help="a step under ZeRO-3, the optimiser in host memory")
-    parser.add_argument("--micro-steps", type=int, default=4, help="of a step and rank (--plan, as all that follow)")
-    parser.add_argument("--tflops", type=float, default=400, help="of a GPU, in practice")
-    parser.add_argument("--gpus-a-host", type=int, default=8)
-    parser.add_argument("--nvlink", type=float, default=200, help="GB/s a GPU and direction, within a host")
-    parser.add_argument("--wire", type=float, default=25, help="GB/s a GPU and direction, between hosts")
-    parser.add_argument("--pcie", type=float, default=25, help="GB/s a GPU")
-    parser.add_argument("--host-memory", type=float, default=200, help="GB/s of a host")
-    main(parser.parse_args())
+    main(parse())

@@ -1,4 +1,4 @@
-"""gate.py and what adpo.py has for it: `python -m pytest tests/test_gate.py` (half a minute)."""
+"""labels/threshold.py, whom to ask and whom to replay: `python -m pytest tests/test_threshold.py`."""
 
 import math
 import types
@@ -7,11 +7,15 @@ import pytest
 import torch
 
 import adpo
-from labels.oracle import DatasetAnnotator, Oracle, Question
+from labels.annotators import DatasetAnnotator
+from labels.ledger import Question
+from labels.oracle import Oracle
+from labels.threshold import THRESHOLDS, Budget, Calibrated, FixedGamma, fit_scale, make_threshold
+from runtime.config import Config
 from runtime.schedule import Schedule
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The equations
+# The scale
 
 def test_the_scale_is_the_weighted_maximum_likelihood():
     """Against a brute-force search over a, on labels whose true scale is 0.6."""
@@ -19,7 +23,7 @@ def test_the_scale_is_the_weighted_maximum_likelihood():
     margin = 3 * torch.randn(4000, generator=generator)
     answers = torch.where(torch.rand(4000, generator=generator) < torch.sigmoid(0.6 * margin), 1, -1)
     weights = torch.where(margin.abs() > 2, 20.0, 1.0)
-    a, error = adpo.fit_scale(margin, answers, weights)
+    a, error = fit_scale(margin, answers, weights)
     grid = torch.linspace(0, 2, 20001, dtype=torch.float64)[:, None]
     likelihood = (weights * torch.nn.functional.logsigmoid(grid * (margin * answers))).sum(1)
     assert a == pytest.approx(grid[likelihood.argmax()].item(), abs=1e-4)
@@ -34,7 +38,7 @@ def test_the_standard_error_is_the_spread_of_the_fit():
         answers = torch.where(torch.rand(500, generator=generator) < torch.sigmoid(margin), 1, -1)
         asked = (margin.abs() < 1) | (torch.rand(500, generator=generator) < 0.2)
         weights = torch.where(margin.abs() < 1, 1.0, 5.0)
-        fits.append(adpo.fit_scale(margin[asked], answers[asked], weights[asked]))
+        fits.append(fit_scale(margin[asked], answers[asked], weights[asked]))
     a, errors = torch.tensor(fits).T
     assert a.mean().item() == pytest.approx(1, abs=0.05)
     assert errors.mean().item() == pytest.approx(a.std().item(), rel=0.15)
@@ -45,28 +49,8 @@ def test_the_standard_error_is_the_spread_of_the_fit():
     ([1.0, 2.0, -3.0], [1, 1, -1], 5, math.inf),  # all with it: the likelihood has no maximum
     ([0.0, 0.0], [1, -1], 0, 0)])
 def test_the_scale_at_its_ends(margin, answers, low, high):
-    a, error = adpo.fit_scale(torch.tensor(margin), torch.tensor(answers), torch.ones(len(margin)))
+    a, error = fit_scale(torch.tensor(margin), torch.tensor(answers), torch.ones(len(margin)))
     assert low <= a <= high and math.isfinite(a) and error >= 0
-
-
-def test_the_calibrated_gate_asks_where_the_scaled_margin_is_small():
-    margin = torch.tensor([0.5, -1.0, 2.0])
-    assert adpo.gate(margin, 1.0, scale=0.5).tolist() == [True, True, True]
-    assert adpo.gate(margin, 1.0, scale=2.0).tolist() == [True, False, False]
-    assert adpo.gate(margin, 1.0, scale=0.0).all()
-
-
-def test_soft_labels_are_the_expected_label_and_their_loss_is_cross_entropy():
-    margin = torch.tensor([2.0, -0.5, 1.0], requires_grad=True)
-    labels = adpo.choose_labels(margin, torch.tensor([0, 0, -1]), pseudo_labels="soft", scale=0.5)
-    chance = torch.sigmoid(0.5 * margin.detach())
-    assert torch.allclose(labels, torch.tensor([2 * chance[0] - 1, 2 * chance[1] - 1, -1.0]))
-    target = torch.tensor([chance[0], chance[1], 0.0])
-    loss = adpo.preference_loss(margin, labels)
-    expected = torch.nn.functional.binary_cross_entropy_with_logits(margin, target, reduction="none")
-    assert torch.allclose(loss, expected)
-    loss.sum().backward()  # σ(m) − σ(a·m): an overconfident margin is pulled back
-    assert torch.allclose(margin.grad, torch.sigmoid(margin.detach()) - target)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -80,46 +64,91 @@ def rows_of(step):
     return [(10 * step + n) % 400 for n in range(10)]
 
 
-def make(tmp_path, step=0, rows=lambda step: range(400), **keys):
-    """A Gate over 400 pairs with the ledger in tmp_path.  rows: of a step; by default it may be any pair."""
-    config = types.SimpleNamespace(**{
-        "data_selection": True, "gate": "paper", "gamma": 1.0, "audit_fraction": 0.05, "target_query_fraction": None,
-        "target_queries": None, "pseudo_labels": "true", "seed": 0, **keys})
-    schedule = types.SimpleNamespace(rows=rows, pairs_seen=lambda: 400, unlabelled_left=lambda step, bought: 400 - 10 * step)
-    asker = Oracle(DatasetAnnotator(dict.fromkeys(PAIRS, 1)), tmp_path / "labels.sqlite")
-    return gate.Gate(config, asker, PAIRS, schedule, step)
+class Pairs:
+    """What a schedule and a threshold read of data.Pairs."""
+
+    def __init__(self, count=400):
+        self.ids, self.lengths = PAIRS[:count], [10] * count
+
+    def __len__(self):
+        return len(self.ids)
+
+
+def make(tmp_path, rows=lambda step: range(400), **keys):
+    """A threshold for 400 pairs in 40 steps of ten, with the ledger in tmp_path.  rows: of a step; by default any pair."""
+    config = Config(**{"gamma": 1.0, "audit_fraction": 0.05, "per_device_train_batch_size": 10, "num_train_epochs": 1.0,
+                       "lr_scheduler_type": "constant", "seed": 0, **keys})
+    schedule = Schedule(config, Pairs())
+    schedule.rows = rows
+    return make_threshold(config, Oracle(DatasetAnnotator(dict.fromkeys(PAIRS, 1)), tmp_path / "labels.sqlite", config),
+                          schedule)
 
 
 def buy(threshold, step, labelled, audit=False):
     """labelled: {pair: (margin, label)}."""
-    threshold.asker.ledger.add("dataset", [(Question(pair, margin, step, audit), label, "", None, None)
-                                           for pair, (margin, label) in labelled.items()])
+    threshold.oracle.ledger.add("dataset", [(Question(pair, margin, step, audit), label, "", None, None)
+                                            for pair, (margin, label) in labelled.items()])
 
 
-def test_the_papers_gate_is_gamma_and_reads_nothing(tmp_path):
+@pytest.mark.parametrize("keys, kind, looks_ahead", [
+    ({}, FixedGamma, False), ({"gate": "calibrated"}, Calibrated, False), ({"target_queries": 3}, Budget, True),
+    ({"target_query_fraction": 0.1}, Budget, True), ({"pseudo_labels": "replay"}, FixedGamma, True),
+    ({"oracle": "human"}, FixedGamma, True), ({"gate": "calibrated", "pseudo_labels": "replay"}, Calibrated, True),
+    ({"data_selection": False, "gate": "calibrated", "target_queries": 3, "pseudo_labels": "replay"}, FixedGamma, False)])
+def test_the_config_chooses_the_threshold(keys, kind, looks_ahead, tmp_path):
+    threshold = make(tmp_path, **keys)
+    assert type(threshold) is kind and threshold.looks_ahead == looks_ahead
+
+
+def test_a_new_threshold_is_one_class_and_one_line_of_the_table(tmp_path, monkeypatch):
+    class Halving(FixedGamma):
+        def advance(self, step):
+            self.gamma = self.config.gamma / 2 ** step
+
+    monkeypatch.setitem(THRESHOLDS, "halving", Halving)  # tests/test_config.py: the config then accepts its name
+    threshold = make(tmp_path, gate="halving")
+    threshold.advance(3)
+    assert type(threshold) is Halving and threshold.gamma == 1 / 8
+
+
+def test_the_papers_threshold_is_gamma_and_reads_nothing(tmp_path):
     threshold = make(tmp_path)
+    threshold.oracle.ledger.close()
     threshold.advance(0)
-    assert (threshold.scale, threshold.gamma, threshold.looks_ahead, threshold.metrics()) == (1.0, 1.0, False, {})
-    assert make(tmp_path, data_selection=False, gate="calibrated", target_queries=3).gamma == math.inf
+    assert (threshold.gamma, threshold.looks_ahead, threshold.metrics(), threshold.state) == (1.0, False, {}, {})
+    assert threshold.rows_to_train([3, 1], 0) == [3, 1]
+    plain = make(tmp_path, data_selection=False, gate="calibrated", target_queries=3)
+    assert plain.gamma == math.inf  # plain DPO asks for every pair
+
+
+def test_a_calibrated_gate_asks_where_the_scaled_margin_is_small(tmp_path):
+    threshold, margin = make(tmp_path, gate="calibrated"), torch.tensor([0.5, -1.0, 2.0])
+    for scale, asked in ((0.5, [True, True, True]), (2.0, [True, False, False]), (0.0, [True, True, True])):
+        threshold._fit = lambda scale=scale: scale
+        threshold.advance(0)
+        assert threshold.metrics() == {"gate_gamma": 1.0, "gate_scale": scale}
+        assert adpo.gate(margin, threshold.gamma).tolist() == asked
 
 
 def test_a_calibrated_gate_asks_all_until_it_knows_enough_and_then_fits(tmp_path):
     threshold = make(tmp_path, gate="calibrated")
     buy(threshold, 0, {pair: (2.0, 1 if n % 4 else -1) for n, pair in enumerate(PAIRS[:63])})
     threshold.advance(1)
-    assert threshold.scale == 0.0  # 63 labels
+    assert threshold.scale == 0.0 and threshold.gamma == math.inf  # 63 labels
     buy(threshold, 1, {PAIRS[63]: (2.0, 1)})
     threshold.advance(2)
     margins, labels = torch.full((64,), 2.0), torch.tensor([1 if n % 4 else -1 for n in range(63)] + [1])
-    a, error = adpo.fit_scale(margins, labels, torch.ones(64))
+    a, error = fit_scale(margins, labels, torch.ones(64))
     assert threshold.scale == pytest.approx(a - error) and 0.2 < threshold.scale < 0.6  # σ(2a) = 3/4 at 0.55
+    assert threshold.gamma == 1.0 / threshold.scale
 
 
-def test_audited_pairs_stand_for_all_the_confident_ones(tmp_path):
+def test_audited_pairs_count_for_all_the_confident_ones(tmp_path):
     """Unsure pairs agree, the few audited ones do not: weighted by 20, they bring the scale down."""
     scales = []
     for n, audit in enumerate((False, True)):
-        threshold = make(tmp_path / str(n) if (tmp_path / str(n)).mkdir() is None else None, gate="calibrated")
+        (tmp_path / str(n)).mkdir()
+        threshold = make(tmp_path / str(n), gate="calibrated")
         buy(threshold, 0, {pair: (0.5, 1) for pair in PAIRS[:80]})
         buy(threshold, 0, {pair: (4.0, 1 if k % 2 else -1) for k, pair in enumerate(PAIRS[80:96])}, audit)
         threshold.advance(1)
@@ -127,26 +156,29 @@ def test_audited_pairs_stand_for_all_the_confident_ones(tmp_path):
     assert scales[1] < 0.3 * scales[0]
 
 
-def test_the_guard_raises_gamma_where_audited_pairs_disagree_and_counts_anew(tmp_path):
+def test_the_guard_raises_gamma_where_audited_pairs_disagree_and_starts_counting_again(tmp_path, capsys):
     threshold = make(tmp_path, gate="calibrated")
     buy(threshold, 0, {pair: (3.0, 1) for pair in PAIRS[:100]})
     buy(threshold, 0, {pair: (0.1, 1) for pair in PAIRS[100:110]})
     buy(threshold, 1, {pair: (8.0, 1 if n % 3 else -1) for n, pair in enumerate(PAIRS[110:140])}, audit=True)
-    assert threshold.advance(1) is None and threshold.gamma == 1.0
+    threshold.advance(1)
+    assert threshold.scaled_gamma == 1.0 and capsys.readouterr().out == ""
     threshold._fit = lambda: 1.0  # as if the fit could not see it
-    notice = threshold.advance(2)
+    threshold.advance(2)
+    notice = capsys.readouterr().out
     assert threshold.gamma == 1.5 and "30 audited pairs 66.7% agree" in notice and "raised to 1.5" in notice
-    assert threshold.advance(3) is None and threshold.gamma == 1.5  # the same audits do not count twice
-    again = make(tmp_path, step=3, gate="calibrated")
-    again.asker.state = dict(threshold.asker.state)  # a checkpoint keeps it
+    threshold.advance(3)
+    assert threshold.gamma == 1.5 and capsys.readouterr().out == ""  # the same audits do not count twice
+    again = make(tmp_path, gate="calibrated")
+    again.state = dict(threshold.state)  # a checkpoint keeps it
     again.advance(3)
-    assert again.gamma == 1.5
+    assert again.scaled_gamma == 1.5
 
 
 def test_a_resumed_run_has_the_threshold_of_the_undisturbed_one(tmp_path):
-    """Though answers of the step that was cut short, and of other runs, are in the ledger already."""
+    """Even though answers of the step that was cut short, and of other runs, are in the ledger already."""
     keys = dict(gate="calibrated", pseudo_labels="replay", rows=rows_of)
-    make(tmp_path, **keys).asker.ledger.add("reused", [(Question("p399", None, -1), 1, "", None, None)])
+    make(tmp_path, **keys).oracle.ledger.add("reused", [(Question("p399", None, -1), 1, "", None, None)])
     threshold, trained = make(tmp_path, **keys), []
     for step in range(42):  # two steps of a second epoch
         threshold.advance(step)
@@ -155,12 +187,12 @@ def test_a_resumed_run_has_the_threshold_of_the_undisturbed_one(tmp_path):
                                   for row in rows_of(step)[:5]}, audit=step % 3 == 0)
         trained.append(threshold.rows_to_train(rows_of(step), step))
     for step in (0, 1, 11, 40, 41):
-        again = make(tmp_path, step=step, **keys)
+        again = make(tmp_path, **keys)
         for at in range(step, 42):
             again.advance(at)
             assert again.rows_to_train(rows_of(at), at) == trained[at]
         assert again.scale == threshold.scale > 0
-        assert list(again.pool) == list(threshold.pool) and len(again.pool) == 201
+        assert list(again.replay.pool) == list(threshold.replay.pool) and len(again.replay.pool) == 201
 
 
 def test_a_budget_asks_the_least_sure_and_lasts_to_the_end(tmp_path):
@@ -170,69 +202,68 @@ def test_a_budget_asks_the_least_sure_and_lasts_to_the_end(tmp_path):
     for step in range(40):
         ids, margins = PAIRS[10 * step:10 * step + 10], torch.randn(10, generator=generator) * (1 + step)
         threshold.advance(step)
-        threshold.follow(ids, margins.tolist(), step)
+        threshold.plan(ids, margins.tolist(), step)
         asked = adpo.gate(margins, threshold.gamma)
         if asked.any() and not asked.all():
             assert margins[asked].abs().max() < margins[~asked].abs().min()
         before = threshold.gamma
         buy(threshold, step, {id: (m, 1) for id, m, ask in zip(ids, margins.tolist(), asked) if ask})
-        threshold.follow(ids, margins.tolist(), step)  # again, after a kill in this step
+        threshold.plan(ids, margins.tolist(), step)  # again, after a kill in this step
         assert threshold.gamma == before
-    assert threshold.asker.queries() == 120
+    assert threshold.oracle.queries() == 120
 
 
 def test_with_audits_a_budget_holds_too(tmp_path):
     """A quarter of the confident pairs is asked as well: fewer unsure ones are."""
     threshold = make(tmp_path, target_queries=200, audit_fraction=0.25)
-    threshold.follow(PAIRS[:200], [0.01 * n for n in range(200)], 0)
+    threshold.plan(PAIRS[:200], [0.01 * n for n in range(200)], 0)
     unsure = int(adpo.gate(torch.tensor([0.01 * n for n in range(200)]), threshold.gamma).sum())
     assert unsure == 67 and unsure + 0.25 * (200 - unsure) == pytest.approx(100, abs=1)
 
 
 def test_replay_takes_labelled_pairs_in_turn(tmp_path):
-    threshold = make(tmp_path, pseudo_labels="replay", rows=rows_of)
+    rows = [*map(rows_of, range(3)), [30, 14, 31, 32], [33]]
+    threshold = make(tmp_path, pseudo_labels="replay", rows=lambda step: rows[step])
     buy(threshold, 0, {PAIRS[row]: (0.1, 1) for row in (0, 2, 4, 6, 8)})
-    assert threshold.rows_to_train(rows_of(0), 0) == [0, 2, 4, 6, 8]  # there are no more
+    assert threshold.rows_to_train(rows[0], 0) == [0, 2, 4, 6, 8]  # there are no more
     buy(threshold, 1, {PAIRS[row]: (0.1, 1) for row in range(10, 17)})
     threshold.advance(1)
-    assert threshold.rows_to_train(rows_of(1), 1) == [*range(10, 17), 0, 2, 4]
+    assert threshold.rows_to_train(rows[1], 1) == [*range(10, 17), 0, 2, 4]
     threshold.advance(2)
-    assert threshold.rows_to_train(rows_of(2), 2) == [6, 8, *range(10, 17), 0]  # longest ago first; no new label
+    assert threshold.rows_to_train(rows[2], 2) == [6, 8, *range(10, 17), 0]  # longest ago first; no new label
     buy(threshold, 3, {PAIRS[30]: (0.1, 1)})
     threshold.advance(3)
-    assert threshold.rows_to_train([30, 14, 31, 32], 3) == [30, 14, 2, 4]  # 14 has a label, and is not taken twice
-    assert threshold.rows_to_train([33], 4) == [6]
+    assert threshold.rows_to_train(rows[3], 3) == [30, 14, 2, 4]  # 14 has a label, and is not taken twice
+    assert threshold.rows_to_train(rows[4], 4) == [6]
 
 
-def test_a_budget_follows_what_a_label_is_worth():
+def test_a_budget_follows_what_a_label_is_worth(tmp_path):
     """A step's share is in proportion to the learning rates of the steps that train on its labels."""
-    def schedule(kind, epochs=1, steps=-1, **keys):
-        config = types.SimpleNamespace(**{
-            "lr_scheduler_type": kind, "learning_rate": 0.02, "warmup_ratio": 0.0, "per_device_train_batch_size": 10,
-            "gradient_accumulation_steps": 1, "num_train_epochs": epochs, "max_steps": steps,
-            "pseudo_labels": "true"} | keys)
-        return Schedule(config, range(95), 1)  # ten steps an epoch, the last of five pairs
+    def budget(kind, epochs=1, steps=-1, **keys):
+        config = Config(**{"target_queries": 20, "lr_scheduler_type": kind, "learning_rate": 0.02, "warmup_ratio": 0.0,
+                           "per_device_train_batch_size": 10, "num_train_epochs": epochs, "max_steps": steps, **keys})
+        return make_threshold(config, types.SimpleNamespace(asks_together=False), Schedule(config, Pairs(95)))
 
-    constant = schedule("constant")
+    constant = budget("constant")  # ten steps an epoch, the last of five pairs
     assert [constant.unlabelled_left(step, 0) for step in (0, 3, 9)] == pytest.approx([95, 65, 5])
-    assert schedule("constant", epochs=2).unlabelled_left(4, 19) == pytest.approx(55 + 0.8 * 95)
-    assert schedule("constant", epochs=2).unlabelled_left(14, 19) == pytest.approx(0.8 * 55)
-    assert schedule("constant", steps=4).unlabelled_left(1, 0) == pytest.approx(30)
+    assert budget("constant", epochs=2).unlabelled_left(4, 19) == pytest.approx(55 + 0.8 * 95)
+    assert budget("constant", epochs=2).unlabelled_left(14, 19) == pytest.approx(0.8 * 55)
+    assert budget("constant", steps=4).unlabelled_left(1, 0) == pytest.approx(30)
 
-    def shares(schedule):
-        """Of a budget of 20 labels, what each step asks of each of its pairs."""
+    def shares(threshold):
+        """What each step asks of each of its pairs, with a budget of 20 labels."""
         left, asked = 20.0, []
         for step in range(10):
-            asked.append(left / schedule.unlabelled_left(step, 20 - left))
+            asked.append(left / threshold.unlabelled_left(step, 20 - left))
             left -= asked[-1] * (10 if step < 9 else 5)
         assert left == pytest.approx(0, abs=1e-9)
         return asked
 
     rates = torch.arange(10, 0, -1) / 10  # of the linear schedule
     for keys, worth in (({}, rates), ({"pseudo_labels": "replay"}, rates.flip(0).cumsum(0).flip(0))):
-        found = torch.tensor(shares(schedule("linear", **keys)))
+        found = torch.tensor(shares(budget("linear", **keys)))
         torch.testing.assert_close(found / found[0], worth / worth[0])
-    warm = shares(schedule("linear", warmup_ratio=0.2))
+    warm = shares(budget("linear", warmup_ratio=0.2))
     assert warm[0] < 1e-6 < warm[1] < warm[2] > warm[3]
 
 
@@ -240,16 +271,17 @@ def test_a_budget_follows_what_a_label_is_worth():
 # Whole runs
 
 @pytest.mark.parametrize("keys", [
-    {"target_query_fraction": 0.4, "pseudo_labels": "replay"},
-    {"gate": "calibrated", "audit_fraction": 0.3, "pseudo_labels": "replay"},
-    {"target_queries": 40, "pseudo_labels": "soft", "audit_fraction": 0.1}], ids=["budget", "calibrated", "soft"])
+    pytest.param({"target_query_fraction": 0.4, "pseudo_labels": "replay"}, id="budget and replay"),
+    pytest.param({"gate": "calibrated", "audit_fraction": 0.3, "pseudo_labels": "replay"}, id="calibrated and replay",
+                 marks=pytest.mark.slow),
+    pytest.param({"target_queries": 40, "audit_fraction": 0.1}, id="budget and audits", marks=pytest.mark.slow)])
 def test_a_run_in_two_processes_and_a_resumed_one_are_the_whole_one(keys, train, tmp_path):
     keys = dict(keys, max_steps=12, save_strategy="steps", save_steps=5)
     whole = train("gate", **keys)
     two = train("gate-2", 2, **keys | {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})
     assert two.ledger() == whole.ledger() and two.losses() == pytest.approx(whole.losses(), rel=1e-4)
     train("gate-cut", output_dir=tmp_path / "run", oracle="dataset", **keys)
-    for path in (tmp_path / "run").iterdir():  # as if killed behind step 10, with all its answers
+    for path in (tmp_path / "run").iterdir():  # as if killed after step 10, with all its answers
         if path.is_file() and not path.name.startswith("labels.sqlite") and path.name != "config.yaml":
             path.unlink()
     resumed = train("gate-resumed", output_dir=tmp_path / "run", **keys)
@@ -263,9 +295,10 @@ def test_a_run_in_two_processes_and_a_resumed_one_are_the_whole_one(keys, train,
 
 @pytest.mark.parametrize("keys, message", [
     ({"gate": "calibrated"}, "needs an audit_fraction"),
-    ({"target_queries": 5, "target_query_fraction": 0.5}, "two ways to say the same"),
-    ({"pseudo_labels": "soft", "loss_type": "hinge"}, "pseudo_labels soft"),
-    ({"pseudo_labels": "perhaps"}, "true, soft, false, replay")])
+    ({"target_queries": 5, "target_query_fraction": 0.5}, "two ways to set the same budget; keep one"),
+    ({"gate": "calibrated", "audit_fraction": 0.1, "target_queries": 5},
+     "gate calibrated and target_queries are two ways to decide whom to ask; keep one"),
+    ({"pseudo_labels": "perhaps"}, "pseudo_labels: expected one of true, false, replay, found 'perhaps'")])
 def test_what_does_not_go_together_is_refused(keys, message, train):
     run = train("refused", check=2, **keys)
     assert message in run.stderr and run.stderr.count("\n") == 1

@@ -1,7 +1,7 @@
-"""A whole run labelled by people in real browsers: `python -m pytest tests/test_people.py`.
+"""A whole run labelled by people in real browsers: `python -m pytest tests/test_people_label_a_run.py -n 0 -m slow`.
 
-Two annotators label at once, with keys, skip, undo and a reload in the middle; one response is hostile. The run then ends,
-and the labels it bought are the rows of the ledger. With one process and, through the launcher, with two.
+Two annotators label at the same time, with keys, skip, undo and a reload in between; one response is hostile. Then the run
+ends, and the labels it bought are the rows of the ledger. With one process, and with two that the launcher starts.
 """
 
 import json
@@ -9,12 +9,13 @@ import random
 import time
 
 import pytest
+from helpers import Site, wait_until
 
 from runtime import toy
 
-pytest.importorskip("fastapi", reason="the page needs requirements-extra.txt")
+pytest.importorskip("fastapi", reason="the page needs tests/requirements.txt")
 
-from test_label import Site, browser  # noqa: E402, F401
+pytestmark = pytest.mark.slow
 
 HOSTILE = " the staff was perfect <img src=x onerror=\"window.owned=1\"><script>window.owned=1</script> ."
 
@@ -36,15 +37,8 @@ def choose(page):
     return texts[side]
 
 
-def wait_until(true, seconds=60):
-    deadline = time.time() + seconds
-    while not true():
-        assert time.time() < deadline
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("processes", [None, 2])
-def test_a_run_is_labelled_by_two_people_in_their_browsers(processes, train, tmp_path, browser):  # noqa: F811
+def test_a_run_is_labelled_by_two_people_in_their_browsers(processes, train, tmp_path, browser):
     rng, best = random.Random(1), {}
     with open(tmp_path / "train.jsonl", "w") as file:
         for n in range(24):
@@ -67,7 +61,7 @@ def test_a_run_is_labelled_by_two_people_in_their_browsers(processes, train, tmp
     ann, bob = pages
 
     wait_until(lambda: ready(ann) and ready(bob))
-    assert look(ann) != look(bob)  # each has a question of their own
+    assert look(ann) != look(bob)  # each has their own question
     skipped = look(ann)
     ann.keyboard.press("s")
     wait_until(lambda: ready(ann) and look(ann) != skipped)
@@ -81,14 +75,14 @@ def test_a_run_is_labelled_by_two_people_in_their_browsers(processes, train, tmp
     wait_until(lambda: ready(ann))
     assert look(ann)[0] == before[0]
 
-    deadline, shown = time.time() + 120, [None, None]
-    while run.poll() is None and time.time() < deadline:
+    deadline, shown = time.monotonic() + 600, [None, None]  # the deadline only guards against hanging
+    while run.poll() is None and time.monotonic() < deadline:
         for n, page in enumerate(pages):
             if ready(page) and (now := look(page)) != shown[n]:
                 shown[n] = now
                 choose(page)
         time.sleep(0.02)
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=600)
     assert run.returncode == 0, out[-2000:] + err[-2000:]
     assert all(page.evaluate("window.owned") is None for page in pages)
     for context in contexts:

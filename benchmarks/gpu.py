@@ -1,0 +1,685 @@
+"""What only a GPU can show, proved by one command in about ten minutes, without a network.
+
+    python benchmarks/gpu.py                          every check, the most valuable first
+    python benchmarks/gpu.py --only 4,6 --limit 300   checks by number; start none that would not end within 300 seconds
+    python benchmarks/gpu.py --small                  rehearsal on a CPU with tiny sizes; what needs CUDA is skipped
+
+A machine without a network needs packages brought along: benchmarks/gpu_carry.sh collects their wheels in .whl/, and there
+
+    python3 -m pip install -q --no-index --no-deps --no-compile --target /tmp/site .whl/*.whl
+    PYTHONPATH=/tmp/site python3 benchmarks/gpu.py --output $OUT
+
+Every check runs the real command line (python train.py --config …) in a process of its own, on random weights and 512 random
+pairs as long as UltraFeedback's. It says what it aims for and gives verdicts. Results go to gpu.md in --output as they come,
+so that a run that is cut off keeps what it has; what the runs printed goes to gpu.log.
+
+How speed is counted. Tokens a second are real tokens, without padding, the prompt counted once for each response, as
+metrics.jsonl has them. The share of the card's matrix rate is model FLOPs (6 a weight and token; 4 where only an adapter is
+trained; attention added; recomputed activations not) over what an 8192³ bf16 product reaches on the same card. "Prompt once"
+counts the work that is needed when both responses share the prompt and only their tokens reach the head: the aims are for
+this one. "Prompt twice" counts every token of two ordinary rows, as plain DPO would run them.
+
+Exit code 0: no check failed; 1: one did; 2: nothing could be run.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+VERDICTS = {True: "pass", False: "FAIL", None: "for the record"}
+TINY = dict(vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, tie_word_embeddings=True)
+RATES_HEAD = ("| run | tokens/s, first 5 steps | last third | share of the card, prompt once | prompt twice | peak GB | "
+              "by tools/fit.py | margin of step 1 | seconds |\n| --- |" + " --: |" * 8)
+
+
+@dataclasses.dataclass
+class Ran:
+    """A finished process.  rows: of metrics.jsonl, training only.  gone_after: seconds from its error line to its end."""
+    code: int
+    log: str
+    rows: list
+    summary: dict
+    seconds: float
+    gone_after: float
+    output: Path
+
+    def speeds(self):
+        """Tokens a second of the first five steps and of the last third; a row speaks for the steps since the one before."""
+        steps = [row["step"] for row in self.rows]
+        spans = [(end - start, end, row["tokens_per_second"]) for start, end, row in zip([0, *steps], steps, self.rows)]
+        for part in ([s for s in spans if s[1] <= 5], [s for s in spans if s[1] > steps[-1] * 2 // 3]):
+            yield sum(n for n, _, _ in part) / sum(n / speed for n, _, speed in part)
+
+    def why(self):
+        """The end of what it printed, for a verdict."""
+        return f"exit {self.code}: {' '.join(self.log.split())[-300:].replace('|', '/')}"
+
+
+class Bench:
+    """Models, pairs and runs. All of them live in one folder under the system's temporary one."""
+
+    def __init__(self, options):
+        import torch
+        self.options, self.small, self.started = options, options.small, time.time()
+        self.cuda = torch.cuda.is_available()
+        self.output = Path(options.output)
+        self.output.mkdir(parents=True, exist_ok=True)
+        for name in ("gpu.md", "gpu.log"):
+            (self.output / name).write_text("")
+        self.folder = Path(tempfile.gettempdir()) / f"adpo-gpu{'-small' * options.small}"
+        self.lock, self.done, self.rate = threading.RLock(), {}, None
+        # A rerun keeps models, but neither runs nor cached log-probs, which may come from other code.
+        for name in ("runs", "cache"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            (self.folder / name).mkdir(parents=True)
+        self.environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.folder / "cache"),
+                                         "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+        self.write_pairs()
+
+    def say(self, text):
+        with self.lock, open(self.output / "gpu.md", "a", encoding="utf-8") as file:
+            print(text, flush=True)
+            file.write(text + "\n")
+
+    def card(self):
+        import torch
+        if not self.cuda:
+            return f"no CUDA device ({platform.machine()})"
+        return f"{torch.cuda.get_device_name()}, {torch.cuda.get_device_properties(0).total_memory / 1e9:.0f} GB"
+
+    def left(self):
+        return self.options.limit - (time.time() - self.started)
+
+    def steps(self, steps):
+        return max(6, steps // 5) if self.small else steps
+
+    def write_pairs(self):
+        """Random words, as many as UltraFeedback's prompts and responses have tokens. self.lengths: [(prompt, y1, y2)]."""
+        rng = random.Random(0)
+        self.words = [f"w{i}" for i in range((TINY["vocab_size"] if self.small else 49152) - 4)]
+        self.pairs, self.lengths = self.folder / "pairs", []
+        self.pairs.mkdir(exist_ok=True)
+
+        def length(median, spread, low, high):
+            return int(min(high, max(low, rng.lognormvariate(math.log(median / 8 if self.small else median), spread))))
+        with open(self.pairs / "train.jsonl", "w") as file:
+            for _ in range(96 if self.small else 512):
+                prompt = length(130, 0.9, 8, 500)
+                sizes = prompt, *(length(260, 0.75, 5, 1000 - prompt) for _ in range(2))
+                self.lengths.append(sizes)
+                texts = (" ".join(rng.choices(self.words, k=n)) for n in sizes)
+                file.write(json.dumps(dict(zip(("prompt", "chosen", "rejected"), texts))) + "\n")
+
+    def shape(self, name):
+        """transformers config of a shape in tools/fit.py; "Zephyr-7B:8" has 8 of its layers."""
+        import transformers
+
+        from tools.fit import SHAPES
+        name, _, layers = name.partition(":")
+        keys = TINY if self.small else SHAPES[name] | ({"num_hidden_layers": int(layers)} if layers else {})
+        return transformers.LlamaConfig(max_position_embeddings=2048, pad_token_id=0, bos_token_id=2, eos_token_id=3, **keys)
+
+    def model(self, name):
+        """Folder of a model of this shape with random weights in bf16; they are drawn on the card, which is quicker."""
+        import torch
+        import transformers
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        transformers.utils.logging.disable_progress_bar()
+        folder = self.folder / name.replace(":", "-")
+        with self.lock:
+            if not (folder / "tokenizer.json").exists():
+                words = ["<pad>", "<unk>", "<s>", "</s>", *self.words]
+                tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+                tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+                torch.manual_seed(0)
+                with torch.device("cuda" if self.cuda else "cpu"):
+                    lm = transformers.AutoModelForCausalLM.from_config(self.shape(name), dtype=torch.bfloat16)
+                lm.save_pretrained(folder)
+                del lm
+                torch.cuda.empty_cache()  # what this process holds is missing to the runs
+                transformers.PreTrainedTokenizerFast(
+                    tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>",
+                    ).save_pretrained(folder)
+        return folder
+
+    def train(self, name, shape, steps, until=None, stop=signal.SIGKILL, worker=None, timeout=200, **keys):
+        """Run train.py on a model of this shape. Called again with the same name, it goes on where the run was.
+
+        until: function of (output folder, rows so far); once it says True, the process gets the signal `stop`.
+        worker: a function of this file that runs instead of train.py.  keys: of the config, beside the usual ones.
+        """
+        output = self.folder / "runs" / name
+        output.parent.mkdir(exist_ok=True)
+        config = output.with_suffix(".yaml")
+        steps = self.steps(steps)
+        config.write_text(json.dumps({  # JSON is YAML
+            "model_name_or_path": str(self.model(shape)), "dataset_mixer": {str(self.pairs): 1.0},
+            "dataset_splits": ["train"], "do_eval": False, "max_length": 1024, "max_prompt_length": 512, "bf16": True,
+            "beta": 0.1, "gamma": 1.3, "learning_rate": 1e-6, "per_device_train_batch_size": 16 if self.small else 64,
+            "micro_batch_tokens": 16384, "max_steps": steps, "logging_steps": max(1, steps // 6), "eval_strategy": "no",
+            "save_strategy": "no", "output_dir": str(output)} | keys))
+        command = ["benchmarks/gpu.py", "--work", worker] if worker else ["train.py", "--config"]
+        return self.process([*command, str(config)], output, until, stop, timeout)
+
+    def process(self, command, output, until=None, stop=signal.SIGKILL, timeout=200):
+        """Run a Python command in the repository's root, and read what it leaves in `output`."""
+        started, printed, error_at = time.time(), output.with_suffix(".out"), None
+        deadline = started + max(20, min(timeout, self.left() + 30))
+        with open(printed, "wb") as file:
+            process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=self.environment, stdout=file,
+                                       stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            if not error_at and re.search(rb"(^|[\r\n])error: ", printed.read_bytes()):
+                error_at = time.time()
+            if until and until(output, read_rows(output)):
+                process.send_signal(stop)
+                until = None
+            if time.time() > deadline:
+                process.kill()
+            time.sleep(0.02)
+        ended, late = time.time(), "\nkilled by benchmarks/gpu.py: it took too long" if time.time() > deadline else ""
+        lines = printed.read_text(errors="replace").replace("\r\n", "\n").split("\n")
+        log = "\n".join(line.rpartition("\r")[2] for line in lines) + late  # of a progress bar, only how it ended
+        with self.lock, open(self.output / "gpu.log", "a", encoding="utf-8") as file:
+            file.write(f"\n===== {' '.join(map(str, command))}: exit {process.returncode}, {ended - started:.0f} s\n")
+            file.write(log[-20000:])
+        summary = output / "summary.json"
+        return Ran(process.returncode, log, read_rows(output), json.loads(summary.read_text()) if summary.exists() else {},
+                   ended - started, ended - (error_at or ended), output)
+
+    def once(self, name, *arguments, **keys):
+        """`train`, or its result if a run of this name is done already."""
+        with self.lock:
+            lock = self.done.setdefault(name, [threading.Lock(), None])
+        with lock[0]:
+            lock[1] = lock[1] or self.train(name, *arguments, **keys)
+            return lock[1]
+
+    def matrix_rate(self):
+        """FLOP/s of a bf16 product of two random 8192 × 8192 matrices."""
+        import torch
+        from torch.utils.benchmark import Timer
+        if self.rate is None:
+            n, device = (8192, "cuda") if self.cuda else (512, "cpu")
+            a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+            best = min(Timer("a @ b", globals={"a": a, "b": b}).timeit(10).mean for _ in range(4))  # waits for the device
+            self.rate = 2 * n**3 / best
+            del a, b
+            torch.cuda.empty_cache()
+        return self.rate
+
+
+def read_rows(output):
+    with contextlib.suppress(OSError, ValueError):  # not there yet, or half a line
+        rows = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+        return [row for row in rows if row["split"] == "train"]
+    return []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The checks: each yields lines of text, and verdicts as (passed, text); passed is None where there is no aim, or no card
+
+def environment(bench):
+    import torch
+    yield (f"{bench.card()}; {os.cpu_count()} CPU cores; Python {platform.python_version()}; CUDA {torch.version.cuda}, "
+           f"cuDNN {torch.backends.cudnn.version()}")
+    names = "torch", "transformers", "tokenizers", "datasets", "deepspeed", "accelerate", "peft", "trl"
+    yield ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names if importlib.util.find_spec(name))
+    yield bench.cuda or None, f"a large bf16 product runs at {bench.matrix_rate() / 1e12:,.3g} TFLOP/s"
+
+
+def base_run(bench):
+    """SmolLM2's shape as a user would start it; checks 4, 6, 7 and 8 read it."""
+    return bench.once("smollm2", "SmolLM2-135M", 30)
+
+
+def smollm2(bench):
+    ran, steps = base_run(bench), bench.steps(30)
+    yield ran.code == 0, "the check at the start passed and the run ended" if ran.code == 0 else ran.why()
+    if not ran.rows:
+        return
+    skipped = ran.log.count("so the step is not taken")
+    yield skipped == 0 and ran.rows[-1]["step"] == steps, f"{steps} steps, {skipped} of them skipped"
+    margin, loss = ran.rows[0]["rewards/margins"], ran.rows[0]["loss"]
+    yield margin == 0.0 and abs(loss - math.log(2)) < 1e-6, f"(8) step 1: margin {margin}, loss {loss:.7f}"
+    if ran.summary:
+        peak, fit = ran.summary["peak_memory_bytes"], fitted(bench, "SmolLM2-135M", 16384, False)
+        yield abs(fit / peak - 1) <= 0.2 if bench.cuda else None, (
+            f"peak memory {peak / 1e9:.1f} GB; tools/fit.py says {fit / 1e9:.1f} GB, {fit / peak - 1:+.0%}")
+
+
+def fitted(bench, shape, tokens, checkpointing):
+    """Bytes by tools/fit.py."""
+    from tools.fit import rank_memory
+    return sum(rank_memory(bench.shape(shape), tokens=tokens, checkpointing=checkpointing).values())
+
+
+# name: (shape, least share of the card's rate, [(title, steps, keys of the config)])
+RATES = {
+    "135M": ("SmolLM2-135M", 0.30, [
+        ("16,384 tokens, as shipped", 30, {}),
+        ("32,768 tokens", 30, {"micro_batch_tokens": 32768}),
+        ("65,536 tokens", 30, {"micro_batch_tokens": 65536}),
+        ("32,768 tokens, flex_attention", 30, {"micro_batch_tokens": 32768, "attn_implementation": "flex_attention"})]),
+    "1B": ("Llama-3.2-1B", None, [
+        ("16,384 tokens", 12, {"micro_batch_tokens": 16384}),
+        ("32,768 tokens, checkpointing", 12, {"micro_batch_tokens": 32768, "gradient_checkpointing": True})]),
+    "7B": ("Zephyr-7B:8", 0.40, [
+        ("8 of the 32 layers, all weights, 16,384 tokens, checkpointing", 9,
+         {"per_device_train_batch_size": 32, "gradient_checkpointing": True})]),
+    "LoRA": ("Zephyr-7B", 0.40, [
+        ("adapter on all linear layers, 16,384 tokens, checkpointing", 6,
+         {"per_device_train_batch_size": 32, "gradient_checkpointing": True, "use_peft": True,
+          "lora_target_modules": ["all-linear"]})])}
+
+
+def rates(bench, name):
+    """A table of speeds, one run a line."""
+    from speed import unique_flops
+    shape, aim, runs = RATES[name]
+    (once, tokens), (twice, _) = (unique_flops(bench.shape(shape), pairs) for pairs in (
+        bench.lengths, [(0, prompt + first, prompt + second) for prompt, first, second in bench.lengths]))
+    best, failed = 0.0, []
+    yield RATES_HEAD
+    for title, steps, keys in runs:
+        if bench.small and "attn_implementation" in keys or bench.left() < 20:
+            yield f"| {title} | {'no time left' if bench.cuda else 'needs CUDA'}: skipped |"
+            continue
+        ran = bench.train(re.sub(r"\W+", "-", title), shape, steps, **keys) if keys else base_run(bench)
+        if ran.code or len(ran.rows) < 2:
+            failed.append(title)
+            yield f"| {title} | {ran.why()} |"
+            continue
+        cold, warm = ran.speeds()
+        # The weights that an adapter leaves frozen need no gradient, a third of the work.
+        share = warm / tokens / bench.matrix_rate() * (4 / 6 if "use_peft" in keys else 1)
+        best = max(best, share * once)
+        fit = fitted(bench, shape, keys.get("micro_batch_tokens", 16384), "gradient_checkpointing" in keys)
+        yield (f"| {title} | {cold:,.0f} | {warm:,.0f} | {share * once:.3f} | {share * twice:.3f} | "
+               f"{ran.summary['peak_memory_bytes'] / 1e9:.1f} | {'' if 'use_peft' in keys else f'{fit / 1e9:.1f}'} | "
+               f"{ran.rows[0]['rewards/margins']} | {ran.seconds:.0f} |")
+        if keys:
+            shutil.rmtree(ran.output, ignore_errors=True)  # gigabytes of weights
+    if failed:
+        yield False, f"failed: {', '.join(failed)}"
+    if aim:
+        yield best >= aim if bench.cuda else None, f"the best share of the card's rate is {best:.3f} (aim: {aim:.2f})"
+
+
+def waits(bench):
+    ran = bench.train("waits", "SmolLM2-135M", 6, worker="waits")
+    found = ran.output.with_suffix(".json")
+    if ran.code or not found.exists():
+        return (yield False, ran.why())
+    found = json.loads(found.read_text())
+    for where, count in (("micro", found["micro_steps"]), ("step", found["steps"])):
+        yield f"In {'a micro-step' if where == 'micro' else 'the rest of an optimiser step'}, {count} of them counted:"
+        yield "| waits in each | where |\n| --: | --- |"
+        for place, n in sorted(found[where].items(), key=lambda item: -item[1]):
+            yield f"| {n / max(count, 1):.2f} | {place} |"
+    each = sum(found["micro"].values()) / max(found["micro_steps"], 1)
+    yield each <= 1 if bench.cuda else None, f"{each:.2f} waits for the device a micro-step (aim: 1, the gate's)"
+
+
+def errors(bench):
+    if bench.cuda:  # the whole epoch in one micro-batch: hundreds of GB of activations
+        ran = bench.train("oom", "SmolLM2-135M", 6, per_device_train_batch_size=512, micro_batch_tokens=10**7)
+        yield from ends_at_once("out of memory", ran, "out of memory")
+    else:
+        yield None, "out of memory: needs CUDA, skipped"
+    # Weights of 1e12 after the first step: the margins of the second are not numbers.
+    ran = bench.train("error", "SmolLM2-135M", 6, learning_rate=1e12, warmup_ratio=0)
+    yield from ends_at_once("error inside a step", ran, "finite number")
+
+
+def ends_at_once(what, ran, words):
+    """Verdict on a run that has to end with exit code 1 and one line that holds these words."""
+    lines = [line for line in ran.log.splitlines() if line.startswith("error: ")]
+    if ran.code != 1 or len(lines) != 1 or words not in lines[0] or "Traceback" in ran.log:
+        return (yield False, f"{what}: {ran.why()}")
+    yield ran.gone_after < 10, f"{what}: one line, gone {ran.gone_after:.1f} s after it, exit 1: `{lines[0][:160]}`"
+
+
+# Small micro-batches, so that several of these runs fit on the card at once; a learning rate that moves the weights.
+EXACT = dict(learning_rate=1e-4, logging_steps=1, num_threads=4, micro_batch_tokens=4096)
+
+
+def uninterrupted(bench, **keys):
+    return bench.once(f"uninterrupted{'-deterministic' if keys else ''}", "SmolLM2-135M", 12, **EXACT, **keys)
+
+
+def killed(bench, **keys):
+    """kill -9 after a checkpoint, resume, and compare with a run that nobody killed."""
+    from runtime.config import Config
+    if not set(keys) <= set(Config.__dataclass_fields__):
+        return (yield None, "there is no key `deterministic`: skipped")
+    whole, half = uninterrupted(bench, **keys), bench.steps(12) // 2
+    settings = EXACT | keys | {"save_strategy": "steps", "save_steps": half}
+    name = f"killed{'-deterministic' if keys else ''}"
+    first = bench.train(name, "SmolLM2-135M", 12, **settings,
+                        until=lambda output, _: (output / f"checkpoint-{half}").exists())
+    second = bench.train(name, "SmolLM2-135M", 12, **settings)
+    if whole.code or second.code or first.code != -signal.SIGKILL:
+        return (yield False, f"runs ended with {whole.code}, {first.code} (killed) and {second.code}: {second.why()}")
+    yield f"at step {half} of " in second.log, f"killed at step {first.rows[-1]['step']}, resumed from step {half}"
+    same = [a["loss"] == b["loss"] for a, b in zip(whole.rows, second.rows)]
+    apart = f"; losses differ from step {same.index(False) + 1} on" if False in same else ""
+    different, largest, _ = compare(whole.output, second.output)
+    text = f"{different} of the weights' tensors differ, by at most {largest:.2g}{apart}"
+    yield different == 0 if keys or not bench.cuda else None, f"{'deterministic' if keys else 'plain'}: {text}"
+
+
+def compare(one, other, start=None):
+    """(tensors that differ, largest difference, distance between the models as a share of the way from `start`)."""
+    from safetensors.torch import load_file
+    one, other = (load_file(folder / "model.safetensors") for folder in (one, other))
+    gaps = {name: (one[name].float() - other[name].float()) for name in one}
+    share = None
+    if start:
+        start = load_file(start / "model.safetensors")
+        way = sum((one[name].float() - start[name].float()).square().sum() for name in one)
+        share = math.sqrt(sum(gap.square().sum() for gap in gaps.values()) / way)
+    return sum(bool(gap.any()) for gap in gaps.values()), max(gap.abs().max().item() for gap in gaps.values()), share
+
+
+def zero3(bench):
+    whole, steps = uninterrupted(bench), bench.steps(12)
+    first = bench.train("zero3", "SmolLM2-135M", 12, **EXACT, deepspeed="configs/zero3.json", stop=signal.SIGINT,
+                        until=lambda output, rows: rows and rows[-1]["step"] >= steps // 2)
+    if first.code != 75 or ", ZeRO 3" not in first.log:
+        return (yield False, f"under ZeRO-3: {first.why()}")
+    yield True, "ZeRO-3 by itself trains, and stops at Ctrl-C with a checkpoint"
+    second = bench.train("zero3", "SmolLM2-135M", 12, **EXACT, deepspeed="ds_config.json")
+    resumed = re.search(r"resumed from \S+ at step (\d+)", second.log)
+    if second.code or not resumed or whole.code:
+        return (yield False, f"under ZeRO-2: {second.why()}")
+    yield ", ZeRO 2" in second.log or not bench.cuda, f"loaded under ZeRO-2 at step {resumed[1]}, trained to step {steps}"
+    gap = max(abs(a["loss"] - b["loss"]) for a, b in zip(whole.rows, second.rows))
+    share = compare(whole.output, second.output, bench.model("SmolLM2-135M"))[2]
+    yield gap < 0.02 and share < 0.2, (
+        f"compared with ZeRO-2 throughout: losses within {gap:.2g}; the final weights are {share:.3f} of the way apart that "
+        "training moved them (aim: under 0.2)")
+
+
+def quickstart(bench):
+    output = bench.folder / "runs" / "quickstart"
+    ran = bench.process(["train.py", "--config", "configs/quickstart.yaml", "--output_dir", str(output), "--toy_dir",
+                         str(bench.folder / "toy"), *(["--max_steps=8"] if bench.small else [])], output, timeout=170)
+    if ran.code:
+        return (yield False, f"{ran.why()} ({ran.seconds:.0f} s)")
+    accuracy = ran.summary["eval_accuracy"]
+    yield None if bench.small else accuracy >= 0.92, (
+        f"{ran.seconds:.0f} s, {ran.summary['query_fraction']:.0%} of the labels bought, held-out accuracy {accuracy:.3f} "
+        "(aim: 0.92; README has 0.94)")
+
+
+def attention(bench):
+    """Scaled dot-product attention with our kind of mask: what a new shape costs, and whether gradients are finite."""
+    import torch
+    if not bench.cuda:
+        return (yield None, "needs CUDA: skipped")
+
+    def once(T, value=None):
+        """(seconds of forward and backward, whether all gradients are finite); value: every score's, before scaling."""
+        q, k, v = (torch.randn(8, 9, T, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        if value is not None:
+            q, k = torch.full_like(q, value), torch.full_like(k, -value)
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+        lowest = torch.finfo(torch.bfloat16).min
+        mask = torch.full((8, 1, T, T), lowest, device="cuda", dtype=torch.bfloat16).triu(1)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).float().square().sum().backward()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start, all(bool(x.grad.isfinite().all()) for x in (q, k, v))
+    yield "| cuDNN's attention | a new shape, ms | the same shape again, ms | gradients finite | at log-sum-exp −512 |"
+    yield "| --- | --: | --: | --- | --- |"
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    for cudnn in (False, True):
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        once(256)  # what is set up once, whatever the shape
+        found = [once(T) + once(T) for T in (448, 500, 640, 777, 832, 960)]
+        low = once(448, value=8.0)[1]
+        new, again = (sorted(row[i] for row in found)[len(found) // 2] * 1e3 for i in (0, 2))
+        finite = all(row[1] and row[3] for row in found)
+        yield f"| {'on' if cudnn else 'off, as runtime/launch.py sets it'} | {new:.1f} | {again:.2f} | {finite} | {low} |"
+        if not cudnn:
+            verdict = finite and low and new < 20
+    torch.backends.cuda.enable_cudnn_sdp(before)
+    torch.cuda.empty_cache()
+    yield verdict, "off: gradients are finite, and a new shape costs less than 20 ms"
+
+
+def trl(bench):
+    if not all(importlib.util.find_spec(name) for name in ("trl", "accelerate", "datasets")):
+        return (yield None, "TRL is not installed: skipped")
+    folder, ours = bench.folder / "runs" / "trl", base_run(bench)
+    if ours.code:
+        return (yield False, f"train.py: {ours.why()}")
+    job = {"model": str(bench.model("SmolLM2-135M")), "pairs": str(bench.pairs), "output": str(folder), "reference": None,
+           "bf16": True, "checkpointing": False, "precompute": True, "threads": max(1, os.cpu_count() // 2)}
+    folder.with_suffix(".json").write_text(json.dumps(job))
+    ran = bench.process(["benchmarks/gpu.py", "--work", "trl", str(folder.with_suffix(".json"))], folder)
+    found = [json.loads(line[4:]) for line in ran.log.splitlines() if line.startswith("TRL ")]
+    if not found:
+        return (yield False, f"TRL: {ran.why()}")
+    (cold, warm), peak = ours.speeds(), ours.summary["peak_memory_bytes"]
+    yield "| | tokens/s, first 5 steps | last third | peak GB |\n| --- | --: | --: | --: |"
+    yield f"| train.py, 16,384 tokens | {cold:,.0f} | {warm:,.0f} | {peak / 1e9:.1f} |"
+    for row in found:
+        yield "| TRL, {pairs} pairs a step | {cold:,.0f} | {warm:,.0f} | {gb:.1f} |".format(**row, gb=row["memory"] / 1e9)
+    best = max(found, key=lambda row: row["warm"])
+    yield warm >= 2 * best["warm"] and peak <= best["memory"] / 2 if bench.cuda else None, (
+        f"{warm / best['warm']:.2f} times TRL's tokens a second (aim: 2.0) at {peak / best['memory']:.2f} of its memory "
+        "(aim: 0.5), in TRL's faster setting")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What runs in a process of its own instead of train.py
+
+def count_waits(path):
+    """Run train.py's main, and count by place what waits for the device, from the third step on.
+
+    Two kinds: what torch.cuda.set_sync_debug_mode reports (.item(), .cpu(), copies from memory that is not pinned, …), and
+    calls of torch.cuda.synchronize and of an event's or a stream's synchronize. A micro-step is the loop's body up to
+    Run.add; the boundary's engine.step and all that follows until the next step are the optimiser step's.
+    """
+    import warnings
+
+    import deepspeed
+    import torch
+
+    import train
+    from runtime.launch import command
+    from runtime.run import Run
+    found = {"micro": collections.Counter(), "step": collections.Counter(), "micro_steps": 0, "steps": 0}
+    state = {"where": None}
+
+    def count(*_, **__):
+        if state["where"]:
+            frames = [frame for frame in traceback.extract_stack() if frame.filename != __file__]
+            ours = [f for f in frames if f.filename.startswith(str(ROOT)) and "site-packages" not in f.filename] or frames
+            place = f"{os.path.relpath(ours[-1].filename, ROOT)}:{ours[-1].lineno} `{ours[-1].line}`"
+            engine = [f for f in frames if f"{os.sep}deepspeed{os.sep}" in f.filename][-1:]
+            place += "".join(f", in DeepSpeed's {Path(f.filename).name}:{f.lineno} `{f.line}`" for f in engine)
+            found[state["where"]][place.replace("|", "/")] += 1
+
+    def counted(owner, name):
+        function = getattr(owner, name)
+
+        def wrapper(*args, **kwargs):
+            count()
+            return function(*args, **kwargs)
+        setattr(owner, name, wrapper)
+
+    def steps(run, original=Run.steps):
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("warn")
+        for step in original(run):
+            state["where"] = "micro" if step >= 2 else None
+            yield step
+        state["where"] = None  # what follows is not counted
+
+    def add(run, sums, original=Run.add):
+        found["micro_steps"] += state["where"] == "micro"
+        return original(run, sums)
+
+    def end_step(run, *args, original=Run.end_step, **kwargs):
+        if state["where"]:
+            state["where"], found["steps"] = "step", found["steps"] + 1
+        return original(run, *args, **kwargs)
+
+    def engine_step(engine, *args, original=deepspeed.runtime.engine.DeepSpeedEngine.step, **kwargs):
+        before = state["where"]
+        if before and engine.is_gradient_accumulation_boundary():
+            state["where"] = "step"
+        result = original(engine, *args, **kwargs)
+        state["where"] = before
+        return result
+    Run.steps, Run.add, Run.end_step = steps, add, end_step
+    deepspeed.runtime.engine.DeepSpeedEngine.step = engine_step
+    for owner in (torch.cuda, torch.cuda.Event, torch.cuda.Stream):
+        counted(owner, "synchronize")
+    warnings.simplefilter("always")
+    warnings.showwarning = lambda message, *_, **__: count() if "synchroniz" in str(message) else None
+    code = command(["--config", path], train.main)
+    Path(path).with_suffix(".json").write_text(json.dumps(found))
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def trl_speed(path):
+    """benchmarks/speed.py's run of TRL on one epoch of the pairs, at two sizes of a step; prints a line of JSON for each.
+
+    TRL trains fp32 weights under bf16 autocast, which is its counterpart of our bf16 weights with an fp32 copy in the
+    optimiser. Its steps are micro-batches: an optimiser's step of this model takes about a millisecond.
+    """
+    import speed
+    import torch
+    job = json.loads(Path(path).read_text())
+    for speed.MICRO in (8, 32):
+        try:
+            found = speed.trl(job)
+        except torch.OutOfMemoryError:
+            print(f"{speed.MICRO} pairs a step: out of memory", flush=True)
+            continue
+        speeds = found["speeds"]
+        cold, warm = (len(part) / sum(1 / s for s in part) for part in (speeds[:5], speeds[-(-len(speeds) * 2 // 3):]))
+        print("TRL " + json.dumps({"pairs": speed.MICRO, "cold": cold, "warm": warm, "memory": found["memory"]}), flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In which order, and how long each takes on an H100
+
+# (numbers in issue order and names for --only, title, aim, seconds, function)
+CHECKS = [
+    ("1", "The machine", "a CUDA device, and what its matrix products reach", 5, environment),
+    ("4 8", "SmolLM2-135M's shape in bf16, 30 steps",
+     "starts, skips no step, step 1 has margin 0 and loss log 2 (0.6931472), memory within 20 % of tools/fit.py", 40,
+     smollm2),
+    ("6 135M", "Speed of SmolLM2-135M's shape", "0.30 of the card's matrix rate", 100, partial(rates, name="135M")),
+    ("5", "Waits for the device", "one a micro-step", 25, waits),
+    ("10", "Errors", "one line, and the process is gone within ten seconds", 45, errors),
+    # These measure no speed, so they run at the same time.
+    [("9 plain", "kill -9 and resume", "the same weights, on a CPU to the last bit", 75, killed),
+     ("9 deterministic", "kill -9 and resume with deterministic: true", "the same weights to the last bit", 85,
+      partial(killed, deterministic=True)),
+     ("11", "ZeRO-3 alone, loaded under ZeRO-2", "stops, resumes, trains on as ZeRO-2 does", 85, zero3),
+     ("3", "Quickstart", "ends with a held-out accuracy of 0.92", 90, quickstart)],
+    ("6 1B", "Speed of Llama-3.2-1B's shape", "none", 70, partial(rates, name="1B")),
+    ("2", "Attention with a mask", "finite gradients, and no plan to build for each new shape", 15, attention),
+    ("7", "TRL on the same pairs", "2.0 times its tokens a second at 0.5 of its peak memory", 80, trl),
+    ("6 7B", "Speed of a 7B model's layers", "0.40 of the card's matrix rate", 50, partial(rates, name="7B")),
+    ("6 LoRA", "Speed of a 7B model with an adapter", "0.40 of the card's matrix rate", 120, partial(rates, name="LoRA"))]
+
+
+def perform(bench, check, say):
+    """Run a check and say what it finds. Returns [(numbers, verdict, text)]."""
+    numbers, title, aim, _, function = check
+    say(f"\n## {numbers}. {title}\n\nAim: {aim}.")
+    started, verdicts, in_table = time.time(), [], False
+    try:
+        for line in function(bench):
+            if not isinstance(line, str):
+                verdicts.append((numbers, *line))
+                line = f"**{VERDICTS[line[0]]}**: {line[1]}"
+            say(line if in_table and line.startswith("|") else f"\n{line}")
+            in_table = line.startswith("|")
+    except Exception as error:  # of the check itself; the others still count
+        traceback.print_exc()
+        verdicts.append((numbers, False, f"the check broke: {type(error).__name__}: {' '.join(str(error).split())[:300]}"))
+        say(f"\n**FAIL**: {verdicts[-1][-1]}")
+    say(f"\n{time.time() - started:.0f} s; {bench.options.limit - bench.left():.0f} s since the start.")
+    return verdicts
+
+
+def perform_together(bench, group):
+    """Run checks at the same time (one after the other in a rehearsal), each written as a whole when it ends."""
+    def one(check):
+        lines = []
+        verdicts = perform(bench, check, lines.append)
+        bench.say("\n".join(lines))
+        return verdicts
+    with ThreadPoolExecutor(1 if bench.small else len(group)) as pool:
+        return [verdict for verdicts in pool.map(one, group) for verdict in verdicts]
+
+
+def main(options):
+    bench = Bench(options)
+    bench.say(f"# What a GPU shows: {bench.card()}\n\n`python benchmarks/gpu.py {' '.join(sys.argv[1:])}`, "
+              f"{time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC; {bench.options.limit - bench.left():.0f} s to start.")
+    verdicts = []
+    for group in CHECKS:
+        group = [check for check in (group if isinstance(group, list) else [group])
+                 if not options.only or set(check[0].split()) & set(options.only)]
+        late = [check for check in group if check[3] > bench.left()]
+        for numbers, title, *_ in late:
+            bench.say(f"\n## {numbers}. {title}\n\nNo time left.")
+            verdicts.append((numbers, None, "no time left"))
+        group = [check for check in group if check not in late]
+        if len(group) == 1:
+            verdicts += perform(bench, group[0], bench.say)
+        elif group:
+            verdicts += perform_together(bench, group)
+        if (base := bench.done.get("smollm2")) and base[1].code:
+            bench.say("\nThe plain run failed, so nothing else would run: stopped. gpu.log has what it printed.")
+            break
+    bench.say("\n## All verdicts\n\n| check | verdict | |\n| --- | --- | --- |\n" + "\n".join(
+        f"| {numbers} | {VERDICTS[passed]} | {text.replace('|', '/')} |" for numbers, passed, text in verdicts))
+    return 1 if any(passed is False for _, passed, _ in verdicts) else 0 if verdicts else 2
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--work"]:
+        sys.exit({"waits": count_waits, "trl": trl_speed}[sys.argv[2]](sys.argv[3]))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--only", metavar="CHECKS", type=lambda text: text.split(","), default=[],
+                        help="numbers or names, such as 1,4,6 or 135M,plain")
+    parser.add_argument("--limit", type=float, default=540, metavar="SECONDS", help="default: 540")
+    parser.add_argument("--output", metavar="FOLDER", default=os.environ.get("OUT") or ROOT / "outputs" / "gpu",
+                        help="default: $OUT, or outputs/gpu")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, for a rehearsal on a CPU")
+    sys.exit(main(parser.parse_args()))

@@ -1,0 +1,341 @@
+"""tools/label.py over HTTP: `python -m pytest tests/test_label_page.py -n 0`. test_label_browser.py uses it in a browser."""
+
+import base64
+import hashlib
+import json
+import random
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+
+import pytest
+from helpers import JSON, Site
+
+from labels.ledger import Ledger, Question
+
+pytest.importorskip("fastapi", reason="needs tests/requirements.txt")
+
+from tools import label  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    made = Site(tmp_path_factory.mktemp("label"))
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def site(server):
+    server.clear()
+    return server
+
+
+def choice(question, start):
+    """What chooses the response that begins with `start`."""
+    return next(side["choice"] for side in question["sides"] if side["turns"][0]["content"].startswith(start))
+
+
+def test_a_label_means_the_chosen_response_and_is_committed_before_the_reply(site):
+    site.put(20)
+    _, reply = site.ask("next", "ann")
+    chosen, left = {}, set()
+    while question := reply["question"]:
+        word = random.choice(("first", "second"))
+        chosen[question["pair"]] = 1 if word == "first" else -1
+        left.add(question["sides"][0]["turns"][0]["content"].split()[0])
+        status, reply = site.ask("answer", "ann", pair=question["pair"], choice=choice(question, word), seconds=1.5)
+        assert status == 200 and site.answers() == chosen
+    assert len(chosen) == 20 and left == {"first", "second"}
+    assert site.query("SELECT DISTINCT source, annotator, seconds, step FROM answers") == [("human", "ann", 1.5, 3)]
+    assert reply["left"] == 0 and reply["mine"] == 20 and reply["rates"][0] == reply["rates"][1] > 0
+
+
+def test_the_draw_of_sides_differs_between_annotators(site):
+    site.put(1)
+    drawn = set()
+    for n in range(40):
+        _, reply = site.ask("next", f"viewer {n}")
+        drawn.add(reply["question"]["sides"][0]["turns"][0]["content"])
+        assert site.ask("next", f"viewer {n}")[1]["question"] == reply["question"]  # a second look shows the same
+        site.query("UPDATE questions SET leased_to = NULL")
+    assert drawn == {"first of p00", "second of p00"}
+
+
+def test_prompts_are_shown_as_conversations(site):
+    site.put({"a": ("\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Tea?\n\nAssistant:", " Yes", " No"),
+              "b": ([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Tea?"}],
+                    [{"role": "assistant", "content": "Yes"}], [{"role": "assistant", "content": "No"}])})
+    shown = {}
+    for who in ("ann", "bob"):
+        question = site.ask("next", who)[1]["question"]
+        shown[question["pair"]] = [(turn["role"], turn["content"]) for turn in question["prompt"]]
+        assert {side["turns"][0]["content"].strip() for side in question["sides"]} == {"Yes", "No"}
+    assert shown == {"a": [("user", "Hi"), ("assistant", "Hello"), ("user", "Tea?")],
+                     "b": [("system", "Be kind."), ("user", "Tea?")]}
+
+
+def test_annotators_at_once_answer_each_question_once(site):
+    site.put({f"q{n:03}": ("p", f"first {n}", f"second {n}") for n in range(150)})
+    held, lock, wrong = {}, threading.Lock(), []
+
+    def work(who):
+        _, reply = site.ask("next", who)
+        while question := reply["question"]:
+            with lock:
+                held[who] = question["pair"]
+                wrong.extend([held] if len(set(held.values())) < len(held) else [])
+            with lock:
+                del held[who]  # before it is answered, since the reply leases another
+            _, reply = site.ask("answer", who, pair=question["pair"], choice=choice(question, "first"))
+
+    people = [threading.Thread(target=work, args=(f"person {n}",)) for n in range(6)]
+    for person in people:
+        person.start()
+    for person in people:
+        person.join()
+    assert not wrong and set(site.answers().values()) == {1}
+    assert len(site.answers()) == 150 == site.query("SELECT COUNT(*) FROM verdicts")[0][0]
+
+
+def test_what_is_sent_again_counts_once(site):
+    site.put(3)
+    question = site.ask("next", "again")[1]["question"]
+    answer = {"pair": question["pair"], "choice": choice(question, "second")}
+    replies = [site.ask("answer", "again", **answer) for _ in range(3)]
+    assert [status for status, _ in replies] == [200] * 3 and len({r["question"]["pair"] for _, r in replies}) == 1
+    assert site.answers() == {"p00": -1} and site.query("SELECT COUNT(*) FROM verdicts") == [(1,)]
+    for _ in range(2):  # both show the question again
+        status, reply = site.ask("undo", "again", pair="p00")
+        assert status == 200 and reply["question"]["pair"] == "p00" and site.answers() == {}
+    assert site.query("SELECT COUNT(*) FROM verdicts") == [(0,)]
+    for _ in range(2):
+        assert site.ask("skip", "again", pair="p00")[1]["question"]["pair"] == "p01"
+
+
+def test_an_answer_that_the_run_has_used_cannot_be_undone(site):
+    site.put(2)
+    question = site.ask("next", "late")[1]["question"]
+    _, reply = site.ask("answer", "late", pair="p00", choice=choice(question, "first"))
+    ledger = Ledger(site.folder / "labels.sqlite")
+    ledger.take(["p00"])
+    ledger.close()
+    status, after = site.ask("undo", "late", pair=reply["last"])
+    assert status == 200 and "used" in after["note"] and site.answers() == {"p00": 1}
+    assert after["question"]["pair"] == "p01"
+
+
+def test_skipped_questions_come_again_in_turn(site):
+    site.put(3)
+    seen = [site.ask("next", "skipper")[1]["question"]["pair"]]
+    for _ in range(7):
+        seen.append(site.ask("skip", "skipper", pair=seen[-1])[1]["question"]["pair"])
+    assert set(seen[:3]) == set(seen[3:6]) == {"p00", "p01", "p02"}
+    assert all(a != b for a, b in zip(seen, seen[1:]))
+
+
+def test_a_label_for_a_question_that_is_not_the_annotators_is_refused(site):
+    site.put(3)
+    mine = site.ask("next", "ann")[1]["question"]
+    theirs = site.ask("next", "bob")[1]["question"]
+    assert mine["pair"] != theirs["pair"]
+    body = {"pair": theirs["pair"], "choice": choice(theirs, "first")}
+    assert site.ask("answer", "ann", **body)[0] == 409  # leased to another
+    assert site.ask("answer", "ann", pair="p02", choice=body["choice"])[0] == 400  # of another question
+    free = site.query("SELECT first FROM questions WHERE pair = 'p02'")[0][0]
+    assert site.ask("answer", "ann", pair="p02", choice=label.digest(free))[0] == 409  # leased to nobody
+    assert site.ask("answer", "ann", pair="p99", choice=body["choice"])[0] == 409  # never asked
+    assert site.answers() == {}
+    assert site.ask("answer", "bob", **body)[0] == 200
+    assert site.ask("answer", "ann", **body)[0] == 409  # answered
+    assert site.ask("answer", "bob", pair=theirs["pair"], choice=choice(theirs, "second"))[0] == 409  # the other response
+    assert site.ask("undo", "ann", pair=theirs["pair"])[0] == 409
+    assert site.answers() == {theirs["pair"]: 1} and site.query("SELECT COUNT(*) FROM verdicts") == [(1,)]
+
+
+def test_a_lease_that_ran_out_goes_to_whoever_comes(site):
+    site.put(1)
+    question = site.ask("next", "slow")[1]["question"]
+    assert site.ask("next", "quick")[1]["question"] is None
+    site.query("UPDATE questions SET leased_until = ?", time.time() - 1)
+    assert site.ask("next", "quick")[1]["question"]["pair"] == "p00"
+    assert site.ask("answer", "slow", pair="p00", choice=choice(question, "first"))[0] == 409
+    assert site.answers() == {}
+
+
+def test_leaving_gives_back_unless_the_page_is_there_again(tmp_path, monkeypatch):
+    """In this process, with leases of so many seconds that a busy machine does not let one run out."""
+    monkeypatch.setattr(label, "LEASE", 10_000)
+    monkeypatch.setattr(label, "LEAVING", 1000)
+    ledger = Ledger(tmp_path / "labels.sqlite")
+    ledger.put_questions([Question("p00", 0.1, 3)], {"p00": ('"prompt"', '"first"', '"second"')})
+    desk = label.Desk(ledger.path)
+
+    def come(annotator, view):
+        question = desk("next", {"annotator": annotator, "view": view})["question"]
+        return question and question["pair"]
+
+    def leave(annotator, view):
+        assert desk("leave", {"annotator": annotator, "view": view, "pair": "p00"}) == {}
+
+    def given_back():
+        (until,), = ledger.db.execute("SELECT leased_until FROM questions")
+        return until - time.time() < 1000
+
+    assert come("lee", "one") == "p00"
+    leave("lee", "one")  # a reload: the old page goes …
+    assert given_back() and come("max", "m") is None  # … nobody takes the question in between …
+    assert come("lee", "two") == "p00"  # … and the new page comes
+    assert not given_back()
+    leave("lee", "one")  # the old page's message comes late
+    come("lee", "three")
+    leave("lee", "three")  # one of two pages
+    leave("max", "two")  # another person's
+    assert not given_back()
+    leave("lee", "two")
+    assert given_back()
+    ledger.close()
+
+
+def test_leaving_over_http_shortens_the_lease(site):
+    site.put(1)
+    site.ask("next", "lee", view="one")
+    (before,), = site.query("SELECT leased_until FROM questions")
+    assert site.ask("leave", "lee", view="one", pair="p00") == (200, {})
+    (after,), = site.query("SELECT leased_until FROM questions")
+    assert after < before
+
+
+@pytest.mark.parametrize("status, headers", [
+    (403, {"Origin": "https://evil.example"}), (403, {"Origin": "null"}), (403, {"Origin": "http://127.0.0.1:1"}),
+    (403, {"Sec-Fetch-Site": "cross-site"}), (403, {"Sec-Fetch-Site": "same-site"}), (403, {"Sec-Fetch-Site": "none"}),
+    (403, {"Content-Type": "text/plain"}), (403, {"Content-Type": "application/x-www-form-urlencoded"}),
+    (403, {"Host": "evil.example"}), (403, {"Host": "127.0.0.1.evil.example:8642"}), (403, {"Host": "["}),
+    (200, {"Content-Type": "application/json; charset=utf-8"}), (200, {"Host": "localhost:9000"}),
+    (200, {"Host": "[::1]:1"}),
+])
+def test_posts_from_elsewhere_are_refused(site, status, headers):
+    site.put(1)
+    assert site.ask("next", "ann", headers)[0] == status
+    leased = site.query("SELECT leased_to FROM questions") != [(None,)]
+    assert leased == (status == 200)
+
+
+def test_posts_of_the_page_itself_are_not_refused(site):
+    for headers in ({"Origin": f"http://127.0.0.1:{site.port}"}, {"Sec-Fetch-Site": "same-origin"}):
+        assert site.ask("next", "ann", headers)[0] == 200
+
+
+@pytest.mark.parametrize("status, message", [
+    (400, "["), (400, "[]"), (400, "["*5000), (400, "{}"), (400, '{"annotator": "  "}'), (400, '{"annotator": 3}'),
+    (400, '{"annotator": "a\\nb"}'), (400, '{"annotator": "\\ud800"}'), (400, json.dumps({"annotator": "a" * 41})),
+    (409, '{"annotator": "a", "pair": ""}'), (400, '{"annotator": "a", "pair": ["p00"]}'),
+    (400, '{"annotator": "a", "pair": "p00", "choice": {}}'), (400, '{"annotator": "a", "pair": "p00", "choice": "1"}'),
+    (413, json.dumps({"annotator": "a" * 17_000})), (413, iter([b"x" * 9000, b"x" * 9000])),
+])
+def test_bodies_that_make_no_sense_are_refused(site, status, message):
+    site.put(1)
+    assert site.request("POST", "/ask/answer", message, JSON)[0] == status
+    assert site.answers() == {}
+
+
+@pytest.mark.parametrize("seconds", [-1, "9", True, 1e30, 10**400, float("nan"), [1]])
+def test_seconds_must_be_a_number(site, seconds):
+    site.put(1)
+    question = site.ask("next", "ann")[1]["question"]
+    assert site.ask("answer", "ann", pair="p00", choice=choice(question, "first"), seconds=seconds)[0] == 400
+    assert site.answers() == {}
+
+
+@pytest.mark.parametrize("path", ["/labels.sqlite", "/label.html", "/../train.py", "/%2e%2e/train.py", "/ask", "//",
+                                  "/docs", "/openapi.json", "/ask/../../etc/passwd"])
+def test_there_are_no_other_paths(site, path):
+    assert site.request("GET", path)[0] == 404
+    assert site.request("POST", path, '{"annotator": "a"}', JSON)[0] == 404
+
+
+def test_methods_and_actions_that_do_not_exist(site):
+    assert site.ask("__init__", "ann")[0] == site.ask("question", "ann")[0] == 404
+    assert site.request("GET", "/ask/next")[0] == site.request("DELETE", "/")[0] == 405
+
+
+def test_every_reply_has_the_security_headers(site):
+    status, headers, page = site.request("GET", "/")
+    policy = headers["Content-Security-Policy"]
+    script = re.search("<script>(.*?)</script>", page, re.S)[1]
+    assert f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in policy
+    assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy and "unsafe" not in policy
+    addresses = re.sub("http://www.w3.org/2000/svg|^ *//.*|  //.*", "", page, flags=re.M)  # without comments
+    assert "//" not in addresses  # nothing is loaded from elsewhere
+    for path in ("/", "/nothing"):
+        headers = site.request("GET", path)[1]
+        assert headers["X-Content-Type-Options"] == "nosniff" and headers["Referrer-Policy"] == "no-referrer"
+        assert headers["Cache-Control"] == "no-store" and headers["Content-Security-Policy"] == policy
+
+
+def check_token(site, token):
+    """Nothing works without it. With it in the address there comes a cookie, and with the cookie everything works."""
+    for path, headers in (("/", {}), ("/?token=wrong", {}), ("/?token=", {}), ("/?token=%ff", {}), ("/nothing", {}),
+                          ("/", {"Cookie": f"label-{site.port}=wrong"})):
+        assert site.request("GET", path, headers=headers)[0] == 401
+    assert site.ask("next", "ann")[0] == 401
+    status, headers, _ = site.request("GET", f"/?token={token}")
+    cookie = headers["Set-Cookie"]
+    assert status == 200 and "HttpOnly" in cookie and "samesite=strict" in cookie.lower()
+    cookie = {"Cookie": cookie.split(";")[0]}
+    assert site.request("GET", "/", headers=cookie)[0] == 200
+    assert site.ask("next", "ann", cookie)[1]["question"]["pair"] == "p00"
+    assert site.ask("next", "ann", {**cookie, "Origin": "https://evil.example"})[0] == 403
+
+
+def test_hosts_other_than_loopback_get_a_token(tmp_path):
+    site = Site(tmp_path, "--host", "0.0.0.0")
+    site.put(1)
+    check_token(site, re.search(r"token=([\w-]{20,})", site.url)[1])
+    code, errors = site.stop(signal.SIGTERM)
+    assert code == 0 and errors == ""
+
+
+def test_a_token_can_be_chosen_and_ctrl_c_stops(tmp_path):
+    site = Site(tmp_path, "--token", "my-own_token")
+    site.put(1)
+    check_token(site, "my-own_token")
+    code, errors = site.stop(signal.SIGINT)
+    assert code == 0 and errors == ""
+
+
+def test_one_line_says_why_it_cannot_start(tmp_path, capsys, monkeypatch):
+    def said(*flags):
+        assert label.main([str(tmp_path), *flags]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("tools/label.py: ") and line.count("\n") == 1
+        return line
+
+    assert f"{tmp_path}/labels.sqlite does not exist" in said()
+    (tmp_path / "labels.sqlite").write_text("this is not a database, but long enough to look like one " * 20)
+    assert f"{tmp_path}/labels.sqlite" in said()
+    (tmp_path / "labels.sqlite").unlink()
+    Ledger(tmp_path / "labels.sqlite").close()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert "in use" in said("--port", str(taken.getsockname()[1]))
+    assert "cannot listen" in said("--host", "203.0.113.7") and "cannot listen" in said("--port", "70000")
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert "pip install -r tools/requirements.txt" in said("--port", "0")
+
+
+def test_questions_and_answers_go_through_files(site, tmp_path, capsys):
+    site.put(3)
+    file = tmp_path / "questions.jsonl"
+    assert label.main([str(site.folder), "--export", str(file)]) == 0
+    assert capsys.readouterr().out == f"3 open questions written to {file}\n"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({**row, "label": "a" if row["response_a"].startswith("first") else "b"}) + "\n"
+                            for row in rows))
+    assert label.main([str(site.folder), "--import", str(file)]) == 0
+    assert capsys.readouterr().out.startswith(f"{file}: 3 answered")
+    assert site.answers() == {"p00": 1, "p01": 1, "p02": 1}
+    assert label.main([str(site.folder), "--import", str(tmp_path / "absent")]) == 2
+    assert str(tmp_path / "absent") in capsys.readouterr().err

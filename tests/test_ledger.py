@@ -1,0 +1,177 @@
+"""labels/ledger.py, the file of questions and answers: `python -m pytest tests/test_ledger.py`."""
+
+import os
+import random
+import sqlite3
+import subprocess
+import sys
+import threading
+
+import pytest
+from helpers import do_anything
+
+from labels.ledger import VERSION, Ledger, LedgerError, Question
+
+
+def answers(**labels):
+    """What Ledger.add takes, for these labels."""
+    return [(Question(pair, 0.0, 0), label, "", None, None) for pair, label in labels.items()]
+
+
+def test_of_two_answers_the_first_is_kept_and_a_label_is_one_of_two(tmp_path):
+    ledger = Ledger(tmp_path / "labels.sqlite")
+    ledger.add("x", answers(a=1))
+    ledger.add("x", answers(b=1, a=-1))
+    assert ledger.take(["a", "b"]) == {"a": 1, "b": 1} and ledger.count() == 2
+    with pytest.raises(sqlite3.IntegrityError):
+        ledger.add("x", answers(d=1, c=0))
+    assert ledger.take(["c", "d"]) == {}  # all or none
+
+
+def test_what_is_not_a_ledger_of_ours_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "text").write_text("not a database, but long enough to look like a file of some kind" * 20)
+    other = sqlite3.connect(tmp_path / "other")
+    other.execute("CREATE TABLE answers (pair TEXT)")
+    other.execute("PRAGMA user_version = 1")
+    other.close()
+    before = [(tmp_path / name).read_bytes() for name in ("text", "other")]
+    with pytest.raises(LedgerError, match="text: cannot be used as a ledger .*not a database.*move it away"):
+        Ledger(tmp_path / "text")
+    with pytest.raises(LedgerError, match=rf"other: not a ledger of this version \(1, not {VERSION}\): move it away"):
+        Ledger(tmp_path / "other")
+    assert before == [(tmp_path / name).read_bytes() for name in ("text", "other")]
+    held = sqlite3.connect(tmp_path / "held", isolation_level=None)
+    held.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(LedgerError, match="held: cannot be used as a ledger .*locked.*another process holds it"):
+        Ledger(tmp_path / "held", timeout=0.1)
+
+
+def test_lookup_of_many_ids(tmp_path):
+    ledger = Ledger(tmp_path / "labels.sqlite")
+    ids = [str(n) for n in range(40_000)]
+    ledger.add("x", answers(**{id: 1 for id in ids[::2]}))
+    assert set(ledger.take(ids)) == set(ids[::2])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The totals, against sums over all rows
+
+def counted(ledger):
+    """(answers up to each step, (money spent, answers of unknown cost)) as the ledger's rows say."""
+    def one(query, *values):
+        return ledger.db.execute(query, values).fetchone()[0]
+    counts = [one("SELECT COUNT(*) FROM answers WHERE step BETWEEN 0 AND ?", step) for step in range(5)]
+    spent = one("SELECT TOTAL(cost) FROM verdicts") + one(
+        "SELECT TOTAL(cost) FROM answers WHERE step >= 0 AND pair NOT IN (SELECT pair FROM verdicts)")
+    return counts, (pytest.approx(spent), one("SELECT COUNT(*) FROM answers WHERE step >= 0 AND cost IS NULL"))
+
+
+def totals(ledger):
+    assert ledger.count() == ledger.count(4)
+    return [ledger.count(step) for step in range(5)], ledger.cost()
+
+
+def test_totals_are_those_of_the_rows_whatever_is_done_by_whom(tmp_path):
+    draw = random.Random(0)
+    ledgers = [Ledger(tmp_path / "labels.sqlite") for _ in range(2)]  # as in two processes
+    for _ in range(400):
+        do_anything(draw.choice(ledgers), draw)
+        assert totals(ledgers[0]) == counted(ledgers[0])
+    assert ledgers[0].count() > 5 and ledgers[0].cost()[0] > 5  # something was left to count
+    ledgers[1].close()
+    assert totals(Ledger(tmp_path / "labels.sqlite")) == counted(ledgers[0])
+
+
+def test_totals_hold_while_several_processes_write(tmp_path):
+    script = ("import random, sys; from helpers import Ledger, do_anything; draw = random.Random(sys.argv[2])\n"
+              "ledger = Ledger(sys.argv[1])\n"
+              "for _ in range(150): do_anything(ledger, draw)\n")
+    writers = [subprocess.Popen([sys.executable, "-c", script, tmp_path / "labels.sqlite", str(n)],
+                                env={**os.environ, "PYTHONPATH": f".{os.pathsep}tests"}) for n in range(2)]
+    assert [writer.wait(timeout=600) for writer in writers] == [0, 0]
+    ledger = Ledger(tmp_path / "labels.sqlite")
+    assert ledger.count() and totals(ledger) == counted(ledger)
+
+
+def test_a_ledger_that_many_create_at_once_loses_nothing(tmp_path):
+    failed, together = [], threading.Barrier(8)
+
+    def open_and_add(n):
+        together.wait()
+        try:
+            ledger = Ledger(tmp_path / "labels.sqlite")
+            ledger.add("x", answers(**{str(n): 1}))
+            ledger.close()
+        except (LedgerError, sqlite3.Error) as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=open_and_add, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ledger = Ledger(tmp_path / "labels.sqlite")
+    assert not failed and totals(ledger) == counted(ledger) and ledger.count() == 8
+
+
+def test_counting_reads_no_answers(tmp_path):
+    """What is done at every step does not grow with the ledger: SQLite's own plan names only the totals."""
+    ledger = Ledger(tmp_path / "labels.sqlite")
+    asked = []
+    ledger.db.set_trace_callback(asked.append)
+    ledger.count(3), ledger.cost(), ledger.audits(3)
+    ledger.db.set_trace_callback(None)
+    assert len(asked) == 3
+    for query in asked:
+        plan = " ".join(row[3] for row in ledger.db.execute(f"EXPLAIN QUERY PLAN {query}"))
+        assert "totals" in plan or "USING COVERING INDEX audits" in plan
+        assert "answers" not in plan.replace("answers USING COVERING INDEX audits", "") and "verdicts" not in plan
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Questions for people
+
+TEXTS = {pair: ('"prompt"', f'"{pair} one"', f'"{pair} two"') for pair in "abcd"}
+
+
+def ask(ledger, *pairs):
+    ledger.put_questions([Question(pair, 0.1, 0) for pair in pairs], TEXTS)
+
+
+def test_a_question_is_leased_to_one_annotator_and_comes_back(ledger):
+    ask(ledger, "a", "b")
+    assert ledger.lease("ann", 60)[0] == "a" and ledger.lease("ben", 60)[0] == "b"
+    assert ledger.lease("cat", 60) is None  # others hold both
+    assert ledger.lease("ann", 60)[0] == "a"  # a reload shows the same one
+    ledger.release("ann")
+    assert ledger.lease("cat", -1)[0] == "a"  # a lease that runs out at once
+    assert ledger.lease("dan", 60)[0] == "a"
+
+
+def test_what_an_annotator_skipped_comes_last(ledger):
+    ask(ledger, "a", "b")
+    ledger.lease("ann", 60)
+    ledger.release("ann", "a")
+    assert ledger.lease("ann", 60, not_these=["a"])[0] == "b"
+    ledger.answer_question("b", 1, "ann")
+    assert ledger.lease("ann", 60, not_these=["a", "b"])[0] == "a"
+
+
+def test_the_first_answer_is_kept_and_the_second_is_an_opinion(ledger):
+    ask(ledger, "a")
+    assert ledger.answer_question("a", -1, "ann", seconds=3.5) is True
+    assert ledger.answer_question("a", 1, "ben") is False
+    assert ledger.take(["a"]) == {"a": -1}
+    assert ledger.db.execute("SELECT annotator, verdict FROM verdicts ORDER BY id").fetchall() == [("ann", -1), ("ben", 1)]
+    with pytest.raises(KeyError):
+        ledger.answer_question("z", 1, "ann")
+
+
+def test_undo_works_until_the_run_has_used_the_answer(ledger):
+    ask(ledger, "a")
+    ledger.answer_question("a", 1, "ann")
+    assert ledger.retract("a", "ben") is False  # not theirs
+    assert ledger.retract("a", "ann") is True and [row[0] for row in ledger.open_questions()] == ["a"]
+    ledger.answer_question("a", -1, "ann")
+    assert ledger.take(["a"]) == {"a": -1}
+    assert ledger.retract("a", "ann") is False and ledger.take(["a"]) == {"a": -1}

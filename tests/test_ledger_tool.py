@@ -1,0 +1,228 @@
+"""tools/ledger.py on real ledgers: the report, the export and the reuse of another run's answers.
+
+    python -m pytest tests/test_ledger_tool.py -n 0
+"""
+
+import csv
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import ROOT
+
+from labels.annotators import DatasetAnnotator
+from labels.ledger import Ledger, Question
+from labels.oracle import Oracle, wilson
+from runtime.config import Config
+from tools import ledger
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder with a small ledger.
+
+    dataset: d1 +1, d2 −1 audited.  human: ann h1 +1 audited (10 s, 0.25) and h2 +1 (20 s, 0.25), bob h3 −1 (60 s).
+    judge: j1 −1 (3 s, 0.01).  reused: r1 +1.  Questions: h1–h3, q1 leased, q2 leased until long ago, q3.
+    Verdicts beyond the answers': bob agrees on h1 and contradicts on h2; the judge's orders agree on j1, contradict on
+    j2, and have no preference on j3.
+    """
+    folder = tmp_path / "run"
+    folder.mkdir()
+    store = Ledger(folder / "labels.sqlite")
+    store.add("dataset", [(Question("d1", 0.5, 0), 1, "", None, None),
+                          (Question("d2", 2.0, 1, audit=True), -1, "", None, None)])
+    questions = [Question("h1", 1.5, 2, audit=True), *(Question(f"h{n}", 0.1, 2) for n in (2, 3)),
+                 *(Question(f"q{n}", 0.1, 4) for n in (1, 2, 3))]
+    store.put_questions(questions, {q.pair: ('"p"', '"a"', '"b"') for q in questions})
+    assert store.answer_question("h1", 1, "ann", 10, 0.25) and store.answer_question("h2", 1, "ann", 20, 0.25)
+    assert store.answer_question("h3", -1, "bob", 60)
+    assert not store.answer_question("h1", 1, "bob", 5) and not store.answer_question("h2", -1, "bob", 5)
+    store.add("judge", [(Question("j1", 0.1, 5), -1, "model", 3, 0.01)])
+    for pair, verdict in (("j1", -1), ("j1", -1), ("j2", 1), ("j2", -1), ("j3", 0), ("j3", 1)):
+        store.add_verdict(pair, "model", verdict, cost=0.005)
+    store.add("reused", [(Question("r1", None, -1), 1, "old\x1b[31m", None, None)])
+    store.lease("eve", 1000)
+    store.db.execute("UPDATE questions SET leased_to = 'eve', leased_until = 5 WHERE pair = 'q2'")
+    store.close()
+    return folder
+
+
+def call(*args):
+    """The command line, called from another folder."""
+    return subprocess.run([sys.executable, ROOT / "tools/ledger.py", *args], capture_output=True, text=True, cwd="/")
+
+
+def words_of(text, start):
+    """The words of the first line that begins with `start`, without it."""
+    return " ".join(next(line for line in text.splitlines() if line.startswith(start))[len(start):].split())
+
+
+def test_the_report(run):
+    done = call(run)
+    assert done.returncode == 0 and done.stderr == ""
+    text = done.stdout
+    assert text.splitlines()[0] == str(run / "labels.sqlite")
+    assert words_of(text, "answers  ") == "7: 6 bought by this run, 1 reused"
+    assert words_of(text, "y1 preferred  ") == "4 of 7, 57.1% (95 % interval 25.0% to 84.2%)"
+    assert f"{wilson(4, 7)[0]:.1%} {wilson(4, 7)[1]:.1%}" == "25.0% 84.2%"
+    assert words_of(text, "audited  ") == ("1 of 2, 50.0% (95 % interval 9.5% to 90.5%) have the label that the "
+                                           "margin's sign predicts")
+    assert words_of(text, "open questions") == "3, of which leased: 1"
+    assert words_of(text, "cost  ") == "0.5100 (3 without a known cost)"
+    assert words_of(text, "verdicts") == "11 on 6 pairs, cost 0.5300 (3 without a known cost)"
+    assert words_of(text, "two annotators").startswith("1 of 2, 50.0% ")
+    # source: answers, y1 preferred, median seconds, labels an hour (3600 / mean seconds), cost, cost unknown
+    sources = text.split("\n\n")[2]
+    assert words_of(sources, "dataset") == "2 50.0% – – – 2"
+    assert words_of(sources, "human") == "3 66.7% 20.0 120 0.5000 1"
+    assert words_of(sources, "judge") == "1 0.0% 3.0 1,200 0.0100 0"
+    assert words_of(sources, "reused") == "1 100.0% – – – 0"
+    assert words_of(sources, "all") == "7 57.1% 15.0 155 0.5100 3"  # 4 in 93 s
+    annotators = text.split("\n\n")[3]
+    assert words_of(annotators, "human    ann") == "2 100.0% 15.0 240 0.5000 0"
+    assert words_of(annotators, "human    bob") == "1 0.0% 60.0 60 – 1"
+    assert words_of(annotators, "reused   old?[31m") == "1 100.0% – – – 0"
+    assert words_of(text, "model") == "3 1 1 1 33.3%"
+    for block in text.split("\n\n")[2:4]:  # aligned: numbers end in one column
+        assert len({len(line) for line in block.splitlines()}) == 1
+
+
+def test_reading_changes_nothing_in_the_folder(run):
+    """Neither when nobody else has it open, nor while a run has, nor after a run was killed."""
+    def state():
+        return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.iterdir()
+                if not path.name.endswith("-shm")}
+
+    before = state()
+    text = ledger.report(run, now=0)
+    assert state() == before
+    assert "of which leased: 2" in text
+    open_one = Ledger(run / "labels.sqlite")
+    open_one.add("dataset", [(Question("new", 0.1, 9), 1, "", None, None)])
+    before = state()
+    assert "8: 7 bought" in ledger.report(run) and state() == before
+    open_one.close()
+
+    script = ("import os, signal, sys; from labels.ledger import Ledger, Question; store = Ledger(sys.argv[1])\n"
+              "store.add('dataset', [(Question('last', 0.1, 9), 1, '', None, None)])\n"
+              "os.kill(os.getpid(), signal.SIGKILL)")
+    killed = subprocess.run([sys.executable, "-c", script, run / "labels.sqlite"], cwd=ROOT)
+    assert killed.returncode == -signal.SIGKILL
+    before = state()
+    assert "9: 8 bought" in ledger.report(run)
+    assert state() == before
+
+
+def test_an_empty_ledger(tmp_path):
+    Ledger(tmp_path / "labels.sqlite").close()
+    text = ledger.report(tmp_path)
+    assert words_of(text, "answers  ").startswith("0:") and words_of(text, "audited") == "none"
+
+
+def main(capsys, *args):
+    code = ledger.main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def fails(capsys, words, *args):
+    code, out, err = main(capsys, *args)
+    assert code == 2 and out == "" and err.count("\n") == 1 and words in err, (code, out, err)
+
+
+def test_errors_are_one_line(run, tmp_path, capsys, monkeypatch):
+    fails(capsys, "no ledger: ", tmp_path / "absent")
+    fails(capsys, "no ledger: ", run, "--reuse", tmp_path / "absent")
+    assert not (tmp_path / "absent").exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    for content in (b"", b"garbage " * 500):
+        (other / "labels.sqlite").write_bytes(content)
+        fails(capsys, "is not a ledger", other)
+        fails(capsys, "is not a ledger", other, "--reuse", run)
+        assert (other / "labels.sqlite").read_bytes() == content
+    os.unlink(other / "labels.sqlite")
+    with sqlite3.connect(other / "labels.sqlite") as db:
+        db.execute("CREATE TABLE answers (pair TEXT)")
+    db.close()
+    fails(capsys, "is not a ledger, or of another version (no such column", other)
+    done = call(tmp_path / "absent")  # the same from the command line
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+
+    monkeypatch.setattr(ledger, "PATIENCE", 0.05)
+    holder = sqlite3.connect(run / "labels.sqlite", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")  # others may read
+    old = tmp_path / "old"
+    assert ledger.reuse(old, run) == (7, 0, 0)
+    fails(capsys, "is locked", run, "--reuse", old)
+    assert main(capsys, run)[0] == 0
+    holder.execute("ROLLBACK")
+    holder.execute("PRAGMA locking_mode = EXCLUSIVE")
+    holder.execute("BEGIN EXCLUSIVE")
+    holder.execute("DELETE FROM questions")
+    fails(capsys, "is locked", run)
+    fails(capsys, "is locked", run, "--reuse", old)
+    holder.close()
+
+
+def test_csv(run, tmp_path, capsys):
+    path = tmp_path / "answers.csv"
+    assert main(capsys, run, "--csv", path) == (0, f"7 answers written to {path}\n", "")
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = {row["pair"]: row for row in csv.DictReader(file)}
+    store = Ledger(run / "labels.sqlite")
+    columns = [row[1] for row in store.db.execute("PRAGMA table_info(answers)")]
+    store.close()
+    assert list(rows["h1"]) == columns and len(rows) == 7
+    assert {name: rows["h1"][name] for name in columns if name != "answered_at"} == {
+        "pair": "h1", "label": "1", "source": "human", "annotator": "ann", "margin": "1.5", "step": "2", "audit": "1",
+        "seconds": "10.0", "cost": "0.25", "used": "0"}
+    assert rows["r1"]["annotator"] == "old\x1b[31m" and rows["r1"]["margin"] == ""
+    path.write_text("mine")
+    fails(capsys, "--force", run, "--csv", path)
+    assert path.read_text() == "mine"
+    assert main(capsys, run, "--csv", path, "--force")[0] == 0 and path.read_text() != "mine"
+    fails(capsys, "is the ledger", run, "--csv", run / "labels.sqlite", "--force")
+    fails(capsys, "No such file", run, "--csv", tmp_path / "absent" / "a.csv")
+    assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.glob(".*"))
+
+
+def test_reused_answers_are_free_and_not_counted(run, tmp_path, capsys):
+    new = tmp_path / "deep" / "new"
+    assert main(capsys, new, "--reuse", run) == (0, f"7 answers copied from {run}; 0 were there already\n", "")
+    oracle = Oracle(DatasetAnnotator({"x": -1}), new / "labels.sqlite", Config(max_queries=1))
+    try:
+        assert oracle.ledger.count() == oracle.queries() == 0
+        margin, ask = torch.tensor([0.0, 9.0, 0.0]), torch.tensor([True, False, True])
+        assert oracle.answer(["h1", "d2", "x"], margin, ask, 0).tolist() == [1, -1, -1]
+        assert oracle.annotator.calls == oracle.queries() == 1
+        assert oracle.audit() is None and oracle.ledger.cost() == (0, 1)
+        assert oracle.ledger.db.execute(
+            "SELECT label, source, annotator, step, audit, margin, seconds, cost FROM answers WHERE pair = 'h1'"
+        ).fetchone() == (1, "reused", "ann", -1, 0, None, None, None)
+    finally:
+        oracle.close()
+    assert words_of(ledger.report(new), "answers  ") == "8: 1 bought by this run, 7 reused"
+
+
+def test_reuse_leaves_what_is_there(run, tmp_path, capsys):
+    new = tmp_path / "new"
+    new.mkdir()
+    store = Ledger(new / "labels.sqlite")
+    store.add("human", [(Question(pair, 0.1, 0), label, "eve", 1, None) for pair, label in (("h1", -1), ("h2", 1))])
+    store.put_questions([Question("h3", 0.1, 3)], {"h3": ('"p"', '"a"', '"b"')})  # open, and the old answer answers it
+    before = (run / "labels.sqlite").read_bytes()
+    code, out, _ = main(capsys, new, "--reuse", run)
+    assert code == 0 and out == (f"5 answers copied from {run}; 2 were there already, 1 of them with the other label "
+                                 "(kept as they are)\n")
+    assert store.db.execute("SELECT label FROM answers WHERE pair = 'h1'").fetchone() == (-1,)
+    assert store.count() == 2 and store.open_questions() == []
+    assert main(capsys, new, "--reuse", run)[1].startswith("0 answers copied")
+    store.close()
+    assert (run / "labels.sqlite").read_bytes() == before
+    assert [path.name for path in run.iterdir()] == ["labels.sqlite"]
+    fails(capsys, "is the same run", run, "--reuse", run)

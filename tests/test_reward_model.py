@@ -1,0 +1,180 @@
+"""labels/reward_model.py with a tiny reward model: `python -m pytest tests/test_reward_model.py`."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from helpers import question, texts
+from tokenizers import processors
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+from labels.annotators import Waiting
+from labels.judge import coin
+from labels.ledger import Ledger
+from labels.reward_model import RewardModelJudge
+from runtime import toy
+
+
+def answers(ledger):
+    return dict(ledger.db.execute("SELECT pair, label FROM answers"))
+
+
+def annotators(ledger):
+    return {name for name, in ledger.db.execute("SELECT annotator FROM answers")}
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reward")
+    tokenizer = toy.make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                         num_attention_heads=2, max_position_embeddings=128, initializer_range=0.5, num_labels=1,
+                         pad_token_id=tokenizer.pad_token_id, bos_token_id=1, eos_token_id=2)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reviews():
+    rng = random.Random(0)
+    return {f"r{n}": ("review of the bar in rome :", *(toy.write_response(rng) for _ in "ab")) for n in range(20)}
+
+
+def as_json(reviews):
+    return lambda pair: tuple(json.dumps(text) for text in reviews[pair])
+
+
+def reference_scores(folder, rendered, **options):
+    """The scores of one row at a time, without padding."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = LlamaForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return [model(**tokenizer(text, return_tensors="pt", **options)).logits.item() for text in rendered]
+
+
+def test_a_reward_model_prefers_the_higher_score(reward_model, reviews, ledger):
+    shown = []
+    grader = RewardModelJudge(as_json(reviews), reward_model)
+    grader.show = shown.append
+    grader.answer([question(pair) for pair in reviews], ledger)
+    expected = {}
+    for pair, (prompt, first, second) in reviews.items():
+        a, b = reference_scores(reward_model, [prompt + first, prompt + second])
+        assert abs(a - b) > 1e-3
+        expected[pair] = 1 if a > b else -1
+        kept, = ledger.db.execute("SELECT detail FROM verdicts WHERE pair = ?", (pair,)).fetchone()
+        assert json.loads(kept)["scores"] == pytest.approx([a, b], abs=1e-4)
+    assert answers(ledger) == expected and set(expected.values()) == {1, -1}
+    assert annotators(ledger) == {str(reward_model)}
+    assert shown == [20, 12, 4, 0]
+    assert grader.grade([("r0", 1)]) == (0, 0) and grader.name == "judge" and grader.asks_together
+
+
+def test_the_chat_template_is_used_where_there_is_one(reward_model, reviews, ledger, tmp_path):
+    folder = shutil.copytree(reward_model, tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}the {{ m.content }} {{ eos_token }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    RewardModelJudge(as_json(reviews), folder).answer([question("r0")], ledger)
+    prompt, *responses = reviews["r0"]
+    rendered = [f"<s>the {prompt} </s>the {response.strip()} </s>" for response in responses]
+    a, b = reference_scores(folder, rendered, add_special_tokens=False)
+    kept, = ledger.db.execute("SELECT detail FROM verdicts").fetchone()
+    assert json.loads(kept)["scores"] == pytest.approx([a, b], abs=1e-4)
+    assert answers(ledger) == {"r0": 1 if a > b else -1}
+    # The same pair as messages, and as a dialogue of Anthropic's HH, is the same conversation.
+    messages = ([{"role": "user", "content": prompt}],
+                *([{"role": "assistant", "content": response.strip()}] for response in responses))
+    dialogue = (f"\n\nHuman: {prompt}\n\nAssistant:", *responses)
+    grader = RewardModelJudge(as_json({"r0": reviews["r0"], "messages": messages, "hh": dialogue}), folder)
+    assert grader.rows("messages") == grader.rows("hh") == grader.rows("r0") == rendered
+    grader.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(ValueError, match="chat template refuses pair r0: roles must alternate"):
+        grader.answer([question("r0")], Ledger(tmp_path / "other.sqlite"))
+
+
+def test_an_encoder_reads_two_texts_with_its_separator(reward_model, reviews, tmp_path):
+    folder = shutil.copytree(reward_model, tmp_path / "encoder")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.sep_token = "</s>"
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A </s> $B:1", special_tokens=[("<s>", 2), ("</s>", 3)])
+    tokenizer.save_pretrained(folder)
+    grader = RewardModelJudge(as_json(reviews), folder)
+    prompt, first, second = reviews["r0"]
+    expected = reference_scores(reward_model, [f"{prompt} </s> {first}", f"{prompt} </s> {second}"])
+    assert grader.scores(grader.rows("r0")) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_model_without_a_padding_token_scores_the_same(reward_model, reviews, tmp_path):
+    folder = shutil.copytree(reward_model, tmp_path / "no-pad")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    padded, single = RewardModelJudge(as_json(reviews), reward_model), RewardModelJudge(as_json(reviews), folder)
+    assert padded.pads and not single.pads
+    rows = [row for pair in reviews for row in padded.rows(pair)]
+    assert padded.scores(rows) == pytest.approx(single.scores(rows), abs=1e-4)
+
+
+def test_a_long_text_loses_its_beginning(reward_model, ledger):
+    reviews = {"r0": ("lovely " * 500, " the food was bad .", " the food was good .")}
+    grader = RewardModelJudge(as_json(reviews), reward_model, max_length=2048)
+    assert grader.max_length == 128
+    grader.answer([question("r0")], ledger)
+    kept = ["lovely " * (127 - 5) + response.strip() for response in reviews["r0"][1:]]
+    scores = json.loads(ledger.db.execute("SELECT detail FROM verdicts").fetchone()[0])["scores"]
+    assert scores == pytest.approx(reference_scores(reward_model, kept), abs=1e-4) and scores[0] != scores[1]
+
+
+def test_where_scores_are_equal_the_coin_decides(reward_model, ledger):
+    same = {f"r{n}": ("the", " food", " food") for n in range(10)}
+    RewardModelJudge(as_json(same), reward_model, seed=5).answer([question(pair) for pair in same], ledger)
+    assert answers(ledger) == {pair: coin(pair, 5) for pair in same}
+    assert annotators(ledger) == {f"{reward_model} (coin)"}
+
+
+def test_a_score_that_is_not_a_number_gives_no_label(reward_model, reviews, ledger):
+    grader = RewardModelJudge(as_json(reviews), reward_model)
+    grader.scores = lambda rows: [float("nan") if reviews["r9"][1] in row[1] else float(len(row[1])) for row in rows]
+    with pytest.raises(ValueError, match="pair r9 has the scores nan and"):
+        grader.answer([question(pair) for pair in reviews], ledger)
+    assert set(answers(ledger)) == {f"r{n}" for n in range(8)}  # those of the batch before
+
+
+def test_a_reward_model_goes_on_where_it_was_interrupted(reward_model, reviews, ledger):
+    grader, calls = RewardModelJudge(as_json(reviews), reward_model), []
+    score = grader.scores
+
+    def interrupted(rows):
+        calls.append(len(rows))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return score(rows)
+
+    grader.scores = interrupted
+    questions = [question(pair) for pair in reviews]
+    with pytest.raises(Waiting, match="interrupted, 12 of 20 answers are missing"):
+        grader.answer(questions, ledger)
+    ledger.add_verdict("r8", grader.model, -1, detail=json.dumps({"scores": [0, 1]}))  # scored before a kill
+    grader.answer(questions, ledger)
+    assert calls == [16, 16, 14, 8]
+    assert len(answers(ledger)) == 20 and answers(ledger)["r8"] == -1
+
+
+def test_what_is_not_a_reward_model_is_refused_by_name(reward_model, tiny, tmp_path):
+    with pytest.raises(ValueError, match="reward model .*/nowhere: cannot be loaded"):
+        RewardModelJudge(texts, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="has 2 outputs"):  # a language model
+        RewardModelJudge(texts, tiny / "model")
+    folder = shutil.copytree(tiny / "model", tmp_path / "headless")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "id2label": {"0": "reward"}}))
+    with pytest.raises(ValueError, match="its weights lack score.weight"):
+        RewardModelJudge(texts, folder)

@@ -1,0 +1,368 @@
+"""runtime/sources.py through data.load_pairs: files, folders, the hub, mixing, decontamination, the cache.
+
+    python -m pytest tests/test_sources.py
+"""
+
+import csv
+import gzip
+import json
+import os
+from collections import Counter
+
+import datasets
+import pytest
+from helpers import (
+    CHATML,
+    LLAMA,
+    ULTRAFEEDBACK,
+    ZEPHYR,
+    as_jsonl,
+    decoded,
+    load_source,
+    preference,
+    renderer,
+    reply,
+    user,
+    write_folder,
+)
+
+import data
+from data import DataError, Renderer, parse_row
+from runtime import sources
+
+GOOD = json.dumps(preference(0))
+pytestmark = pytest.mark.usefixtures("cache")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sources
+
+ROWS = [preference(n) for n in range(6)]
+EXPECTED = [(f"question {n}", {f" good {n}</s>", f" bad {n}</s>"}) for n in range(6)]
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_source(path, form, rows):
+    """Write rows in one of the forms that a source may have; returns the source."""
+    path.mkdir()
+    if form == "jsonl":
+        (path / "train.jsonl").write_text(as_jsonl(rows).replace("\n", "\n\n"))  # blank lines are no rows
+    elif form == "jsonl with byte order mark":
+        (path / "train.jsonl").write_text(as_jsonl(rows), encoding="utf-8-sig")
+    elif form == "jsonl.gz":
+        (path / "train.jsonl.gz").write_bytes(gzip.compress(as_jsonl(rows).encode()))
+    elif form == "json":
+        (path / "train.json").write_text(json.dumps(rows, indent=1))
+    elif form == "json.gz":
+        (path / "train.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    elif form == "csv":
+        write_csv(path / "train.csv", rows)
+    elif form == "csv with byte order mark":  # what spreadsheets write
+        write_csv(path / "x.csv", rows)
+        (path / "train.csv").write_text((path / "x.csv").read_text(), encoding="utf-8-sig")
+    elif form == "csv.gz":
+        write_csv(path / "x.csv", rows)
+        (path / "train.csv.gz").write_bytes(gzip.compress((path / "x.csv").read_bytes()))
+    elif form == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path / "train.parquet")
+    elif form == "Dataset":
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+    elif form == "DatasetDict":
+        datasets.DatasetDict(train=datasets.Dataset.from_list(rows)).save_to_disk(path)
+    elif form == "one file":
+        (path / "my.csv.jsonl").write_text(as_jsonl(rows))
+        return path / "my.csv.jsonl"
+    return path
+
+
+FORMS = ("jsonl", "jsonl with byte order mark", "jsonl.gz", "json", "json.gz", "csv", "csv with byte order mark",
+         "csv.gz", "parquet", "Dataset", "DatasetDict", "one file")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_sources(tmp_path, cache, form):
+    source = write_source(tmp_path / "s", form, ROWS)
+    pairs, labels, truths, said = load_source(source)
+    assert [(p, {a, b}) for p, a, b in decoded(pairs)] == EXPECTED
+    assert len(labels) == 6 and said == "train: 6 rows read, 6 pairs"
+    assert load_source(source, kind="test") == (None, {}, {}, "")
+    assert list(cache.rglob("*.arrow"))  # the cache is where the fixture says
+
+
+@pytest.mark.parametrize("form", ("jsonl", "json", "parquet", "Dataset", "DatasetDict"))
+def test_sources_with_messages(tmp_path, form):
+    source = write_source(tmp_path / "s", form, [ULTRAFEEDBACK, {**ULTRAFEEDBACK, "prompt_id": "2"}])
+    made = renderer(template=CHATML, eos="<|im_end|>", empty_system=False)
+    pairs, labels, _, said = load_source(source, made=made)
+    [(prompt, *responses)] = set(decoded(pairs, made))
+    assert prompt == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert set(responses) == {"Since.<|im_end|>", "No.<|im_end|>"}
+    assert len(pairs) == 2 and len(labels) == 1 and said == "train: 2 rows read, 2 pairs, 1 of them repeated"
+
+
+def test_splits(tmp_path):
+    """Named splits, several of them, and one that only some sources have."""
+    path = tmp_path / "s"
+    write_folder(path, ROWS[:2], "train_prefs")
+    write_folder(path, ROWS[2:4], "train_gen")
+    write_folder(path, ROWS[4:], "test_prefs")
+    assert len(load_source(path, splits=["train_prefs", "train_gen"])[0]) == 4
+    assert [p for p, *_ in decoded(load_source(path, kind="test", splits=["test_prefs"])[0])] == ["question 4", "question 5"]
+    with pytest.raises(DataError, match=rf"{path}: has no split train "):
+        load_source(path)
+    saved, alone = tmp_path / "saved", write_folder(tmp_path / "alone", ROWS[:2])
+    datasets.DatasetDict(test=datasets.Dataset.from_list(ROWS[:1])).save_to_disk(saved)
+    with pytest.raises(DataError, match=rf"{saved}: has no split train "):
+        load_source({alone: 1.0, str(saved): 1.0})
+    # the fraction is of training pairs; evaluation pairs are taken whole, from the sources that have some
+    mixer = {str(path): 0.5, str(saved): 0.5, alone: 1.0}
+    assert len(load_source(mixer, kind="test", splits=["test_prefs", "test"])[0]) == 3
+
+
+def test_hub_source(monkeypatch):
+    """A hub id goes through datasets, with its config name; the error names id, split and row."""
+    asked = []
+
+    def load_dataset(name, config, split):
+        asked.append((name, config, split))
+        return [ROWS[0], {"chosen": "x"}] if split == "bad" else ROWS
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["train", "bad"])
+    pairs, labels, _, _ = load_source("someone/prefs", configs={"someone/prefs": "small"})
+    assert [(p, {a, b}) for p, a, b in decoded(pairs)] == EXPECTED and len(labels) == 6
+    assert asked == [("someone/prefs", "small", "train")]
+    with pytest.raises(DataError, match=r"someone/prefs \[bad\], row 2, field rejected: .*nothing"):
+        load_source("someone/prefs", splits=["bad"])
+    assert load_source("someone/prefs", kind="test") == (None, {}, {}, "")
+    with pytest.raises(DataError, match="someone/prefs: has no split train_prefs"):
+        load_source("someone/prefs", splits=["train_prefs"])
+
+
+def test_mixer_and_max_samples(tmp_path):
+    a = write_folder(tmp_path / "a", [preference(f"a{n}") for n in range(40)])
+    b = write_folder(tmp_path / "b", [preference(f"b{n}") for n in range(30)])
+
+    def prompts(seed=1, fractions=(0.5, 0.1), **options):
+        pairs, labels, _, said = load_source(dict(zip((a, b), fractions)), seed=seed, **options)
+        assert set(pairs.ids) == set(labels)  # nobody is handed labels of pairs that are not taken
+        assert said == f"train: {len(pairs)} rows read, {len(pairs)} pairs"
+        return [p for p, *_ in decoded(pairs)]
+
+    taken = prompts()
+    assert Counter(p[9] for p in taken) == {"a": 20, "b": 3} and len(set(taken)) == 23
+    assert prompts() == taken and sorted(prompts(seed=2)) != sorted(taken)
+    assert [int(p[10:]) for p in taken if p[9] == "a"] != list(range(20))  # a random share, not the first rows
+    few = prompts(max_samples=10)
+    assert len(few) == 10 and set(few) < set(taken) and few == prompts(max_samples=10)
+    assert {p[9] for p in prompts(fractions=(1, 1), max_samples=60)} == {"a", "b"}
+    assert len(prompts(max_samples=1000)) == 23
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors
+
+def write_file(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+LONG = "".join(json.dumps(preference(n)) + "\n" for n in range(400))  # longer than the reader's buffer
+PACKED = gzip.compress(os.urandom(9000).hex().encode())
+
+
+@pytest.mark.parametrize("name, content, match", [
+    ("f.jsonl", GOOD + "\n\n{\"prompt\": \n", r"f\.jsonl, row 3: not a JSON object"),
+    ("f.jsonl", GOOD + "\nhello\n", r"f\.jsonl, row 2: not a JSON object"),
+    ("f.json", f"[{GOOD}, {{]", r"f\.json: not valid JSON"),
+    ("f.json", f"[{GOOD}, 3]", r"f\.json, row 2: expected an object with fields, found int"),
+    ("f.jsonl", LONG.encode() + GOOD.encode().replace(b"question", b"qu\xe9stion"),
+     r"f\.jsonl, row 401\b.*(UTF-8|Unicode)"),
+    ("f.csv", b"prompt,chosen,rejected\np,c,r\np,\xe9,r\n", r"f\.csv, row 2\b.*(UTF-8|Unicode)"),
+    ("f.csv", "prompt,chosen,rejected\np,c\n", r"f\.csv, row 1, field rejected: .*nothing"),
+    ("f.jsonl.gz", gzip.compress(LONG.encode())[:-20], r"f\.jsonl\.gz: damaged gzip file"),
+    ("f.jsonl.gz", LONG, r"f\.jsonl\.gz: damaged gzip file"),
+    ("f.jsonl.gz", PACKED[:2000] + b"\xff" * 300 + PACKED[2300:], r"f\.jsonl\.gz: damaged gzip file"),
+    ("f.txt", GOOD, r"f\.txt: a file must end in one of \.jsonl"),
+])
+def test_malformed_files(tmp_path, name, content, match):
+    """As a user of load_pairs meets them."""
+    path = write_file(tmp_path / name, content)
+    with pytest.raises(DataError, match=match):
+        load_source(path)
+
+
+def test_malformed_rows_of_other_stores(tmp_path):
+    rows = datasets.Dataset.from_list([ROWS[0], {**ROWS[1], "chosen": None}])
+    rows.save_to_disk(tmp_path / "saved")
+    (tmp_path / "parquet").mkdir()
+    rows.to_parquet(tmp_path / "parquet" / "train.parquet")
+    for name, place in (("saved", r"saved \[train\]"), ("parquet", r"train\.parquet")):
+        with pytest.raises(DataError, match=rf"{place}, row 2, field chosen: .*nothing"):
+            load_source(tmp_path / name)
+
+
+def test_long_csv_fields(tmp_path):
+    """The csv module's limit of 131,072 characters a field is not the data's."""
+    write_csv(tmp_path / "f.csv", [preference(0, chosen=" x" * 70_000)])
+    [parsed] = [parse_row(row, place) for place, row in sources.read_file(tmp_path / "f.csv")]
+    assert parsed["responses"][0] == " x" * 70_000
+
+
+@pytest.mark.parametrize("error", (datasets.exceptions.DatasetNotFoundError, ConnectionError, ValueError))
+def test_source_that_is_not_there(monkeypatch, error):
+    """Neither a path nor a data set of the hub, or no way to the hub: the message names the source."""
+    def absent(name, *_, **__):
+        raise error("not on the hub")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", absent)
+    with pytest.raises(DataError, match="no/such/train.jsonl"):
+        load_source("no/such/train.jsonl")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Decontamination
+
+DOCSTRING = "Return the largest prime factor of n, which is\n    greater than one. Only for small n."
+SOLUTION = "    largest = 1\n    for j in range(2, n + 1):\n        largest = max(largest, j)\n    return largest\n"
+
+
+def human_eval(docstring=DOCSTRING, solution=SOLUTION, quotes='"""'):
+    return {"task_id": "HumanEval/0", "entry_point": "f", "canonical_solution": solution,
+            "prompt": f"def f(n: int):\n    {quotes} {docstring}\n    >>> f(12)\n    3\n    {quotes}\n",
+            "test": "def check(candidate):\n    assert candidate(12) == 3 and candidate(7) == 7\n"}
+
+
+CONTAMINATED = [
+    preference(1, prompt=f"Write this: {DOCSTRING.upper()}"),
+    preference(2, chosen="return the largest   prime factor\nof n, which is greater than one. only for small n."),
+    preference(3, rejected="def g(n):\n\tlargest = 1\n\tfor j in range(2, n + 1):\n\t\tlargest = max(largest, j)\n"
+                           "\treturn largest"),
+    {"chosen": [user(DOCSTRING), reply("x")], "rejected": [user(DOCSTRING), reply("y")]}]
+CLEAN = [
+    preference(4), preference(5, chosen="Return the largest prime factor of m, which is greater than one."),
+    preference(6, chosen="def check(candidate): assert candidate(12) == 3 and candidate(7) == 7"),  # its tests
+    preference(7, chosen="return n + 1"), preference(8, chosen="    return x")]
+
+
+@pytest.mark.parametrize("form", ("test.jsonl", "train.jsonl", "one.jsonl", "DatasetDict", "'''", "text file"))
+def test_decontamination(tmp_path, form):
+    short = human_eval("Short.", "    return n + 1\n")  # says nothing about where a text comes from
+    path = tmp_path / "bench"
+    if form == "text file":
+        path = tmp_path / "bench.txt"
+        path.write_text(" ".join(DOCSTRING.split()) + "\n\n" + " ".join(SOLUTION.lower().split()) + "\nreturn n + 1\n")
+    elif form == "DatasetDict":
+        datasets.DatasetDict(test=datasets.Dataset.from_list([human_eval(), short])).save_to_disk(path)
+    elif form == "one.jsonl":
+        path = write_file(tmp_path / "one.jsonl", as_jsonl([human_eval(), short]))
+    else:
+        rows = [human_eval(quotes="'''" if form == "'''" else '"""'), short]
+        write_folder(path, rows, "train" if form == "train.jsonl" else "test")
+    source = write_folder(tmp_path / "s", CONTAMINATED + CLEAN)
+    pairs, labels, _, said = load_source(source, decontaminate_with=str(path), made=renderer(template=ZEPHYR))
+    assert [int(p.split()[-1]) for p, *_ in decoded(pairs)] == [4, 5, 6, 7, 8] and len(labels) == 5
+    assert pairs.counts["rows"] == 9 and pairs.counts["contaminated"] == 4
+    assert said == "train: 9 rows read, 4 dropped as contaminated, 5 pairs"
+
+
+def test_decontamination_by_other_data(tmp_path):
+    """Of any other data set every text column counts; without any string of some length it is refused."""
+    long = "a question that is asked in the exam of the year"
+    bench = write_folder(tmp_path / "bench", [{"question": long, "answer": "question 1", "n": 3}], "test")
+    source = write_folder(tmp_path / "s", [preference(1), preference(2, rejected=long)])
+    assert [p for p, *_ in decoded(load_source(source, decontaminate_with=bench)[0])] == ["question 1"]
+    assert len(load_source(source)[0]) == 2  # the cache of the filtered rows is another one, for each benchmark
+    other = write_folder(tmp_path / "other", [{"question": long.replace("exam", "test")}], "test")
+    assert len(load_source(source, decontaminate_with=other)[0]) == 2
+    short = write_folder(tmp_path / "short", [{"question": "x" * 29}], "test")
+    with pytest.raises(DataError, match=rf"decontaminate_with {short}: holds no string of 30"):
+        load_source(source, decontaminate_with=short)
+    with pytest.raises(DataError, match="empty"):
+        load_source(source, decontaminate_with=write_folder(tmp_path / "empty", [{"question": "x"}], "validation"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes and the cache
+
+def test_processes(tmp_path, cache, monkeypatch):
+    """Two processes make the same table as one; an error in one of them arrives with its row."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    bench = tmp_path / "bench.txt"
+    bench.write_text("this string of the benchmark must not be there\n")
+    rows = [preference(n) for n in range(2100)]
+    rows[1500]["chosen"] = "This string of the benchmark must not be there."
+    rows[1600]["chosen"] = ""
+    source = write_folder(tmp_path / "s", rows)
+    one = load_source(source, workers=1, decontaminate_with=str(bench))
+    assert not list(cache.rglob("*_of_*"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "other")
+    two = load_source(source, workers=2, decontaminate_with=str(bench))
+    assert list((tmp_path / "other").rglob("*_of_00002*"))
+    assert one[0].table[:] == two[0].table[:] and one[0].ids == two[0].ids and one[1:] == two[1:]
+    assert one[0].fingerprint == two[0].fingerprint and len(two[0]) == 2098
+    assert two[3] == "train: 2,100 rows read, 1 dropped as contaminated, 1 dropped for an empty response, 2,098 pairs"
+
+    rows[2000] = {"prompt": [{"role": "tool", "content": "x"}], "chosen": "c", "rejected": "r"}
+    with pytest.raises(DataError, match=r"train\.jsonl, row 2001: the chat template failed \(.*Only user and"):
+        load_source(write_folder(tmp_path / "s", rows), workers=2, made=renderer(template=LLAMA))
+
+
+def test_cache(tmp_path, monkeypatch):
+    """A second load reads the cache; whatever changes what a row becomes makes another one."""
+    rows = [{"prompt": [user(f"q{n}")], "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(20)]
+    source = write_folder(tmp_path / "s", rows)
+    rendered, parsed = [], []
+    render, parse = Renderer.texts, data.parse_row
+    monkeypatch.setattr(Renderer, "texts", lambda self, *args: rendered.append(1) or render(self, *args))
+    monkeypatch.setattr(data, "parse_row", lambda *args: parsed.append(1) or parse(*args))
+
+    def again(make=dict(template=CHATML), **options):
+        rendered.clear(), parsed.clear()
+        out = load_source(options.pop("source", source), made=renderer(**make), **options)
+        return out, len(rendered), len(parsed)
+
+    first, *work = again()
+    assert work == [20, 20]
+    second, *work = again()
+    assert work == [0, 0] and second[0].table[:] == first[0].table[:] and second[1:] == first[1:]
+    assert second[0].fingerprint == first[0].fingerprint
+    fingerprints = {first[0].fingerprint}
+    for change in (dict(template="{{ 'x' }}" + CHATML), dict(template=CHATML, max_length=300),
+                   dict(template=CHATML, max_prompt_length=100), dict(template=CHATML, empty_system=False),
+                   dict(template=CHATML, add_bos=True), dict(template=CHATML, eos="<|im_end|>"),
+                   dict(template=CHATML, bos="<|im_start|>")):
+        out, *work = again(change)
+        assert work == [20, 0], change
+        fingerprints.add(out[0].fingerprint)
+    assert len(fingerprints) == 8
+    assert again(dict(template=CHATML))[1:] == (0, 0)
+    out, *work = again(max_samples=5)
+    assert work == [5, 0] and len(out[0]) == 5 and out[0].fingerprint not in fingerprints
+    assert again(max_samples=5)[1:] == (0, 0) and again(max_samples=5, seed=7)[1:] == (5, 0)
+    assert again({"template": CHATML}, source={source: 0.5})[1:] == (10, 0)
+
+    rows[3]["chosen"] = "fine 3"  # of the same size
+    out, *work = again(source=write_folder(tmp_path / "s", rows))
+    assert work == [20, 20] and any("fine 3" in text for pair in decoded(out[0]) for text in pair)
+    assert out[0].fingerprint not in fingerprints
+    monkeypatch.setattr(data, "VERSION", data.VERSION + 1)
+    assert again()[1:] == (20, 20)
+
+
+@pytest.mark.parametrize("form", ("parquet", "DatasetDict", "Dataset"))
+def test_cache_of_a_changed_source(tmp_path, form):
+    for n in range(2):
+        path = tmp_path / "s"
+        if path.exists():
+            for file in sorted(path.rglob("*"), reverse=True):
+                file.rmdir() if file.is_dir() else file.unlink()
+            path.rmdir()
+        rows = [preference(10 + n)]
+        assert decoded(load_source(write_source(path, form, rows))[0])[0][0] == f"question {10 + n}"
