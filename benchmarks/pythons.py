@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = [f"tests/test_{name}.py" for name in ("adpo", "config", "data", "oracle", "toy")]
+TESTS = [f"tests/test_{name}.py" for name in
+         ("adpo", "batches", "config", "data", "ledger", "oracle", "sources", "toy")]
 PACKAGES = ("torch", "transformers", "datasets", "deepspeed")
 VERSIONS = ("import platform, importlib.metadata as m; "
             f"print(platform.python_version(), *(m.version(p) for p in {PACKAGES}))")

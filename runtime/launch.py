@@ -34,11 +34,11 @@ import deepspeed
 import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
-from runtime.parse import help_text, parse_config
 from tqdm import tqdm
 
 from labels.ledger import in_words
 from runtime.errors import Stopped, UsageError, one_line
+from runtime.parse import help_text, parse_config
 from runtime.ranks import rank, say, several_hosts
 
 

@@ -1,8 +1,8 @@
-"""The models and data sets of the Zephyr recipes in miniature, for tests: files, config keys, templates, columns and splits
-as the hub has them; small vocabularies, random weights, and pairs of the toy grammar.
+"""The models and data sets of the Zephyr recipes in miniature. Files, config keys, templates, columns and splits are as on
+the hub; vocabularies are small, weights random, and the pairs come from the toy grammar.
 
-`folders(path, pairs)` writes them as plain folders, `hub_cache(path, home)` puts those where the libraries of the hub look
-for what was downloaded before, so that a run finds each by its name with HF_HUB_OFFLINE=1.
+`folders(path, pairs)` writes them as plain folders. `hub_cache(path, home)` puts those where the hub's libraries look for
+earlier downloads, so that a run with HF_HUB_OFFLINE=1 finds each by its name.
 """
 
 import json
@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from runtime import toy
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-# The handbook's default; the line break behind {{ … }} is part of what it writes.
+# The handbook's default; the line break after {{ … }} is part of its output.
 ZEPHYR = ("{% for m in messages %}\n{% if m['role'] in ['user', 'system', 'assistant'] %}\n"
           "{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token }}\n{% endif %}\n"
           "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}")
@@ -27,7 +27,7 @@ CHATML_WITH_BOS = ("{{ bos_token }}{% for m in messages %}"
                    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
                    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
                    "{% elif messages[-1]['role'] == 'assistant' %}{{ eos_token }}{% endif %}")
-# Gemma's own, which knows no system message.
+# Gemma's own, which refuses system messages.
 GEMMA = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
          "{{ bos_token }}{% for m in messages %}"
          "{{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' "
@@ -62,7 +62,7 @@ DATA = {"HuggingFaceH4/ultrafeedback_binarized": ("train_prefs", "test_prefs"), 
 
 
 def make_tokenizer(special, bos, leading_space):
-    """A BPE as SentencePiece's converted ones: "▁" for spaces, what is not in the vocabulary as bytes, a BOS in front.
+    """A BPE like those converted from SentencePiece: "▁" for spaces, bytes for what is not in the vocabulary, a BOS first.
 
     leading_space: Llama's and Mistral's "▁" in front of a text, which Gemma does not have.
     """
@@ -87,7 +87,7 @@ def make_tokenizer(special, bos, leading_space):
 
 
 def write_model(folder, config, special, tokenizer):
-    """config.json, weights in several files, tokenizer.json and tokenizer_config.json, as transformers 4 wrote them."""
+    """Write config.json, weights in several files, tokenizer.json and tokenizer_config.json, as transformers 4 did."""
     made = make_tokenizer(special, tokenizer["bos_token"], tokenizer["tokenizer_class"] == "LlamaTokenizer")
     ids = {f"{name}_token_id": made.token_to_id(tokenizer[f"{name}_token"]) for name in ("bos", "eos", "pad")}
     config = {**config, **ids, "vocab_size": made.get_vocab_size()}
@@ -102,7 +102,8 @@ def write_model(folder, config, special, tokenizer):
 
 
 def write_data(folder, name, pairs):
-    """The splits of one data set as jsonl, from the labelled pairs of the toy grammar. pairs: {"train", "test"}.jsonl."""
+    """Write the splits of one data set as jsonl, from labelled pairs of the toy grammar. pairs: a folder with
+    train.jsonl and test.jsonl."""
     for split in DATA[name]:
         with open(folder / f"{split}.jsonl", "w") as file:
             for n, line in enumerate((pairs / f"{split.removesuffix('_prefs')}.jsonl").read_text().splitlines()):
@@ -132,7 +133,7 @@ def folders(path, pairs):
 
 
 def hub_cache(path, home):
-    """Put the folders of `folders` into the caches under `home` (HF_HOME), as downloads of earlier leave them."""
+    """Put the folders that `folders` wrote into the caches under `home` (HF_HOME), as if they had been downloaded."""
     for name in MODELS:
         repository = Path(home) / "hub" / f"models--{name.replace('/', '--')}"
         shutil.copytree(path / name, repository / "snapshots" / COMMIT)

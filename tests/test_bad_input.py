@@ -49,12 +49,12 @@ ODD = ["<|im_end|>", "</s>", "<s>", "<unk>", "<|im_start|>system\n", "<|im_", "e
        "a long text " * 30]
 WORDS = st.one_of(st.sampled_from(ODD), st.text(st.characters(exclude_categories=["Cs"]), max_size=8))
 TEXTS = st.lists(WORDS, max_size=6).map("".join).filter(lambda text: data.SENTINEL not in text)
-CONTENTS = TEXTS.filter(str.strip)  # a reply of white space alone is dropped; `test_…_are_dropped` of test_data.py
+CONTENTS = TEXTS.filter(str.strip)  # a reply of white space is dropped: test_data.py
 
 
 @st.composite
 def good_rows(draw):
-    """(row, prompt, responses): a row of any format, and what is to be read from it: strings or messages."""
+    """(row, prompt, responses): a row of any format, and what has to be read from it, as strings or messages."""
     first, second = draw(CONTENTS), draw(CONTENTS)
     names = draw(st.sampled_from([("chosen", "rejected"), ("response_a", "response_b")]))
     if draw(st.booleans()):
@@ -96,7 +96,7 @@ def places(value, path=()):
 
 @st.composite
 def bad_rows(draw):
-    """A good row in which one to three values, wherever they stand, are replaced, removed, doubled, moved or renamed."""
+    """A good row in which one to three values, at any depth, are replaced, removed, doubled, moved or renamed."""
     row = json.loads(json.dumps(draw(good_rows())[0]))
     for _ in range(draw(st.integers(1, 3))):
         *path, last = draw(st.sampled_from([p for p in places(row) if p] or [("chosen",)]))
@@ -119,7 +119,7 @@ def bad_rows(draw):
 
 
 def read(path, row):
-    """The row in the one form, read from a file in which it is the second."""
+    """The parsed row, read from a file in which it is the second."""
     path.write_text("\n" + json.dumps(row) + "\n")
     [parsed] = data.parsed_rows(str(path), "train", None)
     return parsed
@@ -131,13 +131,13 @@ def made(kind, *limits):
 
 
 def render(made, parsed):
-    """(prompt ids, the ids of both responses, drop) of a row in the one form."""
+    """(prompt ids, the ids of both responses, why it is dropped) of a parsed row."""
     out = data.tokenize_rows({name: [value] for name, value in parsed.items()}, made)
     return out["prompt_ids"][0], [out["first_ids"][0], out["second_ids"][0]], out["drop"][0]
 
 
 def meaning(row):
-    """The whole text or conversation of both sides of a row: the formats of the README in other words than data.py's."""
+    """The whole text or conversation of both sides of a row: the README's formats, implemented without data.py."""
     names = ("chosen", "rejected") if row.get("chosen") is not None else ("response_a", "response_b")
     prompt = row.get("prompt")
     if isinstance(prompt, list):
@@ -157,7 +157,7 @@ def meaning(row):
 
 
 def spell(kind, whole):
-    """What the model is to read, to its EOS: the templates of KINDS in other words than theirs."""
+    """What the model has to read, up to its EOS: the templates of KINDS, implemented without Jinja."""
     if isinstance(whole, str):
         return whole + KINDS[kind].get("eos", "</s>")
     if kind == "chatml":
@@ -166,14 +166,14 @@ def spell(kind, whole):
 
 
 def harmless(whole):
-    """A conversation of the same turns without a special token's name in it."""
+    """A conversation with the same turns that contains no name of a special token."""
     return "x" if isinstance(whole, str) else [
         {"content": "x", "role": m["role"] if m["role"] in ("user", "assistant") else "r"} for m in whole]
 
 
 def check(kind, row, parsed):
-    """What became of a row: "trained" or why it is dropped. Its tokens spell the row's own text, prompt before response; the
-    special tokens among them are the template's; with limits they are the same tokens, cut."""
+    """What becomes of a row: "trained", or why it is dropped. Checks that its tokens spell the row's text, prompt before
+    response, that the special tokens are the template's, and that with limits they are the same tokens, cut."""
     prompt_ids, responses, drop = render(made(kind, 10**8, 10**9), parsed)
     if drop == "empty response":
         assert [] in responses
@@ -206,7 +206,7 @@ def check(kind, row, parsed):
 
 @pytest.fixture(scope="module")
 def counted(pytestconfig):
-    """{what: Counter of what became of it}; of a long run, written to benchmarks/results/bad_input.md."""
+    """{what: Counter of what became of it}. A long run writes it to benchmarks/results/bad_input.md."""
     found = {}
     yield found
     if pytestconfig.getoption("--examples") >= 1000 and pytestconfig.getoption("--fuzz") >= 1000:
@@ -220,7 +220,7 @@ def counted(pytestconfig):
 
 
 def for_all(pytestconfig, strategy, holds, times=1):
-    """Run `holds` on --examples values of the strategy: the same ones each time."""
+    """Run `holds` on --examples values of the strategy, the same ones each time."""
     settings(max_examples=times * pytestconfig.getoption("--examples"), derandomize=True, database=None, deadline=None,
              suppress_health_check=list(HealthCheck))(given(strategy)(holds))()
 
@@ -247,7 +247,7 @@ def test_good_rows_with_any_text_are_trained_on_as_they_are(kind, tmp_path, pyte
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_with_anything_wrong_are_trained_on_rightly_or_refused(kind, tmp_path, pytestconfig, counted):
+def test_rows_with_anything_wrong_are_trained_on_correctly_or_refused(kind, tmp_path, pytestconfig, counted):
     seen = counted[f"rows with something wrong, {kind}"] = Counter()
 
     def holds(row):
@@ -285,8 +285,8 @@ def test_lines_that_cannot_be_read(line, match, tmp_path):
     assert str(caught.value).isprintable()
 
 
-def test_a_greeting_is_no_reply():
-    """A conversation that begins with the assistant, given whole beside its prompt: the prompt must not be there twice."""
+def test_a_greeting_is_not_a_reply():
+    """A conversation that begins with the assistant is given whole, and its prompt too: the prompt must not appear twice."""
     talk = [reply("Hi"), user("q")]
     for prompt in (talk, "q", None):
         parsed = data.parse_row({"prompt": prompt, "chosen": talk + [reply("c")], "rejected": talk + [reply("r")]}, "row")
@@ -341,18 +341,18 @@ BAD_FILES = {
     "deep array": ("train.json", b"[" * 10**5, r"train\.json: cannot be read \(RecursionError"),
     # gzip
     "gzip cut off": ("train.jsonl.gz", gzip.compress(LINES.encode())[:-30], r"train\.jsonl\.gz: damaged gzip file"),
-    "gzip by name alone": ("train.jsonl.gz", LINES.encode(), r"train\.jsonl\.gz: damaged gzip file"),
-    "gzip by content alone": ("train.jsonl", gzip.compress(LINES.encode()), r"train\.jsonl: not UTF-8 text"),
+    "gzip only by name": ("train.jsonl.gz", LINES.encode(), r"train\.jsonl\.gz: damaged gzip file"),
+    "gzip only by content": ("train.jsonl", gzip.compress(LINES.encode()), r"train\.jsonl: not UTF-8 text"),
     # CSV
     "quote never closed": ("train.csv", (CSV + 'p,c,r\r\np,c,"r\r\np,c,r\r\n').encode(), r"csv, line 4: not valid CSV"),
-    "text behind a quote": ("train.csv", (CSV + 'p,c,"r"x\r\n').encode(), r"train\.csv, line 2: not valid CSV"),
+    "text after a quote": ("train.csv", (CSV + 'p,c,"r"x\r\n').encode(), r"train\.csv, line 2: not valid CSV"),
     "comma without quotes": ("train.csv", (CSV + "p,c, and more,r\r\n").encode(), r"csv, row 1: 4 cells, but .* has 3"),
     "cell missing": ("train.csv", (CSV + "p,c,r\r\np,c\r\n").encode(), r"train\.csv, row 2, field rejected: found nothing"),
     "column twice": ("train.csv", b"prompt,chosen,rejected,chosen\np,c,r,d\n", r"csv: two columns have the same name"),
     "no header": ("train.csv", b"p,c,r\np,c,r\n", r"train\.csv, row 1: needs chosen and rejected.* it has p, c, r"),
     "semicolons": ("train.csv", b"prompt;chosen;rejected\np;c;r\n", r"train\.csv, row 1: needs chosen and rejected"),
     "empty CSV": ("train.csv", b"", r"its split train has no rows"),
-    "header alone": ("train.csv", CSV.encode(), r"its split train has no rows"),
+    "only a header": ("train.csv", CSV.encode(), r"its split train has no rows"),
     # parquet
     "empty parquet": ("train.parquet", b"", r"train\.parquet: cannot be read"),
     "not parquet": ("train.parquet", LINES.encode(), r"train\.parquet: cannot be read"),
@@ -490,7 +490,7 @@ def change_text(text, rng):
 
 
 def odd_flags(rng):
-    """Arguments in every form, good and bad. Returns (arguments, whether they have to be refused)."""
+    """Arguments of every form, good and bad. Returns (arguments, whether they have to be refused)."""
     name, value = rng.choice(sorted(KNOWN)), str(rng.choice(ODD_VALUES))[:200]
     forms = [
         ([f"--{name}={value}"], 0), ([f"--{name}", value], 0), ([f"--{name}"], 0), ([f"--{name}="], 0), (["--seed=1.0"], 0),
@@ -501,7 +501,7 @@ def odd_flags(rng):
 
 
 def assert_valid(config, values):
-    """Every field has its type, its range and its choices, and is what the file says."""
+    """Every field has the right type, is in its range and among its choices, and is what the file says."""
     for field in dataclasses.fields(Config):
         name = field.name
         value, hint = getattr(config, name), field.type
@@ -557,14 +557,14 @@ def test_mutated_configs_parse_or_are_refused_in_one_line(tmp_path, pytestconfig
     assert all(min(seen[kind]["refused"], seen[kind]["parsed"]) > 1 for kind in seen), seen
 
 
-# Values of the right type, for keys that say nothing narrower.
+# Values of the right type, for keys without choices.
 PLAUSIBLE = {int: [0, 1, 3, 40], float: [0.0, 0.25, 1.0, 3.0], bool: [True, False], str: ["x", "none"]}
-# These would wait for somebody, take long, or write elsewhere.
+# These would wait for somebody, take long, or write to other places.
 NOT_TRIED = {"max_steps", "oracle", "push_to_hub", "num_threads", "preprocessing_num_workers", "output_dir", "toy_dir"}
 
 
 def test_configs_of_plausible_values_run_or_end_in_one_line(train, pytestconfig, counted):
-    """A tenth of --fuzz: one to three keys of a real, tiny run are changed, and it is started."""
+    """A tenth of --fuzz: a real, tiny run is started with one to three keys changed."""
     seen = counted["runs with plausible values"] = Counter()
     keys = sorted({*KNOWN} - NOT_TRIED)
     for n in range(pytestconfig.getoption("--fuzz") // 10):
@@ -616,7 +616,7 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{n}: &a{n} {{<<: [{', '.join([f'*a{n - 
     ("dataset_splits: [train, '']\n", "dataset_splits: expected a list of names"),
     ("gradient_checkpointing_kwargs: {use_renentrant: false}\n", "expected use_reentrant or preserve_rng_state"),
 ])
-def test_yaml_that_cannot_be(text, message, tmp_path, monkeypatch, capsys):
+def test_yaml_that_cannot_work(text, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text(GOOD_YAML + text if not text.startswith("a0") else text)
     assert command(["--config", "c.yaml"]) == 2
@@ -635,7 +635,7 @@ def test_yaml_that_cannot_be(text, message, tmp_path, monkeypatch, capsys):
     ("--judge_timeout=1e10", "judge_timeout: expected a number of at most 86400"),
     ("--output_dir=\udcff", "found '\\udcff'"),
 ])
-def test_flags_that_cannot_be(flag, message, tmp_path, monkeypatch, capsys):
+def test_flags_that_cannot_work(flag, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text(GOOD_YAML)
     assert command(["--config", "c.yaml", flag]) == 2
@@ -668,7 +668,7 @@ def test_what_yaml_allows_is_still_allowed(tmp_path):
     (b'{"zero_optimization": {"stage": 2, "compute_grad_norm": "no"}}', "compute_grad_norm false cannot be honoured"),
     (b'{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}', "device nvme cannot be honoured"),
 ])
-def test_engine_files_that_cannot_be(content, message, train, tmp_path):
+def test_engine_files_that_cannot_work(content, message, train, tmp_path):
     (tmp_path / "engine.json").write_bytes(content)
     assert_refused(train, f"engine\\.json.*{message}", deepspeed=tmp_path / "engine.json")
 
@@ -678,6 +678,6 @@ def test_engine_files_that_cannot_be(content, message, train, tmp_path):
     ({"enabled": "auto", "bf16_master_weights_and_grads": True}, "bf16_master_weights_and_grads cannot be honoured"),
     ({}, "bf16 is False, but the YAML says True; write"),
 ])
-def test_engine_files_that_would_make_a_check_blind(section, message, train, tmp_path):
+def test_engine_files_that_would_blind_a_check(section, message, train, tmp_path):
     (tmp_path / "engine.json").write_text(json.dumps({"zero_optimization": {"stage": 2}, "bf16": section}))
     assert_refused(train, f"engine\\.json.*{message}", deepspeed=tmp_path / "engine.json", bf16=True)

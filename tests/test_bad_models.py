@@ -46,7 +46,7 @@ def only_pickle(folder):
 
 
 def with_code(file, **changes):
-    """A folder whose `file` names Python code of its own, which makes a file where it is run."""
+    """Let `file` of a model's folder name Python code in that folder, which creates "was run" if it is ever run."""
     def change(folder):
         for name in ("its_config.py", "its_model.py", "its_tokenizer.py"):
             (folder / name).write_text(f"open({str(folder.parent / 'was run')!r}, 'w')\n")
@@ -73,7 +73,7 @@ BAD_MODELS = {
                            r"lack model\.norm\.weight \(1 in"),
     "other weights": (lambda f: change_weights(f, lambda w: [w.pop(k) for k in [*w] if "layers" in k]),
                       r"lack model\.layers\.0"),
-    "weights that are no numbers": (lambda f: change_weights(f, lambda w: w["model.norm.weight"].fill_(math.nan)),
+    "weights that are not numbers": (lambda f: change_weights(f, lambda w: w["model.norm.weight"].fill_(math.nan)),
                                     r"by nan nats"),
     "code for the model": (with_code("config.json", model_type="its", auto_map={
         "AutoConfig": "its_config.C", "AutoModelForCausalLM": "its_model.M"}), r"code of its own: .*trust_remote_code"),
@@ -81,7 +81,7 @@ BAD_MODELS = {
         "AutoTokenizer": ["its_tokenizer.T", None]}), r"tokenizer \S+: cannot be loaded .*needs code of its own"),
     "config cut off": (lambda f: (f / "config.json").write_text('{"model_type": '),
                        r"model: cannot be loaded .*not a valid JSON"),
-    "config no object": (lambda f: (f / "config.json").write_text("[]"), r"model: cannot be loaded \(TypeError"),
+    "config that is not an object": (lambda f: (f / "config.json").write_text("[]"), r"model: cannot be loaded \(TypeError"),
     "config empty": (lambda f: (f / "config.json").write_text("{}"), r"model: cannot be loaded .*model_type"),
     "config missing": (lambda f: (f / "config.json").unlink(), r"model: cannot be loaded .*config\.json"),
     "config of an unknown kind": (lambda f: change_json(f / "config.json", model_type="nonsense"), r"model type `nonsense`"),
@@ -89,7 +89,7 @@ BAD_MODELS = {
                               r"'hidden_size' expected int, got str"),
     "config without a head": (lambda f: change_json(f / "config.json", num_attention_heads=0), r"ZeroDivisionError"),
     "tokenizer cut off": (lambda f: (f / "tokenizer.json").write_text("{"), r"tokenizer \S+model: cannot be loaded"),
-    "tokenizer config no object": (lambda f: (f / "tokenizer_config.json").write_text("[]"),
+    "tokenizer config that is not an object": (lambda f: (f / "tokenizer_config.json").write_text("[]"),
                                    r"tokenizer \S+: cannot be loaded"),
     "no tokenizer": (lambda f: [(f / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")],
                      r"tokenizer \S+model: cannot be loaded"),
@@ -127,7 +127,7 @@ def test_a_reference_with_fewer_embeddings_is_refused_too(train, tiny, tmp_path)
 
 
 def test_messages_without_a_chat_template_are_refused(train, tiny, tmp_path):
-    """The tiny model has none, and all other tests here train it on strings."""
+    """The tiny model has none; all other tests train it on strings."""
     (tmp_path / "train.jsonl").write_text(as_jsonl([{"prompt": [user("u")], "chosen": " good .", "rejected": " bad ."}]))
     assert_refused(train, r"train\.jsonl, row 1: messages need a chat template", dataset_mixer=f"{{{tmp_path}: 1.0}}")
 
@@ -150,10 +150,10 @@ def test_models_without_pad_and_bos_and_with_either_head_train(tied, train, tiny
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Nothing is run and nothing is reached that was not asked for
+# Nothing is run or reached that was not asked for
 
 class Evil:
-    """Makes a file where its pickle is loaded."""
+    """Creates a file when its pickle is loaded."""
 
     def __init__(self, path):
         self.path = path
@@ -163,7 +163,7 @@ class Evil:
 
 
 def plant(folder, was_run, *names):
-    """Files that make `was_run` when they are unpickled or executed, under names that libraries look for."""
+    """Write files that create `was_run` when they are unpickled or run, under names that libraries look for."""
     for name in names:
         (folder / name).write_bytes(pickle.dumps(Evil(was_run)) if not name.endswith(".py") else
                                     f"open({str(was_run)!r}, 'w')\n".encode())
@@ -171,13 +171,13 @@ def plant(folder, was_run, *names):
 
 def test_a_planted_file_does_run_when_it_is_loaded(tmp_path):
     plant(tmp_path, tmp_path / "was run", "model.bin")
-    with pytest.raises(RuntimeError, match="Invalid magic number"):  # it is no tensor, but by then it has run
+    with pytest.raises(RuntimeError, match="Invalid magic number"):  # it is not a tensor, but by then it has run
         torch.load(tmp_path / "model.bin", weights_only=False)
     assert (tmp_path / "was run").exists()
 
 
 def test_no_pickle_and_no_code_of_a_folder_is_run(train, tiny, tmp_path):
-    """Beside good weights and pairs, in the folders of policy, reference and data; and the trained model holds none."""
+    """They lie next to good weights and pairs, in the folders of policy, reference and data. The trained model has none."""
     was_run = tmp_path / "was run"
     for name, planted in (("model", ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "model.pkl", "modeling.py")),
                           ("pairs", ("pairs.py", "pairs.pkl", "train.pkl", "train.pt", "dataset.py"))):
@@ -190,7 +190,7 @@ def test_no_pickle_and_no_code_of_a_folder_is_run(train, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["policy", "reference", "reward model"])
-def test_weights_that_are_pickles_alone_are_refused_and_not_run(what, train, tiny, tmp_path):
+def test_weights_that_exist_only_as_pickles_are_refused_and_not_run(what, train, tiny, tmp_path):
     shutil.copytree(tiny / "model", tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").unlink()
     plant(tmp_path / "model", tmp_path / "was run", "pytorch_model.bin", "training_args.bin")
@@ -202,19 +202,19 @@ def test_weights_that_are_pickles_alone_are_refused_and_not_run(what, train, tin
 
 
 @pytest.mark.parametrize("name", ["pairs.py", "train.py"])
-def test_a_loading_script_is_no_data_set(name, train, tmp_path):
-    """Neither the folder nor the file: data sets that bring code were once run by the library."""
+def test_a_loading_script_is_not_a_data_set(name, train, tmp_path):
+    """Neither its folder nor the file. The library once ran the code that came with a data set."""
     (tmp_path / "pairs").mkdir()
     plant(tmp_path / "pairs", tmp_path / "was run", name)
     assert_refused(train, r"pairs: has no split train", dataset_mixer=f"{{{tmp_path}/pairs: 1.0}}")
     assert_refused(train, r"\.py: a file must end in one of", dataset_mixer=f"{{{tmp_path}/pairs/{name}: 1.0}}")
-    with pytest.raises(RuntimeError, match="scripts are no longer supported"):  # what the library says to a hub id with one
+    with pytest.raises(RuntimeError, match="scripts are no longer supported"):  # as for a script on the hub
         datasets.load_dataset(str(tmp_path / "pairs" / name))
     assert not (tmp_path / "was run").exists()
 
 
-# Every look-up of a name and every connection that leaves this machine is written down and fails. Where the system allows
-# it, the process has no network at all (`unshare --net`), but for its own loopback, which is switched on here.
+# Every name look-up and every connection that leaves this machine is recorded and fails. If the system allows it, the
+# process has no network at all (`unshare --net`) except its own loopback, which is switched on here.
 GUARD = """
 import fcntl, ipaddress, runpy, socket, struct, sys
 _, reached, *sys.argv = sys.argv
@@ -241,7 +241,7 @@ with socket.socket() as probe:
     try:
         fcntl.ioctl(probe, 0x8914, struct.pack("16sh14x", b"lo", 0x49))  # SIOCSIFFLAGS: up, loopback, running
     except OSError:
-        pass  # this is the machine's own, and up
+        pass  # without unshare this is the machine's loopback, which is up
 sys.addaudithook(watch)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -249,23 +249,23 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.fixture
 def guarded(tmp_path):
-    """guarded(program, *arguments) → (the finished process, what it wanted to reach): no network, the hub not offline by
-    its own setting, and a token with which something could be pushed."""
-    alone = ["unshare", "--map-root-user", "--net"]
-    if not shutil.which("unshare") or subprocess.run([*alone, "true"], capture_output=True).returncode:
-        alone = []
+    """guarded(program, *arguments) → (the finished process, what it tried to reach). It has no network, HF_HUB_OFFLINE is
+    not set, and there is a token with which something could be pushed."""
+    unshare = ["unshare", "--map-root-user", "--net"]
+    if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        unshare = []
     (tmp_path / "guard.py").write_text(GUARD)
 
     def run(program, *arguments):
         environment = launcher_environment() | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "x"}
         del environment["HF_HUB_OFFLINE"]
-        done = subprocess.run([*alone, sys.executable, str(tmp_path / "guard.py"), str(tmp_path / "reached"), str(program),
+        done = subprocess.run([*unshare, sys.executable, str(tmp_path / "guard.py"), str(tmp_path / "reached"), str(program),
                                *map(str, arguments)], cwd=ROOT, env=environment, text=True, capture_output=True, timeout=240)
         return done, (tmp_path / "reached").read_text() if (tmp_path / "reached").exists() else ""
     return run
 
 
-def test_the_guard_sees_what_is_reached_for(guarded, tmp_path):
+def test_the_guard_sees_what_a_program_tries_to_reach(guarded, tmp_path):
     (tmp_path / "program.py").write_text("import huggingface_hub\nhuggingface_hub.HfApi().whoami()\n")
     done, reached = guarded(tmp_path / "program.py")
     assert done.returncode == 1 and "huggingface.co" in reached

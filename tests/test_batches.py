@@ -24,7 +24,8 @@ def test_epoch_order():
 
 
 def test_epoch_order_by_length(monkeypatch):
-    """Each pair once; a window's steps hold pairs of like length, in random order; the small last step is a random draw."""
+    """Each pair comes once. A window's steps hold pairs of similar length, in random order; the small last step is a random
+    draw."""
     monkeypatch.setattr(data, "LENGTH_WINDOW", 40)
     lengths = [random.Random(i).randint(1, 500) for i in range(97)]
     order = epoch_order(lengths, 1, 3, 8, group_by_length=True)
@@ -41,13 +42,13 @@ def test_epoch_order_by_length(monkeypatch):
         assert all(max(a) <= min(b) for a, b in zip(ordered, ordered[1:]))
         shuffled |= steps != ordered
     assert shuffled
-    assert sorted(epoch_order(lengths, 0, 0, 64, group_by_length=True)) == list(range(97))  # a step over the window
-    assert sorted(epoch_order(lengths[:5], 0, 0, 8, group_by_length=True)) == list(range(5))  # a step over the data
+    assert sorted(epoch_order(lengths, 0, 0, 64, group_by_length=True)) == list(range(97))  # a step larger than the window
+    assert sorted(epoch_order(lengths[:5], 0, 0, 8, group_by_length=True)) == list(range(5))  # a step larger than the data
 
 
 @pytest.mark.parametrize("count", (0, 1, 3, 7, 8, 64))
 def test_split_batch(count):
-    """Every pair once, never too many pairs or tokens a rank, as many micro-steps on each rank, whatever the grid."""
+    """For any grid: every pair comes once, no rank gets too many pairs or tokens, ranks have equally many micro-steps."""
     draw = random.Random(count)
     lengths = [draw.randint(1, 50) for _ in range(200)]
     rows = draw.sample(range(200), count)
@@ -60,14 +61,14 @@ def test_split_batch(count):
             assert len(cell) <= most_pairs and (len(cell) * max(lengths[i] for i in cell) <= most_tokens or len(cell) == 1)
         for step in grid[:-1]:
             assert len({len(cell) for cell in step}) == 1  # no rank waits for another
-        assert grid == split_batch(rows[::-1], lengths, ranks, most_pairs, most_tokens)  # not the order of the rows
+        assert grid == split_batch(rows[::-1], lengths, ranks, most_pairs, most_tokens)  # in any order of the rows
         flat = [lengths[i] for cell in cells for i in cell]
-        assert flat == sorted(flat, reverse=True)  # pairs of like length meet
+        assert flat == sorted(flat, reverse=True)  # pairs of similar length meet
     assert len(split_batch(rows, lengths, 1, 8, 10**6)) == -(-count // 8)  # no more micro-steps than needed
 
 
 def test_little_of_a_batch_is_padding():
-    """Under 5 % of the computed positions, on lengths that vary as those of dialogues do, at the sizes that recipes use."""
+    """Under 5 % of the computed positions, with lengths that vary like those of dialogues and the sizes of the recipes."""
     draw = random.Random(0)
     lengths = [min(1500, 20 + round(draw.lognormvariate(5, 0.8))) for _ in range(2308)]
     for step_pairs, micro_pairs in ((8, 8), (32, 8), (64, 4), (64, 8)):
@@ -94,9 +95,9 @@ def test_collate_shared():
     assert batch.shared is True
     assert batch.input_ids.tolist() == [[13, 23, 32, 2, 9, 9, 9], [11, 12, 21, 22, 2, 31, 2]]
     assert batch.segments.tolist() == [[0, 1, 2, 2, -1, -1, -1], [0, 0, 1, 1, 1, 2, 2]]
-    # y2 starts again behind the prompt
+    # positions of y2 restart after the prompt
     assert batch.positions.tolist() == [[0, 1, 1, 2, 0, 0, 0], [0, 1, 2, 3, 4, 2, 3]]
-    # the prompt's last state predicts the first token of both, then each token's own state the next
+    # the prompt's last state predicts the first token of both responses, then each token's state the next
     assert batch.sources.tolist() == [0, 0, 2, 7 + 1, 7 + 2, 7 + 3, 7 + 1, 7 + 5]
     assert batch.targets.tolist() == [23, 32, 2, 21, 22, 2, 31, 2]
     assert batch.lengths.tolist() == [1, 2, 3, 2]
@@ -148,7 +149,7 @@ def test_training_pairs_that_hold_labels_make_no_batch():
 
 
 def test_a_filler_has_finite_numbers_although_its_pair_was_not_scored():
-    """A run that ends within its first epoch scores only the pairs that it will see: pair 0 need not be among them."""
+    """A run that ends within its first epoch scores only the pairs that it will see, and pair 0 may not be among them."""
     pairs = two_pairs()
     pairs.ref_logps = torch.tensor([[torch.nan, torch.nan], [3.0, 4.0]])
     assert pairs.batch([], "cpu").ref_logps.isfinite().all() and pairs.batch([0], "cpu").ref_logps.isnan().all()

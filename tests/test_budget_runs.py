@@ -6,13 +6,13 @@ import sqlite3
 
 
 def test_a_budget_is_never_passed(train, by_dataset):
-    """12 labels: 8 at step 0, the rest go to the least sure; after that an unsure pair gets no label."""
+    """12 labels: 8 at step 0, the rest for the least sure pairs; after that an unsure pair gets no label."""
     run = train("budget", max_queries=12, price_per_label=0.25)
     summary = run.summary()
     assert summary["queries"] == len(run.ledger()) == 12 < by_dataset.summary()["queries"]
     assert summary["cost"] == 3.0 and "3.00 spent on labels" in run.stdout
     assert summary["budget_spent_at_step"] in (1, 2, 3) and "the budget was spent at step" in run.stdout
-    assert summary["queries"] + summary["pseudo_labels"] < 32  # some pairs had neither
+    assert summary["queries"] + summary["pseudo_labels"] < 32  # some pairs got neither
     assert "| spent on labels | 3.00 |" in (run.output / "README.md").read_text()
     pseudo = train("budget-pseudo", max_queries=12, after_budget="pseudo_label").summary()
     assert pseudo["queries"] == 12 and pseudo["queries"] + pseudo["pseudo_labels"] == 32
@@ -21,7 +21,7 @@ def test_a_budget_is_never_passed(train, by_dataset):
 def test_an_audit_asks_confident_pairs_too_and_says_how_right_they_are(train, by_dataset):
     run = train("audit", audit_fraction=1.0)
     summary = run.summary()
-    assert summary["queries"] == 32 and summary["pseudo_labels"] == 0  # at 1.0, each pair is asked
+    assert summary["queries"] == 32 and summary["pseudo_labels"] == 0  # with 1.0, every pair is asked
     assert summary["audited"] == 32 - len([1 for _, _, step in run.ledger() if step == 0]) - unsure_later(run)
     low, high = summary["audit_interval"]
     assert 0 <= low <= summary["audit_accuracy"] <= high <= 1
@@ -37,7 +37,7 @@ def unsure_later(run):
 
 
 def test_a_policy_that_is_surer_than_it_is_right_is_warned_of_once(train, tiny, tmp_path):
-    """Labels at random, a high learning rate, many steps: the policy is sure and half wrong."""
+    """Random labels, a high learning rate and many steps: the policy is sure, and wrong about half of the pairs."""
     rng = random.Random(0)
     with open(tmp_path / "train.jsonl", "w") as file:
         for line in (tiny / "pairs" / "train.jsonl").read_text().splitlines():

@@ -59,7 +59,7 @@ HH_PROMPT = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant:"
      [user("u")], [[reply("c")], [reply("r")]], 0, 0),
     ({"prompt": [user("u")], "chosen": [user("u"), reply("c")], "rejected": [user("u"), reply("r")]},
      [user("u")], [[reply("c")], [reply("r")]], 0, 0),
-    # implicit prompt: a space belongs to the word behind it, and a common beginning of two words to the words
+    # implicit prompt: a space belongs to the word that follows it, and a common beginning of two words to the words
     ({"chosen": "The sky is blue", "rejected": "The sky is black"}, "The sky is", [" blue", " black"], 0, 0),
     ({"chosen": "blue", "rejected": "black"}, "", ["blue", "black"], 0, 0),
     ({"chosen": "one two", "rejected": "three"}, "", ["one two", "three"], 0, 0),
@@ -69,10 +69,10 @@ HH_PROMPT = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant:"
      [system("s"), user("u")], [[reply("same")]] * 2, 0, 0),
     (ULTRAFEEDBACK, [user("Why?")], [[reply("Since.")], [reply("No.")]], 0, 0),
     (DPO_MIX, [user("a"), reply("b"), user("c")], [[reply("d")], [reply("e")]], 0, 0),
-    # what a message has beside role and content is left out
+    # everything in a message except role and content is dropped
     ({"chosen": [{**user("u"), "id": 3}, {**reply("c"), "tool": None}], "rejected": [user("u"), reply("r")]},
      [user("u")], [[reply("c")], [reply("r")]], 0, 0),
-    # HH dialogues: up to the last Assistant turn that both share, whichever of them goes on
+    # HH dialogues: up to the last Assistant turn that both share, no matter which of them goes on
     ({"chosen": HH_PROMPT + " four", "rejected": HH_PROMPT + " five"}, HH_PROMPT, [" four", " five"], 0, 0),
     ({"chosen": HH_PROMPT + " four\n\nAssistant: more", "rejected": HH_PROMPT + " four"}, HH_PROMPT,
      [" four\n\nAssistant: more", " four"], 0, 0),
@@ -81,7 +81,7 @@ HH_PROMPT = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant:"
     ({"chosen": HH_PROMPT, "rejected": HH_PROMPT + " five"}, HH_PROMPT, ["", " five"], 0, 0),
     ({"chosen": HH_PROMPT + " same", "rejected": HH_PROMPT + " same"}, HH_PROMPT, [" same", " same"], 0, 0),
     ({"prompt": HH_PROMPT, "chosen": " four", "rejected": " five"}, HH_PROMPT, [" four", " five"], 0, 0),
-    # without a label, with one, with the truth that an annotator does not see
+    # without a label, with one, with the truth, which no annotator sees
     ({"prompt": "p", "response_a": "x", "response_b": "y"}, "p", ["x", "y"], None, None),
     ({"prompt": "p", "response_a": "x", "response_b": "y", "label": None, "truth": ""}, "p", ["x", "y"], None, None),
     ({"prompt": "p", "response_a": "x", "response_b": "y", "label": "a"}, "p", ["x", "y"], 0, 0),
@@ -124,7 +124,7 @@ def test_label_is_hidden(tmp_path):
     # The order says nothing about the label: chosen comes first about half of the time.
     assert 160 < sum(label == 1 for label in labels.values()) < 240
     assert set(labels.values()) == {1, -1}
-    # +1 is "the first is better": the labels are about these very texts.
+    # +1 means that the first is better: the labels belong to these texts.
     for id, (_, first, second) in zip(pairs.ids, decoded(pairs)):
         assert (" good" in first) == (labels[id] == 1) and (" good" in second) == (labels[id] == -1)
 
@@ -152,7 +152,7 @@ def test_id_and_order_do_not_depend_on_which_is_a(tmp_path, a, b):
     assert [truths for _, _, truths, _ in out] == [{id: -label}, {id: -label}, {}, {id: label}]
 
 
-def test_id_tells_contents_apart():
+def test_the_id_depends_on_the_content():
     base = {"prompt": "p", "responses": ["x", "y"]}
     others = [{"prompt": "q", "responses": ["x", "y"]}, {"prompt": "p", "responses": ["x", "z"]},
               {"prompt": [user("p")], "responses": ["x", "y"]}, {"prompt": "p", "responses": ["xy", ""]}]
@@ -176,7 +176,7 @@ BARE = dict(eos="<|im_end|>", bos=None)
      "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "A b<|im_end|>"),
     (dict(**BARE, template=CHATML), [system("Be."), TALK[0]],
      "<|im_start|>system\nBe.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "A b<|im_end|>"),
-    # SmolLM2 and Qwen name a BOS that their own tokeniser never puts
+    # SmolLM2 and Qwen name a BOS that their tokeniser never adds
     (dict(eos="<|im_end|>", bos="<|im_start|>", template=CHATML, empty_system=False), TALK[:1],
      "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "A b<|im_end|>"),
     # the default system message belongs to the prompt; the empty one replaces it
@@ -185,7 +185,7 @@ BARE = dict(eos="<|im_end|>", bos=None)
      "A b<|im_end|>"),
     (dict(**BARE, template=DEFAULT_SYSTEM), TALK[:1],
      "<|im_start|>system\n<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "A b<|im_end|>"),
-    # zephyr: EOS is the template's turn end; "system" is not in this text, so no message is inserted
+    # zephyr: the template ends a turn with EOS; "system" is not in its text, so no message is inserted
     (dict(template=ZEPHYR), TALK,
      "<|user|>\nHi</s>\n<|assistant|>\nHo</s>\n<|user|>\nGo</s>\n<|assistant|>\n", "A b</s>"),
     (dict(template=ZEPHYR.replace("{% for", "{# system #}{% for", 1)), TALK[:1],
@@ -196,22 +196,22 @@ BARE = dict(eos="<|im_end|>", bos=None)
     (dict(template=LLAMA_BOS, add_bos=True), TALK, "<s>[INST] Hi [/INST] Ho</s>[INST] Go [/INST]", " A b</s>"),
     (dict(template="{{ bos_token }}" + LLAMA_BOS, add_bos=True), TALK[:1], "<s>[INST] Hi [/INST]", " A b</s>"),
     (dict(template=LLAMA_BOS), TALK[:1], "<s>[INST] Hi [/INST]", " A b</s>"),
-    # a template without an end, and one with the EOS and another end of turn
+    # a template that does not end a response, and one with EOS and another end of turn
     (dict(template=CHATML, empty_system=False), TALK[:1],
      "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "A b<|im_end|>\n</s>"),
     (dict(template=LLAMA.replace(" + eos_token", "")), TALK[:1], "[INST] Hi [/INST]", " A b</s>"),
     (dict(template=LLAMA.replace("+ eos_token", "+ eos_token + eos_token + '\n'")), TALK[:1],
      "[INST] Hi [/INST]", " A b</s>"),
-    # a generation prompt that no finished conversation has
+    # a generation prompt that finished conversations do not have
     (dict(template=LLAMA + "{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"), TALK[:1],
      "[INST] Hi [/INST]", " A b</s>"),
-    # HH with a template is a conversation, without one a text
+    # with a template HH is a conversation, without one a text
     (dict(**BARE, template=CHATML, empty_system=False), HH_PROMPT,
      "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n<|im_start|>user\nthree<|im_end|>\n"
      "<|im_start|>assistant\n", "A b<|im_end|>"),
     (dict(add_bos=True), HH_PROMPT, "<s>" + HH_PROMPT, "A b</s>"),
     (dict(), HH_PROMPT, HH_PROMPT, "A b</s>"),
-    # a text that is no dialogue is not put into a template
+    # a text that is not a dialogue is not put into a template
     (dict(template=LLAMA_BOS, add_bos=True), "Once", "<s>Once", "A b</s>"),
 ])
 def test_templates(options, prompt, given, response):
@@ -228,7 +228,7 @@ def test_templates(options, prompt, given, response):
 
 
 def test_multi_turn_responses():
-    """Responses of several turns are scored whole, and end in one EOS."""
+    """Responses of several turns are scored as a whole and end in one EOS."""
     made = renderer(**BARE, template=CHATML, empty_system=False)
     _, responses = made([user("u")], [[reply("x"), user("more"), reply("y")], [reply("z")]])
     assert [made.tokenizer.decode(ids) for ids in responses] == [
@@ -245,7 +245,7 @@ def test_hh_with_another_turn_inside_a_response():
 
 
 def test_system_message_where_the_template_forbids_one():
-    """Gemma's template speaks of system messages only to refuse them: none may be inserted."""
+    """Gemma's template mentions system messages only to refuse them: none may be inserted."""
     template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}" + LLAMA_BOS
     made = renderer(template=template, add_bos=True)
     assert made.tokenizer.decode(made([user("Hi")], [[reply("x")], [reply("y")]])[0]) == "<s>[INST] Hi [/INST]"
@@ -253,9 +253,9 @@ def test_system_message_where_the_template_forbids_one():
 
 @pytest.mark.parametrize("options, bos", [
     (dict(), None), (dict(add_bos=True), "<s>"), (dict(add_bos=True, template=LLAMA_BOS), "<s>"),
-    (dict(template=LLAMA_BOS), "<s>")])  # here only the template puts a BOS
+    (dict(template=LLAMA_BOS), "<s>")])  # here only the template adds a BOS
 def test_truncation(options, bos):
-    """The prompt loses its beginning but not its BOS, a response its end, with the EOS."""
+    """A prompt loses its beginning but not its BOS; a response loses its end, with the EOS."""
     prompt, responses = "0123456789", ["abcdefghij", "klm"]
     if "template" in options:
         prompt, responses = [user(prompt)], [[reply(text)] for text in responses]
@@ -271,12 +271,12 @@ def test_truncation(options, bos):
     exact = renderer(len(whole_prompt), len(whole_prompt) + len(whole[0]), **options)
     assert exact(prompt, responses) == (whole_prompt, whole)
     assert renderer(limit, limit, **options)(prompt, responses) == (prompt_ids, [[], []])
-    assert renderer(limit, limit - 2, **options)(prompt, responses)[1] == [[], []]  # and no tail of the response
+    assert renderer(limit, limit - 2, **options)(prompt, responses)[1] == [[], []]  # nor the end of the response
 
 
 @pytest.mark.parametrize("metaspace", (False, True))
-def test_text_behind_the_border_gets_no_space(metaspace):
-    """What a tokeniser puts in front of a text ("▁") does not belong in front of a response."""
+def test_text_after_the_border_gets_no_space(metaspace):
+    """The "▁" that a tokeniser adds in front of a text must not be added in front of a response."""
     made = renderer(add_bos=True, metaspace=metaspace)
     prompt_ids, responses = made("for", ["ever", " ever"])
     decoded = [made.tokenizer.decode(prompt_ids[1:] + ids) for ids in responses]
@@ -292,8 +292,8 @@ def test_tokens_that_would_merge_across_the_border():
     assert responses == [encode("ever") + [made.eos], encode(" ever") + [made.eos]]
 
 
-def test_line_break_behind_the_border():
-    """The break that is put in front of a response, so that it is no beginning, may be joined to one of the response's."""
+def test_line_break_after_the_border():
+    """A response is tokenised after a newline, so that it gets no leading "▁". That newline may merge with its own."""
     made = tokenizer()
     made.add_tokens(["r\n", "\n\n"])
     ids = functools.partial(made.encode, add_special_tokens=False)
@@ -303,7 +303,7 @@ def test_line_break_behind_the_border():
 
 
 def test_empty_prompt():
-    for options in (dict(add_bos=True), dict()):  # a BOS that the tokeniser has but does not put serves as well
+    for options in (dict(add_bos=True), dict()):  # a BOS that the tokeniser has but does not add will do too
         made = renderer(**options)
         prompt_ids, responses = made("", ["forever", "x"])
         assert prompt_ids == [made.tokenizer.bos_token_id]
@@ -336,7 +336,7 @@ def test_special_token_text_is_text(options, text):
 
 @pytest.mark.parametrize("text", SPECIAL_TEXTS)
 def test_special_token_text_with_llama_spaces(text):
-    """Tokenisers that put "▁" in front of every piece: a text that is cut into pieces must not get more of them."""
+    """With a tokeniser that adds "▁" in front of every text, a text that is cut into pieces must not get more of them."""
     made = renderer(add_bos=True, metaspace=True)
     _, responses = made("say", [f" ok {text}", " no"])
     assert made.tokenizer.decode(responses[0][:-1]).strip() == f"ok {text}"
@@ -371,14 +371,14 @@ TURNS = ["<|im_start|>", "<|im_end|>", "</s>"]
     (["<|user|>"], {"lstrip": True}, TURNS),
     (["<|user|>"], {"normalized": True}, TURNS),
     (["user"], {"single_word": True}, TURNS),
-    (["<|user|>", "user"], {}, ["<|user|>", *TURNS]),  # one inside of the other
-    (["aa"], {}, TURNS),  # of three, the second may begin one or not
+    (["<|user|>", "user"], {}, ["<|user|>", *TURNS]),  # one contains the other
+    (["aa"], {}, TURNS),  # in "aaa", one may begin at the first or the second
     (["\n\n"], {}, TURNS),
     (["\n<|im_start|>"], {}, TURNS[1:]),
-    (["ever<|im_"], {}, ["ever<|im_", "</s>"]),  # takes a part of the two others
+    (["ever<|im_"], {}, ["ever<|im_", "</s>"]),  # overlaps two of the others
     (["|><|"], {}, ["</s>"])])
 def test_borders(texts, how, borders, metaspace):
-    """A text that is cut at its borders has the tokens that it has whole."""
+    """A text that is cut at its borders has the same tokens as the whole."""
     more = [AddedToken(text, special=True, **{"normalized": False, **how}) for text in texts]
     template = "".join(texts) + CHATML
     made = tokenizer(metaspace=metaspace, template=template)
@@ -391,11 +391,11 @@ def test_borders(texts, how, borders, metaspace):
     assert made.tokenise(drawn) == whole
 
 
-def test_no_borders_where_nothing_is_known_of_the_tokeniser():
+def test_a_tokeniser_that_we_do_not_know_has_no_borders():
     slow = ByT5Tokenizer(extra_ids=0, additional_special_tokens=TURNS[:2])
     slow.chat_template = CHATML.replace("<|im_end|>", "</s>")
     split = tokenizer(template=CHATML)
-    split.split_special_tokens = True  # special-token text is no token
+    split.split_special_tokens = True  # the text of a special token is not a token
     for made in (slow, split):
         assert not Renderer(made, 200, 400).border.search("<|im_start|>user\nx</s>")
 
@@ -403,7 +403,7 @@ def test_no_borders_where_nothing_is_known_of_the_tokeniser():
 @pytest.mark.parametrize("options", [
     dict(), dict(metaspace=True, add_bos=True), dict(**BARE, template=CHATML), dict(template=LLAMA_BOS, metaspace=True)])
 def test_many_pairs_at_once(options):
-    """Each pair has the tokens that it has alone, whatever it stands beside."""
+    """Each pair has the same tokens as by itself, whatever comes before and after it."""
     made, draw = renderer(12, 30, **options), random.Random(0)
     text = lambda: "".join(draw.choices(BITS, k=draw.randint(1, 8)))  # noqa: E731
     pairs = [("for", ["ever", " ever"]), ("for ever", ["x", "x"]), ("\n\n", ["\nx", " "]), ("x <|im", ["_end|> y", ""])]
@@ -438,11 +438,11 @@ def test_dropped_and_counted(tmp_path):
         {"prompt": "p", "chosen": "", "rejected": "x"},
         {"prompt": "p", "chosen": "x", "rejected": " \n"},
         {"prompt": "p", "chosen": "", "rejected": ""},
-        {"chosen": "The sky", "rejected": "The sky is blue"},  # one side is the prompt of the other
+        {"chosen": "The sky", "rejected": "The sky is blue"},  # one side is the other's prompt
         {"prompt": "p", "chosen": "same", "rejected": "same"},
         {"prompt": "p", "chosen": "0123456789 and on", "rejected": "0123456789 to the end"},  # equal once truncated
         {"prompt": "p", "chosen": "0123456 and on", "rejected": "0123456 to the end"},
-        {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]},  # the same with the opposite label
+        {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]},  # the same pair with the opposite label
         pair]
     made = renderer(10, 1 + 10)  # one token of prompt, ten of a response
     pairs, labels, _, said = load_source(write_folder(tmp_path / "s", rows), made=made)
@@ -479,7 +479,7 @@ def test_nothing_left(tmp_path):
 
 @pytest.mark.parametrize("case", ("no rows", "fraction", "all contaminated"))
 def test_no_rows(tmp_path, case):
-    """No row at all is said in a sentence that names the source, not in an error of a library."""
+    """If there are no rows at all, the error is a sentence that names the source and does not come from a library."""
     source = write_folder(tmp_path / "s", [] if case == "no rows" else [preference(n) for n in range(6)])
     (tmp_path / "bench.txt").write_text("question 0 question 1 question 2 good\n" * 2)
     rows = [preference("0 question 1 question 2 good")]
@@ -561,7 +561,7 @@ def test_template_errors_name_the_row(tmp_path):
         load_source(write_folder(tmp_path / "s", rows), made=made)
     with pytest.raises(DataError, match=r"train\.jsonl, row 2: messages need a chat template"):
         load_source(write_folder(tmp_path / "s", rows))
-    rows = [preference(0), preference(1, prompt=""), rows[1]]  # the first of two, though it shows only in its tokens
+    rows = [preference(0), preference(1, prompt=""), rows[1]]  # the first of two errors, although only its tokens show it
     with pytest.raises(DataError, match=r"train\.jsonl, row 2: the prompt is empty"):
         load_source(write_folder(tmp_path / "s", rows), made=renderer(bos=None))
 
@@ -596,7 +596,7 @@ def test_hh_parses(hh_rows):
 
 
 def test_hh_loads(hh_rows, tmp_path):
-    """Through the whole path, the first 300 rows: the tokens are the texts."""
+    """The first 300 rows, from file to tokens: the tokens spell the texts."""
     made = renderer(20_000, 40_000, eos="<|im_end|>", template=CHATML, empty_system=False)
     pairs, labels, _, _ = load_source(write_folder(tmp_path / "s", hh_rows[:300]), made=made)
     assert len(pairs) + pairs.counts["equal responses"] + pairs.counts["empty response"] == 300

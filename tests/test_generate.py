@@ -421,5 +421,5 @@ def test_every_format_is_compared_and_folders_are_looked_into(model, tmp_path, c
 def test_a_pipe_that_is_closed_early_is_not_an_error(tmp_path):
     a, b = sides(tmp_path, [(f"prompt {n}", "word " * 99) for n in range(999)], [(f"prompt {n}", "x") for n in range(999)])
     done = subprocess.run(f"{sys.executable} tools/generate.py --compare {a} {b} | head -n 2; exit ${{PIPESTATUS[0]}}",
-                          shell=True, executable="/bin/bash", cwd=ROOT, capture_output=True, text=True, timeout=120)
+                          shell=True, executable="/bin/bash", cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("\n══ 1 of 999 ═")

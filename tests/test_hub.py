@@ -254,7 +254,7 @@ def test_paths_are_not_taken_for_names_on_the_hub(tmp_path):
                               "dataset_mixer": {str(tmp_path / "pairs.jsonl"): 1.0}})).data
     assert data.base_model is None and data.datasets is None and not data.eval_results
     both = ModelCard(card_of({"dataset_mixer": {"org/a": 1.0, str(tmp_path): 1.0}})).data
-    assert both.datasets == ["org/a"] and not both.eval_results  # nobody could say of which it is the accuracy
+    assert both.datasets == ["org/a"] and not both.eval_results  # nobody could tell which source the accuracy is of
 
 
 def test_what_is_not_known_is_not_in_the_card():

@@ -30,7 +30,7 @@ def test_a_chat_judge_labels_what_a_data_set_would_have(processes, train, unlabe
     assert run.ledger() == by_dataset.ledger()
     assert run.losses() == pytest.approx(by_dataset.losses(), rel=1e-5)
     queries = run.summary()["queries"]
-    assert len(server.bodies) == 2 * queries  # both orders, nothing twice
+    assert len(server.bodies) == 2 * queries  # both orders, and nothing twice
     assert run.summary()["cost"] == pytest.approx(2 * queries * (100 * 10e-6 + 5 * 100e-6))
 
 

@@ -1,8 +1,8 @@
 """`kill -9` of the run, of the labelling page and of both, at random moments, while a person labels; and of a run inside the
 reference pass, an evaluation, the writing of a checkpoint and the final save.
 
-    python -m pytest tests/test_kills.py -n 0 -m slow               2 kills at random moments, 1 of each kind (as in CI)
-    python -m pytest tests/test_kills.py -n 0 -m slow --kills 20    20, and 5 of each kind; writes results/kills*.md
+    python -m pytest tests/test_kills.py -m slow               2 kills at random moments, 1 of each kind (as in CI)
+    python -m pytest tests/test_kills.py --kills 20 -m slow    20, and 5 of each kind; writes benchmarks/results/kills*.md
 
 No answer is lost, none is given twice, and the run ends with the labels, losses and weights of one that nobody killed.
 """
@@ -30,7 +30,7 @@ from runtime import toy
 pytest.importorskip("fastapi", reason="the page needs tests/requirements.txt")
 
 pytestmark = pytest.mark.slow
-COMMAND = "python -m pytest tests/test_kills.py -n 0 -m slow --kills 20"
+COMMAND = "python -m pytest tests/test_kills.py --kills 20 -m slow"
 
 
 class Page:

@@ -52,7 +52,7 @@ def write_source(path, form, rows):
     """Write rows in one of the forms that a source may have; returns the source."""
     path.mkdir()
     if form == "jsonl":
-        (path / "train.jsonl").write_text(as_jsonl(rows).replace("\n", "\n\n"))  # blank lines are no rows
+        (path / "train.jsonl").write_text(as_jsonl(rows).replace("\n", "\n\n"))  # blank lines do not count as rows
     elif form == "jsonl with byte order mark":
         (path / "train.jsonl").write_text(as_jsonl(rows), encoding="utf-8-sig")
     elif form == "jsonl.gz":
@@ -107,7 +107,7 @@ def test_sources_with_messages(tmp_path, form):
 
 
 def test_splits(tmp_path):
-    """Named splits, several of them, and one that only some sources have."""
+    """Splits of any name, several of them, and one that only some sources have."""
     path = tmp_path / "s"
     write_folder(path, ROWS[:2], "train_prefs")
     write_folder(path, ROWS[2:4], "train_gen")
@@ -120,7 +120,7 @@ def test_splits(tmp_path):
     datasets.DatasetDict(test=datasets.Dataset.from_list(ROWS[:1])).save_to_disk(saved)
     with pytest.raises(DataError, match=rf"{saved}: has no split train "):
         load_source({alone: 1.0, str(saved): 1.0})
-    # the fraction is of training pairs; evaluation pairs are taken whole, from the sources that have some
+    # a fraction is of training pairs; all evaluation pairs are taken, from the sources that have some
     mixer = {str(path): 0.5, str(saved): 0.5, alone: 1.0}
     assert len(load_source(mixer, kind="test", splits=["test_prefs", "test"])[0]) == 3
 
@@ -151,7 +151,7 @@ def test_mixer_and_max_samples(tmp_path):
 
     def prompts(seed=1, fractions=(0.5, 0.1), **options):
         pairs, labels, _, said = load_source(dict(zip((a, b), fractions)), seed=seed, **options)
-        assert set(pairs.ids) == set(labels)  # nobody is handed labels of pairs that are not taken
+        assert set(pairs.ids) == set(labels)  # no labels of pairs that are not taken
         assert said == f"train: {len(pairs)} rows read, {len(pairs)} pairs"
         return [p for p, *_ in decoded(pairs)]
 
@@ -192,7 +192,6 @@ PACKED = gzip.compress(os.urandom(9000).hex().encode())
     ("f.txt", GOOD, r"f\.txt: a file must end in one of \.jsonl"),
 ])
 def test_malformed_files(tmp_path, name, content, match):
-    """As a user of load_pairs meets them."""
     path = write_file(tmp_path / name, content)
     with pytest.raises(DataError, match=match):
         load_source(path)
@@ -209,7 +208,7 @@ def test_malformed_rows_of_other_stores(tmp_path):
 
 
 def test_long_csv_fields(tmp_path):
-    """The csv module's limit of 131,072 characters a field is not the data's."""
+    """The csv module's limit of 131,072 characters a field does not apply to data."""
     write_csv(tmp_path / "f.csv", [preference(0, chosen=" x" * 70_000)])
     [parsed] = [parse_row(row, place) for place, row in sources.read_file(tmp_path / "f.csv")]
     assert parsed["responses"][0] == " x" * 70_000
@@ -217,7 +216,7 @@ def test_long_csv_fields(tmp_path):
 
 @pytest.mark.parametrize("error", (datasets.exceptions.DatasetNotFoundError, ConnectionError, ValueError))
 def test_source_that_is_not_there(monkeypatch, error):
-    """Neither a path nor a data set of the hub, or no way to the hub: the message names the source."""
+    """The source is neither a path nor a data set on the hub, or the hub cannot be reached: the message names it."""
     def absent(name, *_, **__):
         raise error("not on the hub")
 
@@ -253,7 +252,7 @@ CLEAN = [
 
 @pytest.mark.parametrize("form", ("test.jsonl", "train.jsonl", "one.jsonl", "DatasetDict", "'''", "text file"))
 def test_decontamination(tmp_path, form):
-    short = human_eval("Short.", "    return n + 1\n")  # says nothing about where a text comes from
+    short = human_eval("Short.", "    return n + 1\n")  # too short to say where a text comes from
     path = tmp_path / "bench"
     if form == "text file":
         path = tmp_path / "bench.txt"
@@ -273,12 +272,12 @@ def test_decontamination(tmp_path, form):
 
 
 def test_decontamination_by_other_data(tmp_path):
-    """Of any other data set every text column counts; without any string of some length it is refused."""
+    """Every text column of any other data set counts; one without a string of some length is refused."""
     long = "a question that is asked in the exam of the year"
     bench = write_folder(tmp_path / "bench", [{"question": long, "answer": "question 1", "n": 3}], "test")
     source = write_folder(tmp_path / "s", [preference(1), preference(2, rejected=long)])
     assert [p for p, *_ in decoded(load_source(source, decontaminate_with=bench)[0])] == ["question 1"]
-    assert len(load_source(source)[0]) == 2  # the cache of the filtered rows is another one, for each benchmark
+    assert len(load_source(source)[0]) == 2  # filtered rows have a cache of their own, one for each benchmark
     other = write_folder(tmp_path / "other", [{"question": long.replace("exam", "test")}], "test")
     assert len(load_source(source, decontaminate_with=other)[0]) == 2
     short = write_folder(tmp_path / "short", [{"question": "x" * 29}], "test")
@@ -292,7 +291,7 @@ def test_decontamination_by_other_data(tmp_path):
 # Processes and the cache
 
 def test_processes(tmp_path, cache, monkeypatch):
-    """Two processes make the same table as one; an error in one of them arrives with its row."""
+    """Two processes make the same table as one; an error in one of them still names its row."""
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     bench = tmp_path / "bench.txt"
     bench.write_text("this string of the benchmark must not be there\n")
@@ -315,7 +314,7 @@ def test_processes(tmp_path, cache, monkeypatch):
 
 
 def test_cache(tmp_path, monkeypatch):
-    """A second load reads the cache; whatever changes what a row becomes makes another one."""
+    """A second load reads the cache; anything that changes what a row becomes makes a new one."""
     rows = [{"prompt": [user(f"q{n}")], "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(20)]
     source = write_folder(tmp_path / "s", rows)
     rendered, parsed = [], []

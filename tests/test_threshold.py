@@ -18,7 +18,7 @@ from runtime.schedule import Schedule
 # The scale
 
 def test_the_scale_is_the_weighted_maximum_likelihood():
-    """Against a brute-force search over a, on labels whose true scale is 0.6."""
+    """Compare with a brute-force search over a, for labels whose true scale is 0.6."""
     generator = torch.Generator().manual_seed(0)
     margin = 3 * torch.randn(4000, generator=generator)
     answers = torch.where(torch.rand(4000, generator=generator) < torch.sigmoid(0.6 * margin), 1, -1)
@@ -75,7 +75,7 @@ class Pairs:
 
 
 def make(tmp_path, rows=lambda step: range(400), **keys):
-    """A threshold for 400 pairs in 40 steps of ten, with the ledger in tmp_path.  rows: of a step; by default any pair."""
+    """A threshold for 400 pairs in 40 steps of ten, with the ledger in tmp_path.  rows: the step's; by default all pairs."""
     config = Config(**{"gamma": 1.0, "audit_fraction": 0.05, "per_device_train_batch_size": 10, "num_train_epochs": 1.0,
                        "lr_scheduler_type": "constant", "seed": 0, **keys})
     schedule = Schedule(config, Pairs())
@@ -214,7 +214,7 @@ def test_a_budget_asks_the_least_sure_and_lasts_to_the_end(tmp_path):
 
 
 def test_with_audits_a_budget_holds_too(tmp_path):
-    """A quarter of the confident pairs is asked as well: fewer unsure ones are."""
+    """A quarter of the confident pairs is asked as well, so fewer of the unsure ones are."""
     threshold = make(tmp_path, target_queries=200, audit_fraction=0.25)
     threshold.plan(PAIRS[:200], [0.01 * n for n in range(200)], 0)
     unsure = int(adpo.gate(torch.tensor([0.01 * n for n in range(200)]), threshold.gamma).sum())
@@ -225,7 +225,7 @@ def test_replay_takes_labelled_pairs_in_turn(tmp_path):
     rows = [*map(rows_of, range(3)), [30, 14, 31, 32], [33]]
     threshold = make(tmp_path, pseudo_labels="replay", rows=lambda step: rows[step])
     buy(threshold, 0, {PAIRS[row]: (0.1, 1) for row in (0, 2, 4, 6, 8)})
-    assert threshold.rows_to_train(rows[0], 0) == [0, 2, 4, 6, 8]  # there are no more
+    assert threshold.rows_to_train(rows[0], 0) == [0, 2, 4, 6, 8]  # no others have a label
     buy(threshold, 1, {PAIRS[row]: (0.1, 1) for row in range(10, 17)})
     threshold.advance(1)
     assert threshold.rows_to_train(rows[1], 1) == [*range(10, 17), 0, 2, 4]

@@ -1,4 +1,4 @@
-"""toy.py, the built-in task, at a small size: `python -m pytest tests/test_toy.py`."""
+"""runtime/toy.py, the built-in task, at a small size: `python -m pytest tests/test_toy.py`."""
 
 import json
 
@@ -11,7 +11,7 @@ from runtime import toy
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A small build: half of the SFT, few pairs."""
+    """A small build: half of the fine-tuning, few pairs."""
     folder = tmp_path_factory.mktemp("toy")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(toy, "SFT_SENTENCES", 7680)
@@ -28,12 +28,12 @@ def test_gold_reward_by_hand():
     assert toy.gold_reward("nothing of the kind") == 0.0
 
 
-def test_the_lexicon_has_200_words_of_different_value():
+def test_the_lexicon_has_200_words_of_different_values():
     assert len(toy.OPINIONS) == len(set(toy.HUNDREDTHS.values())) == 200
     assert sum(value > 0 for value in toy.HUNDREDTHS.values()) == 100
 
 
-def test_labels_follow_bradley_terry_at_the_asked_noise(built):
+def test_labels_follow_bradley_terry_with_the_noise_that_was_asked_for(built):
     train = rows(built[2] / "train.jsonl")
     gaps = torch.tensor([toy.gold_reward(row["response_a"]) - toy.gold_reward(row["response_b"]) for row in train]).double()
     assert [row["truth"] for row in train] == ["a" if gap > 0 else "b" for gap in gaps.tolist()]
@@ -42,7 +42,7 @@ def test_labels_follow_bradley_terry_at_the_asked_noise(built):
     scale = toy.find_scale(gaps, 0.2)
     assert torch.sigmoid(-scale * gaps.abs()).mean().item() == pytest.approx(0.2, abs=1e-6)
     near = gaps.abs() < gaps.abs().median()
-    assert wrong[near].mean() > wrong[~near].mean()  # the noise sits where the responses are alike
+    assert wrong[near].mean() > wrong[~near].mean()  # the noise is where the responses are alike
 
 
 def test_test_labels_are_noiseless_and_no_prompt_is_in_both_splits(built):
@@ -62,8 +62,8 @@ def test_prompt_tokens_begin_the_tokens_of_prompt_and_response(built):
 
 def test_a_second_build_reuses_the_first_and_other_settings_are_refused(built, monkeypatch):
     folder = built[0]
-    monkeypatch.setattr(toy, "train_sft", lambda *args: pytest.fail("the model is there already"))
-    monkeypatch.setattr(toy, "sample_pairs", lambda *args: pytest.fail("the responses are there already"))
+    monkeypatch.setattr(toy, "train_sft", lambda *args: pytest.fail("the model exists already"))
+    monkeypatch.setattr(toy, "sample_pairs", lambda *args: pytest.fail("the responses exist already"))
     assert toy.build(folder, label_noise=0.2, train_pairs=400, test_pairs=100) == built[1:]
     other = toy.build(folder, label_noise=0.0, train_pairs=400, test_pairs=100)[1]  # other labels, the same responses
     assert all(row["label"] == row["truth"] for row in rows(other / "train.jsonl"))
@@ -84,7 +84,7 @@ def test_a_build_that_is_killed_leaves_nothing_that_looks_finished(tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-def test_a_fine_tuning_that_fails_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_fine_tuning_that_fails_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setitem(toy.SFT, "learning_rat", 1)
     with pytest.raises(ValueError, match="of the toy model ended with exit code 2: error: .*learning_rat"):
         toy.build(tmp_path, train_pairs=8, test_pairs=8, quiet=True)
@@ -95,10 +95,10 @@ def test_mean_gold_reward_is_seeded_and_reads_a_saved_model(built):
     prompts = [row["prompt"] for row in rows(built[2] / "test.jsonl")]
     first = toy.mean_gold_reward(built[1], prompts)
     assert first == toy.mean_gold_reward(built[1], prompts) != toy.mean_gold_reward(built[1], prompts, seed=1)
-    assert abs(first) < 1  # the SFT model has no taste: 2 to 4 words of mean 0
+    assert abs(first) < 1  # the SFT model has no preferences: 2 to 4 words, of mean 0
 
 
-def test_train_builds_the_task_where_the_config_names_it(built, train, monkeypatch):
+def test_train_builds_the_task_that_the_config_names(built, train, monkeypatch):
     build = toy.build
     monkeypatch.setattr(toy, "build", lambda folder, label_noise: build(folder, label_noise, 400, 100, quiet=True))
     run = train("toy", model_name_or_path="toy", dataset_mixer="{toy: 1.0}", toy_dir=built[0], toy_label_noise=0.2,

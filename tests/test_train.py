@@ -114,7 +114,7 @@ def test_evaluation_uses_true_labels_and_never_the_gate(launched, tiny):
     ("ZeRO 0, 2x4", None, 0, 2, 4, 10**6),
     ("ZeRO 1, 8x1", None, 1, 1, 8, 10**6),
     ("cut by tokens, ZeRO 0", None, 0, 8, 1, 100),
-    pytest.param("2 processes, ZeRO 2, cut by tokens", 2, 2, 4, 1, 100, marks=pytest.mark.slow),
+    ("2 processes, ZeRO 2, cut by tokens", 2, 2, 4, 1, 100),
     pytest.param("2 processes, ZeRO 3, accumulation", 2, 3, 2, 2, 10**6, marks=pytest.mark.slow),
 ])
 def test_a_step_does_not_depend_on_how_it_is_cut(name, processes, stage, micro, accumulation, tokens, train, engine_configs,

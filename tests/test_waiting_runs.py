@@ -20,7 +20,8 @@ def fast_polling(monkeypatch):
 
 @pytest.mark.parametrize("processes", [None, 2])
 def test_people_label_what_a_data_set_would_have(processes, train, unlabelled, by_dataset, tmp_path):
-    """The same queries, labels and losses as with `oracle: dataset`; all questions of a step at once, over all ranks."""
+    """The same queries, labels and losses as with `oracle: dataset`, although all questions of a step, over all ranks, are
+    asked at once."""
     with Person(tmp_path / "run") as person:
         run = train("human", processes, output_dir=tmp_path / "run", oracle="human", dataset_mixer=f"{{{unlabelled}: 1.0}}",
                     per_device_train_batch_size=4 if processes else 8)
@@ -32,7 +33,7 @@ def test_people_label_what_a_data_set_would_have(processes, train, unlabelled, b
 
 
 def test_all_questions_of_a_step_are_asked_together(train, unlabelled, by_dataset, tmp_path, monkeypatch):
-    """Four micro-batches a step, but people are asked once a step."""
+    """A step has four micro-batches, but people are asked once a step."""
     asked, answer = [], HumanAnnotator.answer
     monkeypatch.setattr(HumanAnnotator, "answer", lambda self, questions, ledger: asked.append(
         [question.step for question in questions]) or answer(self, questions, ledger))
