@@ -150,7 +150,9 @@ def load_adapter(config, lm, name, trained):
 
 def load_policy(config, name=None, trained=True):
     """The causal LM inside the module that the engine wraps: adpo.PairLogps, with an adapter where one is trained, and
-    without dropout.  name: of another model than the policy.  Its `fingerprint` is the hash of the weights that were loaded.
+    without dropout or other noise.  name: of another model than the policy.
+
+    Its `fingerprint` is the hash of the weights that were loaded.
     """
     name = name or config.model_name_or_path
     torch.manual_seed(config.seed)
@@ -163,7 +165,7 @@ def load_policy(config, name=None, trained=True):
             add_adapter(config, lm)
     except SafetensorError as error:
         raise UsageError(f"model {name}: a file of its weights is damaged ({one_line(error)}): fetch it again")
-    remove_dropout(lm)
+    remove_noise(lm)
     if config.gradient_checkpointing:
         recompute_activations(lm)
     policy = adpo.PairLogps(lm, config.logits_chunk_size)
@@ -171,12 +173,13 @@ def load_policy(config, name=None, trained=True):
     return policy
 
 
-def remove_dropout(lm):
+def remove_noise(lm):
+    """Switch off dropout, LayerDrop and router jitter, which would move the margin that the gate reads."""
     for module in lm.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for attribute, value in vars(module).items():  # some models keep the rate and call the function
-            if "dropout" in attribute and isinstance(value, float):
+            if ("drop" in attribute or "jitter" in attribute) and isinstance(value, float):
                 setattr(module, attribute, 0.0)
 
 
