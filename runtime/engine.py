@@ -16,6 +16,7 @@ import torch
 import data
 from runtime.config import ROOT
 from runtime.errors import UsageError, one_line
+from runtime.model import tolerance
 from runtime.parse import REFUSED
 from runtime.ranks import say, world_size
 from runtime.sources import unique_keys
@@ -147,7 +148,7 @@ def check_against_plain_forward(engine, *splits):
     the root mean square over a pair's response tokens, in nats.  splits: Pairs, or None.
     """
     model = type(engine.module.lm).__name__
-    limit = 0.15 if next(engine.module.parameters()).dtype == torch.bfloat16 else 1e-3
+    limit = tolerance(engine.module.lm)
     for pairs in filter(None, splits):
         by_length = sorted(range(len(pairs)), key=lambda i: pairs.lengths[i])
         rows = list(dict.fromkeys([by_length[-1], by_length[len(pairs) // 2], by_length[0]]))

@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from runtime import toy
 
@@ -123,3 +123,21 @@ def test_buffers_are_saved_with_the_weights(trained):
     assert before.keys() == after.keys()
     bias, = (name for name in before if name.endswith("e_score_correction_bias"))
     assert torch.equal(before[bias], after[bias])
+
+
+def test_a_model_that_was_not_saved_right_is_reported_and_its_checkpoint_kept(train, monkeypatch):
+    """The saved folder is loaded again at the end of a run, and has to give the log-probs of the policy."""
+    from runtime import run as module
+    saved_right = module.save_model
+
+    def save_wrong(engine, tokenizer, output, config):
+        names = saved_right(engine, tokenizer, output, config)
+        weights = load_file(output / "model.safetensors")
+        weights["model.norm.weight"] *= 1.5
+        save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
+        return names
+    monkeypatch.setattr(module, "save_model", save_wrong)
+    run = train("saved-wrong")
+    assert re.search(r"WARNING: the model in .* is not what was trained: its log-probs differ .* by [\d.]+ nats a token. "
+                     r"checkpoint-4 holds the trained weights", run.stdout)
+    assert (run.output / "checkpoint-4" / "trainer_state.json").is_file()
