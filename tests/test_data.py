@@ -608,3 +608,13 @@ def test_hh_loads(hh_rows, tmp_path):
                    for side in ("chosen", "rejected")}
     for id, (prompt, first, second) in zip(pairs.ids, decoded(pairs, made)):
         assert (prompt, first, labels[id] == 1) in wanted and (prompt, second, labels[id] == -1) in wanted
+
+
+def test_tokens_that_change_with_the_clock_change_the_fingerprint(tmp_path):
+    """The cache of the reference and a resumed run depend on the tokens, not on the template that wrote them."""
+    folders = [write_folder(tmp_path / name, [ULTRAFEEDBACK]) for name in ("a", "b", "c", "d")]
+    clock = "{{ strftime_now('%f') }}" + CHATML
+    plain = [load_source(folder, made=renderer(template=CHATML))[0] for folder in folders[:2]]
+    dated = [load_source(folder, made=renderer(template=clock))[0] for folder in folders[2:]]
+    assert plain[0].fingerprint == plain[1].fingerprint
+    assert dated[0].ids == dated[1].ids == plain[0].ids and dated[0].fingerprint != dated[1].fingerprint
