@@ -610,11 +610,18 @@ def test_hh_loads(hh_rows, tmp_path):
         assert (prompt, first, labels[id] == 1) in wanted and (prompt, second, labels[id] == -1) in wanted
 
 
-def test_tokens_that_change_with_the_clock_change_the_fingerprint(tmp_path):
+def test_a_template_that_prints_the_date_changes_the_fingerprint(tmp_path, monkeypatch):
     """The cache of the reference and a resumed run depend on the tokens, not on the template that wrote them."""
-    folders = [write_folder(tmp_path / name, [ULTRAFEEDBACK]) for name in ("a", "b", "c", "d")]
-    clock = "{{ strftime_now('%f') }}" + CHATML
-    plain = [load_source(folder, made=renderer(template=CHATML))[0] for folder in folders[:2]]
-    dated = [load_source(folder, made=renderer(template=clock))[0] for folder in folders[2:]]
+    import datetime
+
+    from transformers.utils import chat_template_utils
+
+    def loaded(name, day, template):
+        monkeypatch.setattr(chat_template_utils, "datetime", type("Clock", (), {
+            "now": staticmethod(lambda: datetime.datetime(2026, 1, day))}))
+        return load_source(write_folder(tmp_path / name, [ULTRAFEEDBACK]), made=renderer(template=template))[0]
+    dated = "{{ strftime_now('%d') }}" + CHATML
+    plain = loaded("a", 1, CHATML), loaded("b", 2, CHATML)
     assert plain[0].fingerprint == plain[1].fingerprint
-    assert dated[0].ids == dated[1].ids == plain[0].ids and dated[0].fingerprint != dated[1].fingerprint
+    today, tomorrow = loaded("c", 1, dated), loaded("d", 2, dated)
+    assert today.ids == tomorrow.ids == plain[0].ids and today.fingerprint != tomorrow.fingerprint
