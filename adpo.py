@@ -172,7 +172,7 @@ class PairLogps(torch.nn.Module):
         super().__init__()
         self.lm = lm
         self.chunk_size = chunk_size
-        config = lm.config
+        config = lm.config.get_text_config()  # of a model that also takes images, the part that reads text
         self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         self.scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
         self.scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite

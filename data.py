@@ -559,11 +559,22 @@ def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decont
 
     labels, truths, conflicts = _answers(rows)
     pairs = Pairs(rows.select_columns(["id", "prompt_ids", "first_ids", "second_ids", "tokens"]),
-                  hash_of(rendering, rows["id"][:]), counts,
+                  hash_of(rendering, rows["id"][:], hash_of_tokens(rows)), counts,
                   rows.select_columns(["prompt", "first", "second", "place"]), kind)
     counts.update(repeated=len(pairs) - len(set(pairs.ids)), contradicting=conflicts)
     say(f"{kind}: {_plain(counts)}")
     return pairs, labels, truths
+
+
+def hash_of_tokens(rows):
+    """Hash of the token ids of all rows, in order. A template may print the date, so its text does not decide the tokens."""
+    digest, columns = hashlib.blake2b(digest_size=16), ["prompt_ids", "first_ids", "second_ids"]
+    for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        for name in columns:
+            column = table[name].combine_chunks()
+            for values in (column.value_lengths(), column.flatten()):
+                digest.update(values.to_numpy(zero_copy_only=False).astype(np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def load_split(config, tokenizer, kind, limit):

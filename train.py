@@ -57,7 +57,7 @@ def main(config, command_line=None):
     share_prompts(policy, schedule.scoring_batches())
     with starting(config):
         engine, *_ = deepspeed.initialize(model=policy, optimizer=make_optimizer(config, policy, ds), config=ds)
-    check_against_plain_forward(engine, train)  # or refuse to train
+    check_against_plain_forward(engine, train, test)  # or refuse to train
     if not config.ref_model_name_or_path:
         add_reference(engine, schedule.scoring_batches())  # fills .ref_logps, from the cache where it can
 

@@ -90,11 +90,15 @@ class Config:
     judge_prompt_price: float | None = key(None, "price of a million prompt tokens of the judge", low=0)
     judge_completion_price: float | None = key(None, "price of a million completion tokens of the judge", low=0)
     # Optimisation
-    per_device_train_batch_size: int = key(8, "pairs per micro-batch, on each device", low=1)
+    per_device_train_batch_size: int = key(8, "pairs per device; times gradient_accumulation_steps and devices, the pairs "
+                                              "of an optimiser step", low=1)
     per_device_eval_batch_size: int = key(8, "pairs per batch in evaluation, on each device", low=1)
-    gradient_accumulation_steps: int = key(1, "micro-batches per optimiser step", low=1)
-    micro_batch_tokens: int | None = key(None, "split a micro-batch that has more tokens than this, padding included; the "
-                                               "step computes the same; null: 1,024 on a CPU, 16,384 on a GPU", low=1)
+    gradient_accumulation_steps: int = key(1, "makes an optimiser step that many times larger", low=1)
+    micro_batch_tokens: int | None = key(None, "how a step is cut: tokens of a micro-batch on each device, with padding; it "
+                                               "decides memory and speed, not the result; null: 1,024 on a CPU, 16,384 on a "
+                                               "GPU", low=1)
+    deterministic: bool = key(False, "use only kernels that give the same bits each time, so that a run on a GPU resumes to "
+                                     "the last bit; slower")
     group_by_length: bool = key(True, "put pairs of similar length into the same step (within windows of 2,048 pairs) to "
                                       "save padding; false: draw each step at random")
     learning_rate: float = key(5e-7, "peak learning rate", low=0)

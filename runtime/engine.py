@@ -16,6 +16,7 @@ import torch
 import data
 from runtime.config import ROOT
 from runtime.errors import UsageError, one_line
+from runtime.model import tolerance
 from runtime.parse import REFUSED
 from runtime.ranks import say, world_size
 from runtime.sources import unique_keys
@@ -57,6 +58,8 @@ def engine_config(config):
     offloads = any(zero.get(f"offload_{what}", {}).get("device", "none") != "none" for what in ("optimizer", "param"))
     if world == 1 and not config.bf16 and zero.get("stage", 0) in (1, 2) and not offloads:
         zero["stage"] = 0  # alone, a process has nobody to share with; ZeRO would only keep a second copy of the weights
+    elif world == 1 and zero.get("stage", 0) == 2 and not offloads:
+        zero["stage"] = 1  # the same for one process, and a fifth faster on an H100 (benchmarks/results/gpu.md)
     if config.bf16 and zero.get("stage", 0) == 0:
         say("ZeRO 0 with bf16 would update bf16 weights, which loses small steps: running as ZeRO 1, with fp32 weights")
         zero["stage"] = 1
@@ -136,21 +139,90 @@ def starting(config):
 
 
 @torch.no_grad()
-def check_against_plain_forward(engine, pairs):
-    """Refuse to train where our rows do not give the log-probs of a plain forward: compare them on one real pair.
+def check_against_plain_forward(engine, *splits):
+    """Refuse to train where our rows do not give the log-probs of a plain forward. Where only rows that share a prompt do
+    not, give each response a row of its own (Pairs.shared).
 
-    The pair of median length; root mean square over its response tokens, in nats.
+    In each split the longest, the median and the shortest pair are compared, ours in one micro-batch and in training mode:
+    then a window that counts rows, positions scaled by the longest row, and noise besides dropout all show. The measure is
+    the root mean square over a pair's response tokens, in nats.  splits: Pairs, or None.
     """
+    model = type(engine.module.lm).__name__
+    limit = tolerance(engine.module.lm)
+    for pairs in filter(None, splits):
+        by_length = sorted(range(len(pairs)), key=lambda i: pairs.lengths[i])
+        rows = list(dict.fromkeys([by_length[-1], by_length[len(pairs) // 2], by_length[0]]))
+        check_positions(engine, pairs, rows[0])
+        plain = plain_logps(engine, data.collate(pairs, rows, shared=False))  # (N,)
+        check_causal(engine, pairs, rows[-1], limit)
+        error, what = largest_error(engine, pairs, rows, plain)
+        if not error <= limit and pairs.shared:
+            say(f"two rows per pair: {model} cannot share a prompt, {what}")
+            for split in filter(None, splits):
+                split.shared = False
+            error, what = largest_error(engine, pairs, rows, plain)
+        if not error <= limit:
+            raise UsageError(f"{model}: {what} (limit {limit:.2g}): this architecture, version of transformers or "
+                             f"attn_implementation is not supported; {advice(engine.module.lm)}")
+
+
+def plain_logps(engine, batch):
+    """Log-prob of each response token by the model's own forward, row by row: (N,).  batch: in two rows a pair."""
     engine.eval()
-    row = sorted(range(len(pairs)), key=lambda i: pairs.lengths[i])[len(pairs) // 2]
-    plain = engine(data.collate(pairs, [row], shared=False).to(engine.device), per_token="plain")
-    ours = engine(pairs.batch([row], engine.device), per_token="ours")
-    error = (ours - plain).pow(2).mean().sqrt().item()
-    limit = 0.15 if next(engine.module.parameters()).dtype == torch.bfloat16 else 1e-3
-    if not error <= limit:
-        raise UsageError(f"{type(engine.module.lm).__name__}: log-probs of pair {pairs.ids[row]} differ from a plain "
-                         f"forward by {error:.2g} nats a token (limit {limit:.2g}): this architecture, version of "
-                         "transformers or attn_implementation is not supported; try --attn_implementation=eager")
+    return engine(batch.to(engine.device), per_token="plain")
+
+
+def largest_error(engine, pairs, rows, plain):
+    """(the error of the pair that is furthest from a plain forward, in nats a token; what it is, for the user).
+
+    plain: (N,), by plain_logps. A model that fails on our rows counts as infinitely far.
+    """
+    engine.train()
+    batch = pairs.batch(rows, engine.device)
+    try:
+        squares = (engine(batch, per_token="ours") - plain).pow(2)  # (N,)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:  # from the model's own code
+        return math.inf, f"its forward fails on such rows ({type(error).__name__}: {one_line(error, 200)})"
+    counts = batch.lengths.view(len(rows), -1).sum(-1).tolist()  # response tokens of each pair
+    errors = [part.mean().sqrt().item() for part in squares.split(counts)]
+    error, row = max((error if math.isfinite(error) else math.inf, row) for error, row in zip(errors, rows))
+    return error, f"log-probs of pair {pairs.ids[row]} differ from a plain forward by {error:.2g} nats a token"
+
+
+def advice(lm):
+    """What to try where a model's rows are wrong."""
+    text = lm.config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    limit = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+    if rope.get("rope_type") in ("longrope", "dynamic"):  # scaled by the longest row of a batch
+        return f"its positions depend on the longest row of a micro-batch: keep max_length within {limit or 'its limit'}"
+    return "try --attn_implementation=eager"
+
+
+def check_positions(engine, pairs, row):
+    """Refuse a pair that is longer than the model's table of positions."""
+    longest = int(data.collate(pairs, [row]).positions.max()) + 1
+    for name, module in engine.module.lm.named_modules():
+        of_text = not any(word in name for word in ("vision", "visual", "image", "audio"))
+        if isinstance(module, torch.nn.Embedding) and ("position" in name or name.endswith("wpe")) and of_text:
+            size = module.num_embeddings - getattr(module, "offset", 0)
+            if longest > size:
+                raise UsageError(f"{pairs.place(pairs.ids[row])}: has {longest:,} tokens, but "
+                                 f"{type(engine.module.lm).__name__} has positions for {size:,}: lower max_length to {size}")
+
+
+def check_causal(engine, pairs, row, limit):
+    """Refuse a model in which a later token changes the log-probs of earlier ones."""
+    batch, changed = (data.collate(pairs, [row], shared=False) for _ in range(2))
+    last = torch.arange(len(batch.segments)), (batch.segments >= 0).sum(-1) - 1  # each row's last token
+    changed.input_ids[last] = torch.where(changed.input_ids[last] == 0, 1, 0)
+    ends = batch.lengths.cumsum(0) - 1  # the changed token's own log-prob does change
+    difference = (plain_logps(engine, batch) - plain_logps(engine, changed)).cpu().index_fill(0, ends, 0.0)
+    if not difference.abs().max().item() <= limit:
+        raise UsageError(f"{type(engine.module.lm).__name__}: a later token changes the log-probs of earlier ones, by "
+                         f"{difference.abs().max().item():.2g} nats: it is not a causal language model")
 
 
 def backward(engine, loss, whole, last):

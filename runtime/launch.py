@@ -108,10 +108,13 @@ def set_up(config):
     transformers.logging.set_verbosity(getattr(transformers.logging, config.log_level.upper()))
     datasets.logging.set_verbosity(getattr(datasets.logging, config.log_level.upper()))
     deepspeed.utils.logging.logger.setLevel(config.log_level.upper())
-    # With an explicit mask, cuDNN's attention builds a plan of 100 to 140 ms for each new shape, of which a run has
-    # hundreds, and gives NaN gradients on rows of low scores (H100, cuDNN 9.19: benchmarks/results/gpu.md). The
-    # memory-efficient kernel is as fast without either.
+    # With an explicit mask, cuDNN's attention takes 100 to 140 ms to plan for each new shape, and a run has hundreds of
+    # shapes; on rows of low scores its gradients are NaN (H100, cuDNN 9.19: benchmarks/results/gpu.md). The
+    # memory-efficient kernel is as fast and does neither.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic
+        torch.use_deterministic_algorithms(True)
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)  # one process, started without a launcher
     if os.environ["WORLD_SIZE"] == "1":

@@ -4,6 +4,7 @@ Whatever is wrong with a folder or a name becomes one line that says what to do.
 code that comes with a model runs only where the user asked for it.
 """
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -150,20 +151,14 @@ def load_adapter(config, lm, name, trained):
 
 def load_policy(config, name=None, trained=True):
     """The causal LM inside the module that the engine wraps: adpo.PairLogps, with an adapter where one is trained, and
-    without dropout.  name: of another model than the policy.  Its `fingerprint` is the hash of the weights that were loaded.
+    without dropout or other noise.  name: of another model than the policy.
+
+    Its `fingerprint` is the hash of the weights that were loaded.
     """
     name = name or config.model_name_or_path
     torch.manual_seed(config.seed)
-    try:
-        base, revision, adapter = resolve_model(config, name)
-        lm = load_weights(config, base, revision, config.load_in_4bit)
-        if adapter:
-            lm = load_adapter(config, lm, name, trained)
-        elif config.use_peft and trained:
-            add_adapter(config, lm)
-    except SafetensorError as error:
-        raise UsageError(f"model {name}: a file of its weights is damaged ({one_line(error)}): fetch it again")
-    remove_dropout(lm)
+    lm = load_lm(config, name, trained)
+    remove_noise(lm)
     if config.gradient_checkpointing:
         recompute_activations(lm)
     policy = adpo.PairLogps(lm, config.logits_chunk_size)
@@ -171,12 +166,27 @@ def load_policy(config, name=None, trained=True):
     return policy
 
 
-def remove_dropout(lm):
+def load_lm(config, name, trained):
+    """The causal LM `name`, with its adapter where it is one, or a new one where one is trained."""
+    try:
+        base, revision, adapter = resolve_model(config, name)
+        lm = load_weights(config, base, revision, config.load_in_4bit)
+        if adapter:
+            lm = load_adapter(config, lm, name, trained)
+        elif config.use_peft and trained:
+            add_adapter(config, lm)
+        return lm
+    except SafetensorError as error:
+        raise UsageError(f"model {name}: a file of its weights is damaged ({one_line(error)}): fetch it again")
+
+
+def remove_noise(lm):
+    """Switch off dropout, LayerDrop and router jitter, which would move the margin that the gate reads."""
     for module in lm.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for attribute, value in vars(module).items():  # some models keep the rate and call the function
-            if "dropout" in attribute and isinstance(value, float):
+            if ("drop" in attribute or "jitter" in attribute) and isinstance(value, float):
                 setattr(module, attribute, 0.0)
 
 
@@ -235,6 +245,26 @@ def save_adapter(config, lm, state, folder):
         merged.save_pretrained(folder)
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             (folder / name).unlink()
+
+
+@torch.no_grad()
+def why_not_saved(config, output, batch, logps):
+    """None if the model in `output`, loaded again as a user would, gives the log-probs of the policy, else what is wrong.
+
+    batch: a PairBatch in two rows a pair, on the CPU.  logps: (N,), the policy's of each of its response tokens.
+    """
+    try:
+        lm = load_lm(dataclasses.replace(config, use_peft=False), str(output), trained=False).eval()
+        found = adpo.PairLogps(lm).plain_token_logps(batch)  # (N,)
+    except Exception as error:  # from_pretrained or the model's own code
+        return f"it cannot be loaded ({type(error).__name__}: {one_line(error, 300)})"
+    error = (found - logps).pow(2).mean().sqrt().item()
+    return None if error <= tolerance(lm) else f"its log-probs differ from those of the policy by {error:.2g} nats a token"
+
+
+def tolerance(lm):
+    """How far log-probs may be apart that are computed in two ways, in nats a token (root mean square)."""
+    return 0.15 if next(lm.parameters()).dtype == torch.bfloat16 else 1e-3
 
 
 def save_model(engine, tokenizer, output, config):

@@ -32,7 +32,7 @@ def add_other_reference(config, ds, scoring):
     share_prompts(module, scoring)
     with starting(config):
         engine, *_ = deepspeed.initialize(model=module, config={**ds, "zero_optimization": {"stage": stage}})
-    check_against_plain_forward(engine, scoring[0][0])
+    check_against_plain_forward(engine, *(pairs for pairs, _ in scoring))
     add_reference(engine, scoring)
     engine.destroy()
     del engine, module

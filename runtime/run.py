@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 
+import data
 from runtime import checkpoint, report, toy
 from runtime.engine import engine_config, settings_that_count, skipped_in_a_row
 from runtime.errors import Stopped, UsageError
-from runtime.model import save_model
-from runtime.ranks import all_gather, bar, is_shared, on_any_rank, rank, reduced, say, world_size
+from runtime.model import save_model, why_not_saved
+from runtime.ranks import all_gather, bar, from_rank_0, is_shared, on_any_rank, rank, reduced, say, world_size
 from runtime.schedule import pairs_a_step
 
 
@@ -100,6 +101,7 @@ class Run:
         columns: how many metric sums there are.  unit: what a step is counted in.  parts: objects with a `state`, a dict,
         that checkpoints keep.
         """
+        self.pairs = schedule.pairs
         self.total_steps, self.epoch_steps, self.parts = schedule.total_steps, schedule.epoch_steps, parts
         self.start = {f"{unit} a step": schedule.step_pairs, unit: schedule.pairs.fingerprint,
                       "model": engine.module.fingerprint, "engine settings": settings_that_count(self.engine_config)}
@@ -193,9 +195,26 @@ class Run:
         checkpoint.save(engine, self.output, state, self.config.save_total_limit)
         self.window_start = time.time()
 
+    @torch.no_grad()
+    def check_saved(self, engine):
+        """Warn if the saved model is not what was trained, and keep a checkpoint then. One pair is compared, on the CPU."""
+        row = min(range(len(self.pairs)), key=lambda row: self.pairs.lengths[row])
+        batch = data.collate(self.pairs, [row], shared=False)
+        engine.eval()
+        logps = engine(batch.to(engine.device), per_token="ours").cpu()  # (N,)
+        why = None
+        if rank() == 0 and not self.config.load_in_4bit:  # loaded again, an adapter's model is not in 4 bits
+            why = why_not_saved(self.config, self.output, batch, logps)
+        if why := from_rank_0(why):
+            if self.can_save:
+                self.save(engine)
+            say(f"WARNING: the model in {self.output} is not what was trained: {why}. "
+                + (f"checkpoint-{self.step} holds the trained weights" if self.can_save else "Its weights were not kept"))
+
     def finish(self, engine, tokenizer, summary):
         """After the last step: the model, its card, the summary, and the hub if asked for."""
         names = save_model(engine, tokenizer, self.output, self.config)
+        self.check_saved(engine)
         engine.destroy()
         if rank() == 0 and self.toy_prompts:
             summary |= toy.gold_rewards(self.toy_prompts, before=self.config.model_name_or_path, after=self.output)

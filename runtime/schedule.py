@@ -1,7 +1,7 @@
 """What belongs to which optimiser step: its pairs, which rank takes them in which micro-batch, and its learning rate.
 
-A step takes per_device_train_batch_size × gradient_accumulation_steps × ranks pairs, in that many micro-batches or, where
-the pairs are long, in more.
+A step takes per_device_train_batch_size × gradient_accumulation_steps × ranks pairs. Only micro_batch_tokens decides how it
+is cut into micro-batches: full ones keep a GPU busy, and the gradient of the step does not depend on the cut.
 """
 
 import math
@@ -37,7 +37,7 @@ class Schedule:
 
     def micro_batches(self, rows):
         """This rank's micro-batches of these rows: lists of indices, some of them empty; equally many on each rank."""
-        return my_batches(rows, self.pairs, self.config.per_device_train_batch_size, self.config)
+        return my_batches(rows, self.pairs, len(rows), self.config)
 
     def test_batches(self):
         """This rank's batches of the test split."""
@@ -54,7 +54,7 @@ class Schedule:
         return min(len(self.pairs), (self.total_steps if steps is None else steps) * self.step_pairs)
 
     def engine_batches(self):
-        """The batch sizes that the engine is told: a step of long pairs has more micro-steps than the config says."""
+        """The batch sizes that the engine is told: as many micro-steps as the longest step needs."""
         most = max(len(self.micro_batches(self.rows(step))) for step in range(self.total_steps))
         if self.config.pseudo_labels == "replay":  # any pairs may meet in a step
             longest = sorted(range(len(self.pairs)), key=lambda row: -self.pairs.lengths[row])[:self.step_pairs]

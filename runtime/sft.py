@@ -30,7 +30,7 @@ def sft(config, run, tokenizer):
     policy = load_policy(config)
     with starting(config):
         engine, *_ = deepspeed.initialize(model=policy, optimizer=make_optimizer(config, policy, ds), config=ds)
-    check_against_plain_forward(engine, train)
+    check_against_plain_forward(engine, train, test)
     run.write_config()
     run.resume(engine, schedule, columns=3, unit="examples")
     if test and config.eval_on_start and run.step == 0:

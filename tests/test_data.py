@@ -608,3 +608,20 @@ def test_hh_loads(hh_rows, tmp_path):
                    for side in ("chosen", "rejected")}
     for id, (prompt, first, second) in zip(pairs.ids, decoded(pairs, made)):
         assert (prompt, first, labels[id] == 1) in wanted and (prompt, second, labels[id] == -1) in wanted
+
+
+def test_a_template_that_prints_the_date_changes_the_fingerprint(tmp_path, monkeypatch):
+    """The cache of the reference and a resumed run depend on the tokens, not on the template that wrote them."""
+    import datetime
+
+    from transformers.utils import chat_template_utils
+
+    def loaded(name, day, template):
+        monkeypatch.setattr(chat_template_utils, "datetime", type("Clock", (), {
+            "now": staticmethod(lambda: datetime.datetime(2026, 1, day))}))
+        return load_source(write_folder(tmp_path / name, [ULTRAFEEDBACK]), made=renderer(template=template))[0]
+    dated = "{{ strftime_now('%d') }}" + CHATML
+    plain = loaded("a", 1, CHATML), loaded("b", 2, CHATML)
+    assert plain[0].fingerprint == plain[1].fingerprint
+    today, tomorrow = loaded("c", 1, dated), loaded("d", 2, dated)
+    assert today.ids == tomorrow.ids == plain[0].ids and today.fingerprint != tomorrow.fingerprint
