@@ -236,6 +236,37 @@ def test_bf16_without_zero_keeps_fp32_weights(write, tmp_path, capsys):
     assert "running as ZeRO 1" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("stage, bf16, ranks, expected", [
+    (2, False, 1, 0), (2, True, 1, 1), (1, True, 1, 1), (3, True, 1, 3), (2, False, 2, 2), (2, True, 2, 2)])
+def test_one_process_runs_without_what_only_many_need(stage, bf16, ranks, expected, write, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "world_size", lambda: ranks)
+    ds = {"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": stage}}
+    for offload, found in (({}, expected), ({"offload_optimizer": {"device": "cpu"}}, stage)):
+        (tmp_path / "ds.json").write_text(json.dumps({**ds, "zero_optimization": {"stage": stage, **offload}}))
+        config = parse_config(write(GOOD) + [f"--bf16={bf16}", f"--deepspeed={tmp_path / 'ds.json'}"])
+        assert engine_config(config)["zero_optimization"]["stage"] == found
+
+
+def test_deepspeeds_timers_do_not_wait_for_the_device(write):
+    assert engine_config(parse_config(write(GOOD)))["timers"] == {"throughput": {"enabled": False}}
+
+
+def test_tokens_alone_decide_how_a_step_is_cut(write):
+    """However 12 pairs a step are written down, a micro-batch is filled up to micro_batch_tokens."""
+    cuts = []
+    for pairs, accumulation in ((12, 1), (4, 3), (1, 12)):
+        config = parse_config(write(GOOD) + [f"--per_device_train_batch_size={pairs}", "--micro_batch_tokens=80",
+                                             f"--gradient_accumulation_steps={accumulation}"])
+        ours = Schedule(config, FakePairs())
+        cuts.append([ours.micro_batches(ours.rows(step)) for step in range(ours.epoch_steps)])
+    assert cuts[0] == cuts[1] == cuts[2]
+    lengths = FakePairs.lengths
+    for step in cuts[0]:
+        for micro_batch, rest in zip(step, step[1:]):  # the next pair would not have fitted
+            longest = max(lengths[row] for row in micro_batch)
+            assert len(micro_batch) * longest <= 80 < (len(micro_batch) + 1) * longest and rest
+
+
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "constant_with_warmup"])
 def test_learning_rates_are_those_of_transformers(kind, write):
     import torch

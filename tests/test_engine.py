@@ -37,7 +37,8 @@ def break_steps(monkeypatch):
     return install
 
 
-CUT = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=6)
+# The pairs of these steps have 28 to 48 tokens: 200 cut each step of 8 pairs into two micro-batches.
+CUT = dict(per_device_train_batch_size=8, micro_batch_tokens=200, max_steps=6)
 
 
 @pytest.mark.parametrize("how", ["gradient", "loss"])

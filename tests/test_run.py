@@ -20,7 +20,7 @@ from runtime.run import Interrupt, Run
 
 
 def make(tmp_path, total_steps=10, **keys):
-    """A run that would train, as it stands before its first step."""
+    """A run that is ready for its first step."""
     config = Config(**{"model_name_or_path": "m", "dataset_mixer": {"d": 1.0}, "output_dir": str(tmp_path / "run"), **keys})
     run = Run(config)
     run.total_steps, run.epoch_steps, run.can_save = total_steps, 4, True
@@ -258,8 +258,8 @@ def test_the_reference_is_scored_once_and_unscored_pairs_are_not_numbers(referen
     dict(engine={"attention": "eager"}), dict(engine={"dtype": torch.bfloat16}), dict(engine={"fingerprint": "others"}),
     dict(pairs={"fingerprint": "others"}), dict(pairs={"shared": False}), dict(pairs={"batches": ((1,), (0,))}),
     dict(torch="9.9"), dict(data=data.VERSION + 1), dict(device="another GPU")], ids=str)
-def test_the_cache_is_not_used_for_whatever_would_change_the_last_bits(change, reference_of, monkeypatch):
-    """The kernels are among it: at step 0 every margin has to be 0, not nearly 0."""
+def test_the_cache_is_not_used_where_the_last_bits_would_differ(change, reference_of, monkeypatch, capsys):
+    """Other kernels are enough: at step 0 every margin has to be 0, not nearly 0."""
     reference_of(Engine())
     if "torch" in change:
         monkeypatch.setattr(torch, "__version__", change["torch"])
@@ -269,9 +269,24 @@ def test_the_cache_is_not_used_for_whatever_would_change_the_last_bits(change, r
         kernels = reference.kernels
         monkeypatch.setattr(reference, "kernels", lambda engine: (*kernels(engine)[:2], change["device"]))
     assert reference_of(Engine(**change.get("engine", {})), **change.get("pairs", {}))[1] == 2
+    assert capsys.readouterr().out == ""  # the file in the cache was not found, rather than found and thought damaged
 
 
 def test_the_kernels_are_those_of_attention_version_and_device(monkeypatch):
     assert reference.kernels(Engine()) == ("sdpa", torch.__version__, "cpu")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     assert reference.kernels(Engine(device=torch.device("cuda"))) == ("sdpa", torch.__version__, "NVIDIA H100")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Set-up
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_deterministic_asks_torch_for_kernels_that_repeat(deterministic, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(os, "environ", {**os.environ})  # what it sets is gone afterwards
+    launch.set_up(make(tmp_path, deterministic=deterministic).config)
+    assert asked == [True] * deterministic
+    assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == deterministic
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -8,6 +8,7 @@ started by the launcher; the others run the same command in this process.
 
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -228,12 +229,21 @@ def test_a_model_that_cannot_share_a_prompt_takes_two_rows(train, tiny, tmp_path
     assert abs(run.losses()[0] - math.log(2)) <= 1e-4
 
 
-def test_a_model_whose_rows_are_scored_wrongly_is_refused(train, monkeypatch):
-    """The check at start-up notices a mask that lets y2 read y1."""
+def test_a_model_whose_shared_rows_are_scored_wrongly_gets_two_rows(train, by_dataset, monkeypatch):
+    """The check at start-up notices a mask that lets y2 read y1, and the run goes on without it."""
     mask = adpo.attention_mask
     monkeypatch.setattr(adpo, "attention_mask", lambda segments, *args: mask(segments.clamp(max=0), *args))
-    run = train("wrong-mask", check=2)
-    assert "differ from a plain forward by" in run.stderr and "--attn_implementation=eager" in run.stderr
+    run = train("wrong-mask")
+    assert re.search("two rows per pair: .* cannot share a prompt, .* differ from a plain forward by", run.stdout)
+    assert run.losses() == pytest.approx(by_dataset.losses(), rel=1e-5)
+
+
+def test_a_model_whose_rows_are_scored_wrongly_is_refused(train, monkeypatch):
+    scored = adpo.PairLogps.token_logps
+    monkeypatch.setattr(adpo.PairLogps, "token_logps", lambda *args: scored(*args) + 0.002)
+    run = train("wrong-rows", check=2)
+    assert "differ from a plain forward by 0.002 nats a token" in run.stderr
+    assert "--attn_implementation=eager" in run.stderr
 
 
 def test_a_margin_that_is_not_a_number_ends_the_run_and_names_the_pair(train, tiny, monkeypatch):
