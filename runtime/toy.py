@@ -1,18 +1,18 @@
 """The built-in task of the quickstart: a tiny model, preference pairs, and a reward whose truth is known.
 
 A small grammar writes reviews such as "the view was lovely , the staff seemed rude ." with 200 opinion words, each
-worth -1 to +1. The gold reward of a response is the sum of its opinion words, so that label noise, errors of
-pseudo-labels and the quality of a policy are measured exactly, without a download. What is made:
+worth -1 to +1. The gold reward of a response is the sum of its opinion words, so label noise, wrong pseudo-labels and the
+quality of a policy can be measured exactly, without a download. It makes:
 
     DIR/model/             a Llama of about 0.2 M parameters and its tokenizer, trained by `objective: sft` on the grammar
-    DIR/responses/         two responses a prompt, sampled from that model, without labels; shared by all noise levels
+    DIR/responses/         two responses per prompt, sampled from that model, without labels; all noise levels share them
     DIR/pairs-noise-0.05/  train.jsonl (Bradley-Terry labels, 5 % of them wrong) and test.jsonl (noiseless labels)
 
-Where it departs: the paper (arXiv 2402.09401) and its official code train 7B models on pairs ranked by people or a
-judge model, where no label's truth is known. Here labels follow the Bradley-Terry model that the paper assumes, and
-both responses come from the reference policy itself. Results on it speak about the method, not about language.
+Departures: the paper (arXiv 2402.09401) and its official code train 7B models on pairs ranked by people or a
+judge model, and nobody knows the true label. Here labels follow the Bradley-Terry model that the paper assumes, and
+both responses come from the reference policy itself. Results on it are about the method, not about language.
 
-Run it alone to build the task and to print a few pairs:    python -m runtime.toy DIR [LABEL_NOISE]
+To build the task alone and print a few pairs:    python -m runtime.toy DIR [LABEL_NOISE]
 """
 
 import json
@@ -164,7 +164,7 @@ def train_sft(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folde
 @torch.no_grad()
 def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str],
            max_new_tokens: int = MAX_NEW_TOKENS) -> tuple[list[str], list[bool]]:
-    """One response a prompt from the policy itself (temperature 1, nothing cut off) with the global random state.
+    """One response per prompt from the policy itself (temperature 1, nothing cut off), with the global random state.
     Returns the texts, each with its leading space, and whether each came to its EOS within `max_new_tokens`."""
     texts, finished = [], []
     for start in range(0, len(prompts), SAMPLE_BATCH):
@@ -182,8 +182,8 @@ def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts:
 
 def sample_pairs(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str],
                  quiet: bool) -> list[dict]:
-    """Rows {prompt, response_a, response_b}. A pair with an unfinished response or with two equal rewards (so also one
-    of two equal responses) is drawn again; RuntimeError where 100 draws do not give a usable pair."""
+    """Rows {prompt, response_a, response_b}. A pair with an unfinished response or two equal rewards (so also two equal
+    responses) is drawn again. Raises RuntimeError if 100 draws do not give a usable pair."""
     rows: list[dict | None] = [None] * len(prompts)
     bar = tqdm(total=len(prompts), desc="toy pairs (sampling)", disable=quiet)
     todo = list(range(len(prompts)))
@@ -205,7 +205,7 @@ def sample_pairs(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pr
 
 def find_scale(gaps: torch.Tensor, label_noise: float) -> float:
     """The Bradley-Terry scale at which the expected share of wrong labels, mean of sigmoid(-scale * |gap|), is
-    `label_noise`: bisection on the logarithm of the scale, as that share falls from 1/2 to 0 where the scale grows."""
+    `label_noise`: bisection on the logarithm of the scale, since that share falls from 1/2 to 0 as the scale grows."""
     low, high = 1e-9, 1e9
     for _ in range(100):
         scale = math.sqrt(low * high)
@@ -215,8 +215,8 @@ def find_scale(gaps: torch.Tensor, label_noise: float) -> float:
 
 
 def label_rows(rows: list[dict], label_noise: float, seed: int) -> list[dict]:
-    """Adds "truth", the noiseless label, and "label", drawn by P(a preferred) = sigmoid(scale * gap). The random
-    numbers depend on the seed alone: a label that is wrong at a low noise is wrong at each higher one too."""
+    """Add "truth", the noiseless label, and "label", drawn with P(a preferred) = sigmoid(scale * gap). The random
+    numbers depend only on the seed, so a label that is wrong at a low noise level is wrong at each higher one too."""
     gaps = [gold_reward(row["response_a"]) - gold_reward(row["response_b"]) for row in rows]
     gaps = torch.tensor(gaps, dtype=torch.float64)  # (rows,), none is 0
     right = torch.sigmoid(find_scale(gaps, label_noise) * gaps.abs())  # probability of the true label
@@ -238,7 +238,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 
 @contextmanager
 def seeded_and_silent(seed: int):
-    """A CPU random state of its own, and none of the bars of transformers; the caller's settings are put back."""
+    """A separate CPU random state, and no progress bars of transformers; afterwards the caller's settings are restored."""
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -251,14 +251,14 @@ def seeded_and_silent(seed: int):
 
 
 def build_folder(target: Path, settings: dict, fill) -> Path:
-    """Makes `target` by `fill(folder)`, or reuses it where its toy.json holds the same settings. The work is done in a
-    temporary folder beside it that is renamed at the end: a killed build never looks finished, and where two
-    processes build at once, the first to end wins and the other takes its result.
+    """Make `target` with `fill(folder)`, or reuse it if its toy.json holds the same settings. The work is done in a
+    temporary folder that is renamed at the end: a killed build never looks finished, and if two processes build at
+    once, the first to finish wins and the other takes its result.
 
-    Raises ValueError where `target` was built with other settings, or holds something else."""
+    Raises ValueError if `target` was built with other settings, or is something else."""
     marker, settings = target / "toy.json", {"version": VERSION} | settings
     advice = "choose another toy_dir or delete the folder"
-    occupied = target.exists() and any(target.iterdir())  # looked at before the marker, which arrives with the folder
+    occupied = target.exists() and any(target.iterdir())  # checked before the marker, which arrives with the folder
     if occupied and not marker.exists():
         raise ValueError(f"{target} exists but was not made by toy.py: {advice}")
     if not marker.exists():
@@ -281,14 +281,14 @@ def build_folder(target: Path, settings: dict, fill) -> Path:
 
 def build(directory: str | os.PathLike, label_noise: float = 0.05, train_pairs: int = 16384, test_pairs: int = 512,
           seed: int = 0, quiet: bool = False) -> tuple[Path, Path]:
-    """Builds the task under `directory`, or reuses what is there; returns the folders of the model and of the pairs.
+    """Build the task under `directory`, or reuse what is there. Returns the folders of the model and of the pairs.
 
     label_noise  expected share of wrong labels among the training pairs, 0 <= label_noise < 0.5
     train_pairs, test_pairs  rows of train.jsonl and test.jsonl, {prompt, response_a, response_b, label, truth}; no
                  prompt is in both files, and test labels are noiseless
     quiet        no progress bars
 
-    The caller's random state is left as it was. Raises ValueError for a number out of range, and for a folder that was
+    The caller's random state does not change. Raises ValueError for a number out of range, or a folder that was
     built with other settings."""
     if not 0 <= label_noise < 0.5:
         raise ValueError(f"label_noise is {label_noise}, expected at least 0 and less than 0.5")
@@ -323,7 +323,7 @@ def build(directory: str | os.PathLike, label_noise: float = 0.05, train_pairs: 
 
 
 def write_untrained(folder: Path, sizes: dict[str, int]) -> None:
-    """A small task without training, for tests and benchmarks: folder/model, its weights random, and for each file of
+    """A small task without training, for tests and benchmarks: folder/model with random weights, and for each file of
     `sizes` {path in folder: number of pairs} sentences of the grammar, labelled by the gold reward."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
