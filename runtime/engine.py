@@ -24,21 +24,9 @@ from runtime.sources import unique_keys
 
 def engine_config(config):
     """DeepSpeed's config: ds_config.json with each "auto" filled in from the YAML, which owns that number."""
-    world = world_size()
-    path = Path(config.deepspeed)
-    path = path if path.exists() else ROOT / path  # the YAML files name their engine's file from the repository's root
-    try:
-        ds = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"deepspeed {config.deepspeed}: cannot be read ({getattr(error, 'strerror', None) or error})")
-    except json.JSONDecodeError as error:
-        raise UsageError(f"{config.deepspeed}, line {error.lineno}: not JSON ({error.msg})")
-    except ValueError as error:
-        raise UsageError(f"{config.deepspeed}: {error}")
-    if not isinstance(ds, dict) or not isinstance(ds.get("zero_optimization", {}), dict):
-        raise UsageError(f"{config.deepspeed}: expected an engine config, an object whose zero_optimization is one too")
+    ds = read_engine_file(config)
     micro, steps = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    owned = {"train_batch_size": micro * steps * world, "train_micro_batch_size_per_gpu": micro,
+    owned = {"train_batch_size": micro * steps * world_size(), "train_micro_batch_size_per_gpu": micro,
              "gradient_accumulation_steps": steps, "gradient_clipping": config.max_grad_norm, "bf16.enabled": config.bf16}
 
     def fill(node, prefix):
@@ -54,15 +42,7 @@ def engine_config(config):
                 raise UsageError(f"{config.deepspeed}: {path} is {value}, but the YAML says {owned[path]}; write \"auto\"")
     fill(ds, "")
     check_engine_config(ds, config)
-    zero = ds.setdefault("zero_optimization", {})
-    offloads = any(zero.get(f"offload_{what}", {}).get("device", "none") != "none" for what in ("optimizer", "param"))
-    if world == 1 and not config.bf16 and zero.get("stage", 0) in (1, 2) and not offloads:
-        zero["stage"] = 0  # alone, a process has nobody to share with; ZeRO would only keep a second copy of the weights
-    elif world == 1 and zero.get("stage", 0) == 2 and not offloads:
-        zero["stage"] = 1  # the same for one process, and a fifth faster on an H100 (benchmarks/results/gpu.md)
-    if config.bf16 and zero.get("stage", 0) == 0:
-        say("ZeRO 0 with bf16 would update bf16 weights, which loses small steps: running as ZeRO 1, with fp32 weights")
-        zero["stage"] = 1
+    choose_stage(ds.setdefault("zero_optimization", {}), config)
     if config.optim == "rmsprop":
         ds["zero_allow_untested_optimizer"] = True  # DeepSpeed has tested only Adam under ZeRO, but treats RMSprop the same
     ds.setdefault("steps_per_print", 10**9)  # the run prints its own lines
@@ -72,6 +52,35 @@ def engine_config(config):
                 "wandb": {"enabled": True, "project": os.environ.get("WANDB_PROJECT", "adpo")}}
     ds.update({name: services[name] for name in config.report_to if name != "none"})
     return ds
+
+
+def read_engine_file(config):
+    """The content of the file that the key `deepspeed` names."""
+    path = Path(config.deepspeed)
+    path = path if path.exists() else ROOT / path  # the YAML files name their engine's file from the repository's root
+    try:
+        ds = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"deepspeed {config.deepspeed}: cannot be read ({getattr(error, 'strerror', None) or error})")
+    except json.JSONDecodeError as error:
+        raise UsageError(f"{config.deepspeed}, line {error.lineno}: not JSON ({error.msg})")
+    except ValueError as error:
+        raise UsageError(f"{config.deepspeed}: {error}")
+    if not isinstance(ds, dict) or not isinstance(ds.get("zero_optimization", {}), dict):
+        raise UsageError(f"{config.deepspeed}: expected an engine config, an object whose zero_optimization is one too")
+    return ds
+
+
+def choose_stage(zero, config):
+    """Change the ZeRO stage where another one computes the same and is better.  zero: zero_optimization of the config."""
+    offloads = any(zero.get(f"offload_{what}", {}).get("device", "none") != "none" for what in ("optimizer", "param"))
+    stage = zero.get("stage", 0)
+    if world_size() == 1 and stage in (1, 2) and not offloads:  # alone, a process has nobody to share with
+        # fp32: ZeRO would only keep a second copy of the weights. bf16: a fifth faster on an H100 (results/gpu.md).
+        zero["stage"] = 1 if config.bf16 else 0
+    elif config.bf16 and stage == 0:
+        say("ZeRO 0 with bf16 would update bf16 weights, which loses small steps: running as ZeRO 1, with fp32 weights")
+        zero["stage"] = 1
 
 
 def check_engine_config(ds, config):

@@ -128,7 +128,6 @@ class Run:
         try:
             yield
         except Stopped:
-            self.progress.close()
             if self.step and self.can_save and not self.in_step and self.step not in checkpoint.complete(self.output):
                 self.save(engine)
             self.interrupt.remove()
