@@ -90,7 +90,7 @@ def launch(name, checkout, home):
         lines = done.stderr.splitlines() or [f"exit code {done.returncode}"]
         raise RuntimeError(next((line for line in lines if line.startswith("error: ")), lines[-1]))
     if name == "dpo-resumed" and kept.stat().st_ino != copied:  # it was written again
-        raise RuntimeError(f"it began anew instead of going on from {kept.name}")
+        raise RuntimeError(f"it started over instead of going on from {kept.name}")
     return output
 
 

@@ -44,7 +44,7 @@ class FixedGamma:
     looks_ahead: whether a step's questions are asked together, before its first micro-batch.
     """
 
-    plans = False  # whether γ is set anew at each step, from the margins of all its pairs
+    plans = False  # whether γ is set again at each step, from the margins of all its pairs
 
     def __init__(self, config, oracle, schedule):
         self.config, self.oracle, self.schedule = config, oracle, schedule

@@ -320,7 +320,7 @@ def test_the_worked_example_computes_what_it_prints(capsys):
 
 
 def test_a_micro_step_waits_for_the_device_only_where_the_margins_are_read():
-    """No number is read back in the forward, the loss, the backward or the metrics: count the calls behind `.item()`."""
+    """No number is read back in the forward, the loss, the backward or the metrics: count the calls that `.item()` makes."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Reads(TorchDispatchMode):
