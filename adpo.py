@@ -145,9 +145,10 @@ def attention_mask(segments, positions, dtype, window=None, flex=False):
     boolean mask or −inf would not do: eager attention adds the mask, and −inf gives NaN on a row that sees nothing.
     """
     B, T = segments.shape
+    if flex:  # always with a window, and a tensor: then layers with and without one share the graphs that are compiled
+        window = positions.new_full((), 2**31 - 1 if window is None else window)
+        return create_block_mask(sees(segments, positions, window), B, None, T, T, device=segments.device)
     seen = sees(segments, positions, window)
-    if flex:
-        return create_block_mask(seen, B, None, T, T, device=segments.device)
     index = torch.arange(T, device=segments.device)
     rows = torch.arange(B, device=segments.device)[:, None, None]  # (B, 1, 1)
     seen = seen(rows, None, index[:, None], index)  # (B, T, T)

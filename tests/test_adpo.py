@@ -6,6 +6,7 @@ double precision, a full log-softmax, a sum.
 
 import copy
 import math
+import random
 import re
 import weakref
 
@@ -317,6 +318,27 @@ def test_the_worked_example_computes_what_it_prints(capsys):
         seen.append((source, round(abs(margin), 6) == 1.3))
     assert seen == [("the annotator", False), ("sign(m)", False), ("sign(m), WRONG", False), ("the annotator", True)]
     assert f"mean loss = {sum(float(row[-1].split()[-2]) for row in rows) / 4:.3f}, with 2 labels bought" in printed
+
+
+def test_flex_attention_compiles_few_graphs_whatever_the_shape_and_the_window():
+    """Layers with and without a window, in 12 shapes: more graphs than torch's limit (8), and it would hold all scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+    graphs, rng = [], random.Random(0)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q, k, v, mask: flex_attention(q, k, v, block_mask=mask), backend=backend)
+    for _ in range(12):
+        pairs, prompt, first, second = rng.randint(1, 3), *(rng.randint(20, 120) for _ in range(3))
+        parts = torch.arange(prompt), prompt + torch.arange(first), prompt + torch.arange(second)
+        segments = torch.cat([torch.full_like(part, n) for n, part in enumerate(parts)]).expand(pairs, -1)
+        positions = torch.cat(parts).expand(pairs, -1)
+        q, k, v = torch.randn(3, pairs, 2, segments.shape[1], 16)
+        for window in (None, 16):
+            compiled(q, k, v, adpo.attention_mask(segments, positions, q.dtype, window, flex=True))
+    assert len(graphs) <= 4
 
 
 def test_a_micro_step_waits_for_the_device_only_where_the_margins_are_read():
