@@ -38,6 +38,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 STEP_PAIRS, PAIRS, EPOCHS = 8, 42, 2
+LONGEST = 48  # tokens of the longest pair
 STEPS_AN_EPOCH = -(-PAIRS // STEP_PAIRS)
 ASPECTS = ("bf16", "processes", "stage", "accumulation", "checkpointing")
 RUNS = list(itertools.product((False, True), (1, 2), range(4), (1, 2, 4), (False, True)))
@@ -61,9 +62,10 @@ def missing(folder, processes):
 def argv_of(folder, run):
     """The command line of a run."""
     bf16, processes, stage, accumulation, checkpointing = run
+    pairs = STEP_PAIRS // processes // accumulation  # of a micro-batch on each rank
     keys = dict(output_dir=output_of(folder, run), deepspeed=folder / f"zero{stage}.json", bf16=bf16,
                 gradient_checkpointing=checkpointing, gradient_accumulation_steps=accumulation,
-                per_device_train_batch_size=STEP_PAIRS // processes // accumulation)
+                per_device_train_batch_size=pairs, micro_batch_tokens=pairs * LONGEST)
     return ["--config", str(folder / "run.json"), *(f"--{name}={value}" for name, value in keys.items())]
 
 
