@@ -17,9 +17,12 @@ import data
 from runtime.config import ROOT
 from runtime.errors import UsageError, one_line
 from runtime.model import tolerance
-from runtime.parse import REFUSED
-from runtime.ranks import say, world_size
+from runtime.parse import UNSUPPORTED
+from runtime.ranks import lost_peer, say, world_size
 from runtime.sources import unique_keys
+
+# What the own code of a model raises on rows that it cannot take.
+FROM_MODELS = ValueError, RuntimeError, LookupError, TypeError, AttributeError, AssertionError
 
 
 def engine_config(config):
@@ -100,7 +103,7 @@ def check_engine_config(ds, config):
     bf16, zero = read.bfloat16_config, read.zero_config
     taken = "a step whose gradient is not finite would be taken"
     for name, refused, reason in (
-            ("fp16", read.float16_config.enabled, REFUSED["fp16"]),
+            ("fp16", read.float16_config.enabled, UNSUPPORTED["fp16"]),
             ("torch_autocast", read.torch_autocast_enabled, "the YAML's bf16 says what is computed in"),
             ("bf16.check_grad_overflow false", config.bf16 and not bf16.check_grad_overflow, taken),
             ("zero_optimization.compute_grad_norm false", not zero.compute_grad_norm, taken),
@@ -178,7 +181,19 @@ def check_against_plain_forward(engine, *splits):
 def plain_logps(engine, batch):
     """Log-prob of each response token by the model's own forward, row by row: (N,).  batch: in two rows a pair."""
     engine.eval()
-    return engine(batch.to(engine.device), per_token="plain")
+    try:
+        return engine(batch.to(engine.device), per_token="plain")
+    except FROM_MODELS as error:
+        reraise_if_not_the_models(error)
+        raise UsageError(f"{type(engine.module.lm).__name__}: its own forward fails on text "
+                         f"({type(error).__name__}: {one_line(error, 200)}): this model or version of transformers is not "
+                         "supported")
+
+
+def reraise_if_not_the_models(error):
+    """Raise an error again that does not come from the model's own code: no memory, or another rank is gone."""
+    if isinstance(error, torch.OutOfMemoryError) or lost_peer(error):
+        raise error
 
 
 def largest_error(engine, pairs, rows, plain):
@@ -190,9 +205,8 @@ def largest_error(engine, pairs, rows, plain):
     batch = pairs.batch(rows, engine.device)
     try:
         squares = (engine(batch, per_token="ours") - plain).pow(2)  # (N,)
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:  # from the model's own code
+    except FROM_MODELS as error:
+        reraise_if_not_the_models(error)
         return math.inf, f"its forward fails on such rows ({type(error).__name__}: {one_line(error, 200)})"
     counts = batch.lengths.view(len(rows), -1).sum(-1).tolist()  # response tokens of each pair
     errors = [part.mean().sqrt().item() for part in squares.split(counts)]

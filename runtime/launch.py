@@ -39,7 +39,7 @@ from tqdm import tqdm
 from labels.ledger import in_words
 from runtime.errors import Stopped, UsageError, one_line
 from runtime.parse import help_text, parse_config
-from runtime.ranks import rank, say, several_hosts
+from runtime.ranks import lost_peer, rank, say, several_hosts
 
 
 def launch(main):
@@ -150,11 +150,6 @@ def let_rank_0_speak_first():
     if rank() or int(os.environ.get("RANK", 0)):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(30 if int(os.environ.get("LOCAL_RANK", 0)) else 20)  # on each other host the first rank comes first
-
-
-def lost_peer(error):
-    """Whether a collective failed because another rank is gone; that rank's error is the one to look at."""
-    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
 
 
 def wait_to_be_ended(error):

@@ -186,8 +186,13 @@ def remove_noise(lm):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for attribute, value in vars(module).items():  # some models keep the rate and call the function
-            if ("drop" in attribute or "jitter" in attribute) and isinstance(value, float):
+            if "drop" in attribute and isinstance(value, float):
                 setattr(module, attribute, 0.0)
+        if any("jitter" in attribute for attribute in vars(module)):
+            # The rate itself stays: PhiMoE's router also reads it as a threshold in eval mode. Instead, train() no longer
+            # reaches this router, which has noise only in training mode.
+            module.eval()
+            module.train = lambda mode=True, module=module: module
 
 
 def recompute_activations(lm):

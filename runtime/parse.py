@@ -64,7 +64,7 @@ class Accepted:
 
 KEYS = [field.name for field in dataclasses.fields(Config)]
 FIELDS = {field.name: field for table in (Config, Accepted) for field in dataclasses.fields(table)}
-REFUSED = {field.name: field.metadata["help"] for field in dataclasses.fields(Accepted) if field.metadata["help"]}
+UNSUPPORTED = {field.name: field.metadata["help"] for field in dataclasses.fields(Accepted) if field.metadata["help"]}
 
 # ADPO replaces a label by sign(m), so it needs a loss of the form f(o · m). These losses of TRL have other forms, by reason.
 UNGATED_LOSSES = {
@@ -307,9 +307,9 @@ def check_accepted(values, places, config):
     """Refuse keys of Accepted that ask for something else than what is done. places: {key: where it is set}. Raises
     UsageError."""
     for name, value in values.items():
-        if name in REFUSED and value not in (None, FIELDS[name].default) and (name != "lora_dropout" or config.use_peft):
+        if name in UNSUPPORTED and value not in (None, FIELDS[name].default) and (name != "lora_dropout" or config.use_peft):
             value = str(value).lower() if isinstance(value, bool) else one_line(value, 80)
-            raise UsageError(f"{places[name]}: {name}={value} cannot be honoured: {REFUSED[name]}")
+            raise UsageError(f"{places[name]}: {name}={value} cannot be honoured: {UNSUPPORTED[name]}")
     if values.get("torch_dtype") == "bfloat16" and not config.bf16:
         raise UsageError(f"{places['torch_dtype']}: torch_dtype bfloat16 needs bf16: true, which trains with fp32 weights "
                          "in the optimiser")

@@ -106,6 +106,11 @@ def rank_0_first(work):
     return result
 
 
+def lost_peer(error):
+    """Whether a collective failed because another rank is gone; that rank's error is the one to look at."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
 def several_hosts():
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     return here < int(os.environ.get("WORLD_SIZE", "1"))

@@ -59,10 +59,10 @@ ALL = 10**9  # more tokens than any text has, so nothing is cut
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The formats: how a row of questions becomes a Question, and its answers a row of the file
+# The formats: how a row of questions becomes an EvalQuestion, and its answers a row of the file
 
 @dataclass
-class Question:
+class EvalQuestion:
     """One question of a file.
 
     key: tells it from the others.  turns: the user's texts, in order, or one list of messages.  row: as it was read.
@@ -98,7 +98,7 @@ class Jsonl:
     @staticmethod
     def question(row, place):
         prompt = data.text_or_messages(row.get("prompt"), f"{place}, field prompt")
-        return Question(Jsonl.key({"prompt": prompt}), [prompt], {"prompt": prompt}, place, chat=False)
+        return EvalQuestion(Jsonl.key({"prompt": prompt}), [prompt], {"prompt": prompt}, place, chat=False)
 
     @staticmethod
     def answer(question, turns, name):
@@ -125,7 +125,7 @@ class AlpacaEval:
         instruction = text_field(row, "instruction", place)
         if row.get("input"):
             raise DataError(f"{place}, field input: AlpacaEval asks with the instruction alone; put the input into it")
-        return Question(instruction, [instruction], row, place)
+        return EvalQuestion(instruction, [instruction], row, place)
 
     @staticmethod
     def answer(question, turns, name):
@@ -158,7 +158,7 @@ class MtBench:
         if not isinstance(turns, list) or not turns:
             raise DataError(f"{place}, field turns: expected a list of texts, found {one_line(repr(turns), 80)}")
         turns = [text_field({"turns": turn}, "turns", place) for turn in turns]
-        return Question(id, turns, row, place, TEMPERATURES.get(category, OTHER_TEMPERATURE))
+        return EvalQuestion(id, turns, row, place, TEMPERATURES.get(category, OTHER_TEMPERATURE))
 
     @staticmethod
     def answer(question, turns, name):
