@@ -168,15 +168,17 @@ class PairLogps(torch.nn.Module):
     MASKED_LAYERS = {"full_attention", "sliding_attention"}
     # Attention implementations that take any mask; FlashAttention takes none.
     MASKED_ATTENTION = {"eager", "sdpa", "flex_attention"}
+    SOFTCAPS = "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"  # Gemma 2, RecurrentGemma, xLSTM
 
     def __init__(self, lm, chunk_size=2048):
         super().__init__()
         self.lm = lm
         self.chunk_size = chunk_size
         config = lm.config.get_text_config()  # of a model that also takes images, the part that reads text
-        self.softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+        self.softcap = next((value for name in self.SOFTCAPS if (value := getattr(config, name, None))), None)
         self.scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
         self.scale /= float(getattr(config, "logits_scaling", None) or 1.0)  # Granite
+        self.scale /= float(getattr(config, "logits_mup_width_multiplier", None) or 1.0)  # Inkling
         self.layer_types = set(getattr(config, "layer_types", None) or ())
         self.window = getattr(config, "sliding_window", None)
         if getattr(config, "use_sliding_window", True) is False:

@@ -14,6 +14,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from runtime import toy
+from runtime.config import Config
+from runtime.model import load_policy
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2}
@@ -123,6 +125,17 @@ def test_buffers_are_saved_with_the_weights(trained):
     assert before.keys() == after.keys()
     bias, = (name for name in before if name.endswith("e_score_correction_bias"))
     assert torch.equal(before[bias], after[bias])
+
+
+def test_noise_goes_and_the_model_stays(trained):
+    """PhiMoE's router reads its jitter rate as a threshold too: without the rate it would be another model."""
+    _, folder = trained("router jitter by default")
+    config = Config(model_name_or_path=str(folder), dataset_mixer={"d": 1.0}, output_dir="o")
+    lm, policy = transformers.AutoModelForCausalLM.from_pretrained(folder).eval(), load_policy(config)
+    tokens = torch.arange(4, 40)[None]  # (1, T)
+    expected = lm(input_ids=tokens).logits
+    for mode in (False, True):
+        torch.testing.assert_close(policy.train(mode).lm(input_ids=tokens).logits, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_that_was_not_saved_right_is_reported_and_its_checkpoint_kept(train, monkeypatch):
