@@ -1,6 +1,6 @@
 """Models whose architecture does something special are trained right, or refused in one line; never silently wrong.
 
-Each is a tiny random model of its kind, trained by the real command on pairs of which some are longer than any window here.
+Each is a tiny random model of its kind, trained by the real command. Some of the pairs are longer than any window here.
 
     python -m pytest tests/test_architectures.py
 """
