@@ -48,18 +48,18 @@ def main(config, command_line=None):
     # The training pairs hold no labels: those go to the annotator, on rank 0 alone.
     train, test, annotator = load_data(config, tokenizer)
     schedule = Schedule(config, train, test)
-    ds = run.engine_config | schedule.engine_batches()
+    ds, scoring = run.engine_config | schedule.engine_batches(), schedule.scoring_batches()
 
     # The reference is the policy before its first step, unless the config names another model.
     if config.ref_model_name_or_path:
-        add_other_reference(config, ds, schedule.scoring_batches())
+        add_other_reference(config, ds, scoring)
     policy = load_policy(config)  # adpo.PairLogps around a causal LM
-    share_prompts(policy, schedule.scoring_batches())
+    share_prompts(policy, scoring)
     with starting(config):
         engine, *_ = deepspeed.initialize(model=policy, optimizer=make_optimizer(config, policy, ds), config=ds)
     check_against_plain_forward(engine, train, test)  # or refuse to train
     if not config.ref_model_name_or_path:
-        add_reference(engine, schedule.scoring_batches())  # fills .ref_logps, from the cache where it can
+        add_reference(engine, scoring)  # fills .ref_logps, from the cache where it can
 
     run.write_config()
     oracle = Oracle(annotator, run.output / "labels.sqlite", config, run)

@@ -373,9 +373,6 @@ def uninterrupted(bench, **keys):
 
 def killed(bench, **keys):
     """kill -9 after a checkpoint, resume, and compare with a run that nobody killed."""
-    from runtime.config import Config
-    if not set(keys) <= set(Config.__dataclass_fields__):
-        return (yield None, "there is no key `deterministic`: skipped")
     whole, half = uninterrupted(bench, **keys), bench.steps(12) // 2
     settings = EXACT | keys | {"save_strategy": "steps", "save_steps": half}
     name = f"killed{'-deterministic' if keys else ''}"
