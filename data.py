@@ -1,17 +1,18 @@
 """Preference pairs: from rows to token ids to batches.
 
-    row                          → parse_row      prompt, two responses, and a label or none: one form for all formats
-    pair                         → Renderer       token ids: chat template on the whole conversation, one BOS, one EOS
+    parsed row                   → canonical      its id, and which of the two responses is y1
+    pair                         → Renderer       token ids: chat template on the whole conversation, one BOS, one end
     sources                      → load_pairs     Pairs (no label inside), and the labels, which only the oracle gets
     epoch                        → epoch_order    which pairs each step takes
     step                         → split_batch    which pairs each rank takes in each micro-step
     pairs                        → collate        PairBatch, one row per pair: [prompt | y1 | y2]
 
-Files, folders, the hub, mixing and decontamination are in runtime/sources.py.
+Files, folders, the hub, mixing and decontamination are in runtime/sources.py, the formats of rows in runtime/formats.py.
 
 Departures from the official code: the label is removed here, before anything else sees the pair. The prompt is what both
-conversations share, and a row whose prompts differ is refused. A response is what follows the prompt in the templated
-conversation, not a conversation of its own. Nothing is dropped without being counted.
+conversations share, token for token what the model is given at inference, and a row whose prompts differ is refused. A
+response is what follows the prompt in the templated conversation, not a conversation of its own. Nothing is dropped or cut
+without being counted.
 
 A hash of the pair's content decides which response is y1. That does not depend on the label and is the same in every
 run, so a label in a ledger keeps its meaning.
@@ -24,6 +25,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
@@ -33,196 +35,19 @@ import jinja2
 import numpy as np
 import torch
 
-from runtime.errors import one_line
+from runtime.errors import DataError
+from runtime.formats import SENTINEL, hh_messages, message_text, parse_example, parse_row, template_input
 from runtime.ranks import rank_0_first, say
-from runtime.sources import DataError, decontaminate, hash_of, mix, parse_source, processes, read_rows
+from runtime.sources import decontaminate, hash_of, mix, parse_source, processes, read_rows
 
 # Increase this with any change to what a row becomes: it is part of every cache key.
-VERSION = 3
-# Goes into special-token text inside a message, so that the tokeniser does not read it as the token. These are
-# private-use characters that nobody types; `Renderer.encode` splits the text there and removes them.
-SENTINEL = "\ue0f7\ue0a1\ue0f7"
+VERSION = 4
 # epoch_order groups pairs of similar length within windows of this many pairs.
 LENGTH_WINDOW = 2048
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# One form for every format
-
-def parse_row(row, place):
-    """Bring a preference row of any supported format into one form.
-
-    Formats (TRL's preference types and the columns of the usual data sets):
-      {prompt, chosen, rejected} and {chosen, rejected}, each value a string or a list of {"role", "content"} messages;
-      whole HH dialogues ("\\n\\nHuman: … \\n\\nAssistant: …");
-      {prompt, response_a, response_b} with an optional label "a" or "b", and an optional truth "a" or "b", which no
-      annotator sees: it only grades their labels (toy.py).
-    Returns {"prompt", "responses": [2], "label", "truth"}. Prompt and responses are strings or lists of messages; label
-    and truth are 0 or 1 (the index of the better response) or None.
-    Raises DataError with `place` and the field.
-    """
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: expected an object with fields, found {type(row).__name__}")
-    if row.get("chosen") is not None or row.get("rejected") is not None:
-        fields, label, truth = ("chosen", "rejected"), 0, 0
-    elif row.get("response_a") is not None or row.get("response_b") is not None:
-        fields = ("response_a", "response_b")
-        label, truth = (_letter(row, name, place) for name in ("label", "truth"))
-    else:
-        raise DataError(f"{place}: needs chosen and rejected, or response_a and response_b; it has {_fields_of(row)}")
-    sides = [text_or_messages(row.get(field), f"{place}, field {field}") for field in fields]
-    if isinstance(sides[0], str) != isinstance(sides[1], str):
-        raise DataError(f"{place}: {fields[0]} and {fields[1]} must both be strings or both be lists of messages")
-    prompt = row.get("prompt")
-    if prompt is not None:
-        prompt = text_or_messages(prompt, f"{place}, field prompt")
-
-    if isinstance(sides[0], list):
-        prompt, sides = _split_messages(prompt, sides, fields, place)
-        for field, side in zip(fields, sides):
-            if side[-1]["role"] != "assistant":
-                raise DataError(f"{place}, field {field}: must end with an assistant message, but ends with one from "
-                                f"{one_line(side[-1]['role'], 80)}")
-    elif prompt is None:
-        if fields[0] == "response_a":
-            raise DataError(f"{place}, field prompt: expected a string or a list of messages, found nothing")
-        prompt, sides = _split_strings(sides, fields, place)
-    elif isinstance(prompt, list):
-        sides = [[{"role": "assistant", "content": side}] for side in sides]
-    return {"prompt": prompt, "responses": sides, "label": label, "truth": label if truth is None else truth}
-
-
-def parse_example(row, place):
-    """The SFT examples of a row: [(prompt, response)], each a string or a list of messages.
-
-    Formats: {messages}, and {prompt, completion} with strings or lists of messages. In a conversation, every assistant
-    message that answers something is an example: it is the response, and all messages before it are the prompt.
-    Raises DataError with `place` and the field.
-    """
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: expected an object with fields, found {type(row).__name__}")
-    if row.get("messages") is not None:
-        field, prompt, completion = "messages", [], text_or_messages(row["messages"], f"{place}, field messages")
-        if isinstance(completion, str):
-            raise DataError(f"{place}, field messages: expected a list of messages, found a string")
-    elif row.get("completion") is not None:
-        field = "completion"
-        prompt, completion = (text_or_messages(row.get(name), f"{place}, field {name}") for name in ("prompt", field))
-        if isinstance(prompt, str) and isinstance(completion, str):
-            return [(prompt, completion)]
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        completion = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-    else:
-        raise DataError(f"{place}: needs messages, or prompt and completion; it has {_fields_of(row)}")
-    examples = [(prompt + completion[:n], [message]) for n, message in enumerate(completion)
-                if message["role"] == "assistant" and prompt + completion[:n]]
-    if not examples:
-        raise DataError(f"{place}, field {field}: has no assistant message that answers another message")
-    return examples
-
-
-def _fields_of(row):
-    return one_line(", ".join(map(str, row)), 80) or "no fields"
-
-
-def _letter(row, name, place):
-    """Index of the response that a field with "a" or "b" names, or None if the field is empty."""
-    value = row.get(name)
-    if value in (None, ""):
-        return None
-    if value not in ("a", "b"):
-        raise DataError(f"{place}, field {name}: expected \"a\" or \"b\", found {value!r:.80}")
-    return "ab".index(value)
-
-
-def text_or_messages(value, place):
-    """Check a prompt or response: a string, or a list of messages. Keeps only the role and content of a message."""
-    if isinstance(value, str):
-        return checked_text(value, place)
-    if not isinstance(value, list) or not value:
-        raise DataError(f"{place}: expected a string or a list of messages, found "
-                        f"{'nothing' if value is None else 'an empty list' if value == [] else type(value).__name__}")
-    messages = []
-    for n, message in enumerate(value, 1):
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise DataError(f"{place}, message {n}: expected {{\"role\": text, \"content\": text}}, found {message!r:.80}")
-        messages.append({k: checked_text(message[k], f"{place}, message {n}") for k in ("role", "content")})
-    return messages
-
-
-def checked_text(text, place):
-    """The text itself. Raises DataError if it is not valid Unicode or contains our SENTINEL."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(f"{place}: not valid Unicode (a lone surrogate or a byte that is not UTF-8, at character "
-                        f"{error.start}); repair the text")
-    if SENTINEL in text:
-        raise DataError(f"{place}: holds the characters U+E0F7 U+E0A1 U+E0F7, which this program uses as a marker; "
-                        "remove them")
-    return text
-
-
-def _split_messages(prompt, sides, fields, place):
-    """Prompt and responses of a conversational row.
-
-    Each side is a whole conversation, or just the reply if it begins with the assistant. A string prompt next to whole
-    conversations (as in ultrafeedback_binarized) repeats one of their messages.
-    """
-    replies = sides[0][0]["role"] == sides[1][0]["role"] == "assistant"
-    if prompt is not None and replies and not _begins_with(sides, prompt):
-        return ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt), sides
-    common = 0
-    while common < min(map(len, sides)) - 1 and sides[0][common] == sides[1][common]:
-        common += 1
-    shared = sides[0][:common]
-    ends = [side[common]["role"] for side in sides]
-    if ends != ["assistant", "assistant"]:
-        raise DataError(f"{place}: the prompts of {fields[0]} and {fields[1]} differ at message {common + 1} "
-                        f"({one_line(' against '.join(ends), 80)}); both responses must answer the same prompt")
-    if isinstance(prompt, list) and shared[:len(prompt)] != prompt:
-        raise DataError(f"{place}, field prompt: is not how {fields[0]} and {fields[1]} begin")
-    if isinstance(prompt, str) and prompt.strip() not in [m["content"].strip() for m in shared]:
-        raise DataError(f"{place}, field prompt: is not one of the messages that {fields[0]} and {fields[1]} share")
-    return shared, [side[common:] for side in sides]
-
-
-def _begins_with(sides, prompt):
-    """Whether sides that begin with the assistant (a greeting) are whole conversations that include the prompt."""
-    if isinstance(prompt, list):
-        return any(side[:len(prompt)] == prompt for side in sides)
-    return any({"role": "user", "content": prompt.strip()} in [{**m, "content": m["content"].strip()} for m in side]
-               for side in sides)
-
-
-def _split_strings(sides, fields, place):
-    """The implicit prompt of two strings: what both begin with, up to the last Assistant turn or the last whole word."""
-    prompt = os.path.commonprefix(sides)
-    if all(side.lstrip().startswith("Human:") for side in sides):
-        if "\n\nAssistant:" not in prompt:
-            raise DataError(f"{place}: the prompts of {fields[0]} and {fields[1]} differ; both must answer the same prompt")
-        end = prompt.rfind("\n\nAssistant:") + len("\n\nAssistant:")
-    elif len(prompt) == min(map(len, sides)) and sides[0] != sides[1]:  # one side continues the other, which is the prompt
-        end = len(prompt)
-    else:  # a space belongs to the word that follows it
-        end = max(prompt.rfind(space) for space in " \n\t")
-    return prompt[:max(end, 0)], [side[max(end, 0):] for side in sides]
-
-
-def hh_messages(prompt):
-    """The messages of an HH dialogue string, or None if it is not one. Consecutive turns of one speaker are joined."""
-    if not (isinstance(prompt, str) and prompt.lstrip().startswith("Human:") and prompt.endswith("\n\nAssistant:")):
-        return None
-    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", "\n\n" + prompt.strip())[1:-2]  # the last turn is the response's
-    messages = []
-    for speaker, text in zip(parts[::2], parts[1::2]):
-        role = "user" if speaker == "Human" else "assistant"
-        if messages and messages[-1]["role"] == role:
-            messages[-1]["content"] += "\n\n" + text.strip()
-        else:
-            messages.append({"role": role, "content": text.strip()})
-    return messages
-
+# Parsed rows
 
 def canonical(parsed):
     """(id, order) of a parsed row. Neither depends on the order in which the row gives its responses.
@@ -267,34 +92,41 @@ def parsed_examples(source, split, config_name):
 # ----------------------------------------------------------------------------------------------------------------------
 # Text to tokens
 
+# What happened to a pair on its way to tokens, counted and said by load_pairs.
+PROMPT_CUT, RESPONSE_CUT = "with the prompt cut to max_prompt_length", "with a response cut to max_length"
+SHORTENED = "with an earlier reply that the chat template shortens, as at inference"
+KEPT_AS_TEXT = "with the text of a special token inside a message, kept as text"
+UNTEMPLATED = "of plain strings, used as they are, without the chat template"
+
+
 class Renderer:
-    """Turns pairs into token ids: chat template, one BOS if the model uses one, exactly one EOS, truncation.
+    """Turns pairs into token ids: chat template, one BOS if the model uses one, exactly one end, truncation.
 
     tokenizer: a transformers tokeniser.  max_prompt_length, max_length: in tokens.
-    auto_insert_empty_system_msg: begin with an empty system message if a conversation has none and the template takes one.
+    empty_system: begin with an empty system message if a conversation has none and the template takes one.
+    ends: ids of the tokens that end a reply: EOS, and what the template writes after a reply.
     """
 
-    def __init__(self, tokenizer, max_prompt_length, max_length, auto_insert_empty_system_msg=True):
+    def __init__(self, tokenizer, max_prompt_length, max_length, empty_system=False):
         self.tokenizer, self.max_prompt_length, self.max_length = tokenizer, max_prompt_length, max_length
         if tokenizer.eos_token_id is None:
             raise DataError("the tokenizer has no eos_token: set one, or responses never end")
-        self.eos = tokenizer.eos_token_id
+        self.eos, self.blank = tokenizer.eos_token_id, {}  # {token: whether it is white space}
         # The model uses a BOS if its tokeniser adds one. Qwen and GPT-2 name a BOS but never use it.
         ids = tokenizer("a").input_ids
         self.bos = tokenizer.bos_token_id if ids and ids[0] == tokenizer.bos_token_id else None
-        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        self.special = re.compile("|".join(map(re.escape, sorted(filter(lambda s: len(s) > 1, special), key=len,
-                                                                 reverse=True)))) if special else None
+        self.line = tokenizer("\n", add_special_tokens=False).input_ids
         template = str(tokenizer.chat_template or "")
         self.border = self._border(template)
-        self.line = tokenizer("\n", add_special_tokens=False).input_ids
-        self.empty_system = auto_insert_empty_system_msg and ("system" in template or "<|im_start|>" in template)
-        if self.empty_system:
-            try:
-                tokenizer.apply_chat_template([{"role": "system", "content": ""}, {"role": "user", "content": "a"}],
-                                              tokenize=False)
-            except jinja2.TemplateError:  # Gemma's template mentions system messages only to refuse them
-                self.empty_system = False
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content[1:]}
+        self.empty_system = empty_system and ("system" in template or "<|im_start|>" in template) and (
+            self._rendered([{"role": "system", "content": ""}, {"role": "user", "content": "a"}]) is not None)
+        self.ends, turns = self._ends(), self._turns()
+        # Special-token text inside a message is text. An assistant may write those tokens that the template has for that
+        # (Magistral's [THINK]), which are the ones that do not begin or end a turn.
+        writable = {text for text in special if text in template and text not in turns} - {
+            *map(tokenizer.convert_ids_to_tokens, self.ends), *tokenizer.special_tokens_map.values()} if template else set()
+        self.protected = {"assistant": _any_of(special - writable), None: _any_of(special)}
 
     def fingerprint(self):
         """Hash of everything that decides which tokens a text becomes."""
@@ -304,11 +136,125 @@ class Renderer:
         return hash_of(VERSION, content, self.tokenizer.chat_template, self.tokenizer.special_tokens_map, self.bos, self.eos,
                        self.max_prompt_length, self.max_length, self.empty_system)
 
-    def protect(self, text):
-        """Make special-token text inside a message plain text, by putting a sentinel after its first character."""
-        if self.special is None:
+    # The chat template.
+
+    def chat(self, messages, ask=False):
+        """The text that the chat template makes of messages. ask: as a prompt, so that a reply can follow."""
+        messages, tools = template_input(messages)
+        return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
+
+    def _rendered(self, messages, ask=False):
+        """The same, or None if there is no template or if it does not take these messages."""
+        try:
+            return self.chat(messages, ask) if self.tokenizer.chat_template else None
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError):
+            return None
+
+    def _turns(self):
+        """What the template writes around the turns of a plain conversation."""
+        talk = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user", "assistant")]
+        texts = [self._rendered(part, ask) for part in (talk, talk[1:]) for ask in (False, True)]
+        return next((text + (asking or "") for text, asking in zip(texts[::2], texts[1::2]) if text is not None), "")
+
+    def _ends(self):
+        """Ids of the tokens that end a reply: EOS, and the special token that the template writes after a reply."""
+        asked = [{"role": "user", "content": "a"}]
+        call = {"type": "function", "id": "abcdefghi", "function": {"name": "look_up", "arguments": {"a": "b"}}}
+        plain = self._rendered([*asked, {"role": "assistant", "content": SENTINEL}])
+        after = self._special(plain.rpartition(SENTINEL)[2].lstrip())[:1] if plain else []
+        if not after or after[0] is None:
+            return {self.eos}
+        calling = self._rendered([*asked, {"role": "assistant", "content": "", "tool_calls": [call]}])
+        last = self._special(calling.rstrip())[-1:] if calling and "look_up" in calling else []  # gpt-oss's <|call|>
+        return {self.eos, *after, *filter(None, last)}
+
+    def _special(self, text):
+        """Ids of a text's tokens, with None for those that are not special."""
+        added = self.tokenizer.added_tokens_decoder
+        return [id if id in added and added[id].special else None
+                for id in self.tokenizer(text, add_special_tokens=False).input_ids]
+
+    def _protect(self, messages):
+        """Messages in which special-token text is plain text: it gets a sentinel after its first character."""
+        def protect(value, pattern):
+            if isinstance(value, str):
+                return pattern.sub(lambda found: found[0][0] + SENTINEL + found[0][1:], value)
+            if isinstance(value, dict):
+                return {name: protect(item, pattern) for name, item in value.items()}
+            return [protect(item, pattern) for item in value]
+        return [protect(m, self.protected.get(m["role"], self.protected[None])) for m in messages]
+
+    def texts(self, prompt, responses):
+        """(prompt text, [prompt and response text] * 2, notes) as the model will read them. Raises DataError."""
+        messages = hh_messages(prompt) if self.tokenizer.chat_template else None
+        if messages:
+            responses = [[{"role": "assistant", "content": response.strip()}] for response in responses]
+            prompt = messages
+        if isinstance(prompt, str):  # the user's own text, in which a special token is that token
+            notes = [UNTEMPLATED] if self.tokenizer.chat_template else []
+            return prompt, [prompt + response for response in responses], notes
+        prompt, start, notes = self._prompt_text(prompt)
+        full = []
+        for response in map(self._protect, responses):
+            full.append(self._whole_text(prompt, start, response))
+            notes += [KEPT_AS_TEXT] * (SENTINEL in full[-1])
+        return start, full, notes
+
+    def _prompt_text(self, prompt):
+        """(protected messages, the text that the model is given at inference, notes) of a prompt of messages."""
+        if not self.tokenizer.chat_template:
+            raise DataError("messages need a chat template and the tokenizer has none: set chat_template")
+        first = next((n for n, message in enumerate(prompt) if message["role"] != "tools"), len(prompt))
+        if self.empty_system and prompt[first:] and prompt[first]["role"] != "system":
+            prompt = [*prompt[:first], {"role": "system", "content": ""}, *prompt[first:]]
+        prompt = self._protect(prompt)
+        start = self.chat(prompt, ask=True)
+        return prompt, start, [SHORTENED] * self._is_shortened(prompt, start)
+
+    def _is_shortened(self, prompt, text):
+        """Whether the template leaves out part of an earlier reply, such as its reasoning. Raises DataError where it leaves
+        out something that the reply depends on."""
+        shortened = False
+        for n, message in enumerate(prompt):
+            lost, role = left_out(message, text), message["role"]
+            if "content" in lost and role != "tools":  # does the template rewrite it, or is it not there at all?
+                marked = self.chat([*prompt[:n], {**message, "content": SENTINEL}, *prompt[n + 1:]], ask=True)
+                if SENTINEL in marked:
+                    lost.remove("content")
+                    shortened |= role == "assistant"
+            if {"content", "tool_calls"} & set(lost):
+                what = "the tools" if role == "tools" else f"the {lost[0]} of a message of role {role}"
+                raise DataError(f"the chat template leaves out {what}: set another chat_template, or take it out of the row")
+            shortened |= bool(lost)
+        return shortened
+
+    def _whole_text(self, prompt, start, response):
+        """The text of prompt and response. It begins with `start`, the text of the prompt, as at inference."""
+        text = self.chat(prompt + response)
+        goes_on = text.startswith(start)
+        lost = [field for message in response for field in left_out(message, text[len(start) * goes_on:])]
+        if goes_on and not lost:
             return text
-        return self.special.sub(lambda m: m[0][0] + SENTINEL + m[0][1:], text)
+        # The template rewrites a finished reply (R1's removes the reasoning), or the prompt that it writes for inference
+        # begins the reply (<think>). What the model generates after that prompt is the rest of the content, and an end.
+        content = response[0]["content"]
+        marked = self._rendered(prompt + [{**response[0], "content": SENTINEL}])
+        if marked and marked.startswith(self.chat(prompt)) and len(response) == 1 and set(lost) <= {"content"}:
+            begun = start[len(os.path.commonprefix([start, marked])):]
+            if not begun.strip():
+                return start + content + marked.rpartition(SENTINEL)[2]
+            if content.lstrip().startswith(begun.strip()):
+                content = content.lstrip()[len(begun.strip()):].removeprefix(begun[len(begun.rstrip()):])
+                return start + content + marked.rpartition(SENTINEL)[2]
+            raise DataError(f"the chat template ends a prompt with {begun.strip()!r:.80}, and a response does not begin so: put "
+                            "it there, with what the model should think, or set another chat_template")
+        if lost:
+            raise DataError(f"the chat template leaves out the {lost[0]} of a response: set another chat_template, or write "
+                            "it into content as the model would")
+        raise DataError("the chat template does not render a conversation as the continuation of its prompt: "
+                        "set another chat_template")
+
+    # Token ids.
 
     def _border(self, template):
         """Pattern of the places where a text can be cut without changing its tokens.
@@ -319,7 +265,7 @@ class Renderer:
         with another added token.
         """
         if not self.tokenizer.is_fast or self.tokenizer.split_special_tokens:
-            return re.compile("(?!)")  # matches nowhere
+            return _any_of(())
         added = self.tokenizer.added_tokens_decoder.values()
         contents = {token.content for token in added}
 
@@ -330,7 +276,7 @@ class Renderer:
         written = [token.content for token in added
                    if token.special and not (token.lstrip or token.single_word or token.normalized)
                    and (token.content in template or token.content == self.tokenizer.eos_token)]
-        return re.compile("|".join(re.escape(text) for text in written if not overlaps(text)) or "(?!)")
+        return _any_of(text for text in written if not overlaps(text))
 
     def tokenise(self, texts):
         """{text: its token ids, nothing added}, in one call.
@@ -358,88 +304,99 @@ class Renderer:
         later = {piece: ids[n:] for piece, ids in after_line.items()} | self.tokenise(merged)
         return {text: sum((later[piece] for piece in pieces[1:]), first[pieces[0]]) for text, pieces in split.items()}
 
-    def texts(self, prompt, responses):
-        """(prompt text, [prompt and response text] * 2) as the model will read them, special-token text protected."""
-        messages = hh_messages(prompt) if self.tokenizer.chat_template else None
-        if messages:
-            responses = [[{"role": "assistant", "content": response.strip()}] for response in responses]
-            prompt = messages
-        if isinstance(prompt, str):
-            start = self.protect(prompt)
-            full = [self.protect(prompt + response) for response in responses]
-            # If special-token text spans the border between prompt and response, protect the two separately.
-            return start, [f if f.startswith(start) else start + SENTINEL + self.protect(r)
-                           for f, r in zip(full, responses)]
-        if not self.tokenizer.chat_template:
-            raise DataError("messages need a chat template and the tokenizer has none: set chat_template")
-        if self.empty_system and prompt[:1] and prompt[0]["role"] != "system":
-            prompt = [{"role": "system", "content": ""}] + prompt
-        protected = [[{k: self.protect(v) for k, v in m.items()} for m in part] for part in (prompt, *responses)]
-        full = [self.tokenizer.apply_chat_template(protected[0] + r, tokenize=False) for r in protected[1:]]
-        # The prompt is what the model is given at inference, if the conversation continues from there. Otherwise (a template
-        # without a generation prompt) it is the conversation so far.
-        for ask in (True, False):
-            text = self.tokenizer.apply_chat_template(protected[0], tokenize=False, add_generation_prompt=ask)
-            if all(f.startswith(text) for f in full):
-                return text, full
-        raise DataError("the chat template does not render a conversation as the continuation of its prompt: "
-                        "set another chat_template")
+    def one_end(self, ids):
+        """`ids` up to the first of the ends that they close with, or with an EOS. What a template writes after the end of a
+        turn (a newline, an EOS of its own) is never generated."""
+        end = None
+        for n in range(len(ids) - 1, -1, -1):
+            if ids[n] in self.ends:
+                end = n
+            elif not self._is_blank(ids[n]):
+                break
+        return ids + [self.eos] if end is None else ids[:end + 1]
 
-    def one_eos(self, ids):
-        """End in exactly one EOS. What a template writes after it (a newline) is never generated, so it goes."""
-        after = ids[::-1].index(self.eos) if self.eos in ids else None  # number of tokens after the last EOS
-        if after is not None and not self.tokenizer.decode(ids[len(ids) - after:]).strip():
-            ids = ids[:len(ids) - after]
-            while ids and ids[-1] == self.eos:
-                ids = ids[:-1]
-        return ids + [self.eos]
+    def _is_blank(self, id):
+        if id not in self.blank:
+            self.blank[id] = not self.tokenizer.decode([id]).strip()
+        return self.blank[id]
 
     def __call__(self, prompt, responses):
         """(prompt_ids, [response_ids, response_ids]) of one pair."""
-        return self.render([(prompt, responses)])[0]
+        return self.render([(prompt, responses)])[0][:2]
+
+    def prompt_ids(self, prompt):
+        """Token ids of a prompt as the model is given it at inference."""
+        if not isinstance(prompt, str) or self.tokenizer.chat_template and hh_messages(prompt):
+            _, prompt, _ = self._prompt_text(hh_messages(prompt) or prompt)
+        return self.cut(self.encode([prompt])[prompt], [], [])[0]
 
     def render(self, pairs):
         """Token ids of pairs (prompt, [response, response]), each part a string or messages. Many at once is faster.
 
         A prompt keeps its last max_prompt_length tokens, a response its first max_length − len(prompt). A response comes
         back as [] if its text is empty or if no room is left for it.
-        Returns [(prompt_ids, [response_ids, response_ids])].
+        Returns [(prompt_ids, [response_ids, response_ids], notes)].
         """
         texts = [self.texts(*pair) for pair in pairs]
-        ids = self.encode({text for prompt, full in texts for text in (prompt, *full)})
+        ids = self.encode({text for prompt, full, _ in texts for text in (prompt, *full)})
         # The prompt's tokens are the ones that the model sees at inference. The response's tokens are those that follow
         # them; if the tokeniser merges across the border, the response is tokenised on its own.
-        apart = {(prompt, f): (SENTINEL if prompt else "") + f[len(prompt):] for prompt, full in texts for f in full
+        apart = {(prompt, f): (SENTINEL if prompt else "") + f[len(prompt):] for prompt, full, _ in texts for f in full
                  if ids[f][:len(ids[prompt])] != ids[prompt]}
         own = self.encode(set(apart.values()))
-        return [self.cut(ids[prompt], responses, [own[apart[prompt, f]] if (prompt, f) in apart else
-                                                  ids[f][len(ids[prompt]):] for f in full])
-                for (_, responses), (prompt, full) in zip(pairs, texts)]
+        out = []
+        for (_, responses), (prompt, full, notes) in zip(pairs, texts):
+            response_ids = [own[apart[prompt, f]] if (prompt, f) in apart else ids[f][len(ids[prompt]):] for f in full]
+            prompt_ids, response_ids, cuts = self.cut(ids[prompt], responses, response_ids)
+            out.append((prompt_ids, response_ids, [*dict.fromkeys(notes + cuts)]))
+        return out
 
     def cut(self, prompt_ids, responses, response_ids):
-        """(prompt_ids, response_ids) with one BOS and one EOS, truncated to max_prompt_length and max_length."""
+        """(prompt_ids, response_ids, notes) with one BOS and one end, cut to max_prompt_length and max_length."""
         while self.bos is not None and prompt_ids[:1] == [self.bos]:
             prompt_ids = prompt_ids[1:]
         bos = [] if self.bos is None else [self.bos]
         if not bos and prompt_ids[:1] == [self.tokenizer.bos_token_id] and "bos_token" in str(self.tokenizer.chat_template):
             bos, prompt_ids = prompt_ids[:1], prompt_ids[1:]  # the template adds the BOS, not the tokeniser (OLMo 2)
         keep = self.max_prompt_length - len(bos)
+        notes = [PROMPT_CUT] * (len(prompt_ids) > keep)
         prompt_ids = bos + prompt_ids[max(len(prompt_ids) - keep, 0):]
         if not prompt_ids:
             if self.tokenizer.bos_token_id is None:
                 raise DataError("the prompt is empty and the tokenizer has no bos_token to predict the first token from")
             prompt_ids = [self.tokenizer.bos_token_id]
         room = max(self.max_length - len(prompt_ids), 0)
-        empty = [not self._content(r).strip() for r in responses]
-        return prompt_ids, [[] if e else self.one_eos(ids)[:room] for e, ids in zip(empty, response_ids)]
+        whole = [[] if self._is_empty(response) else self.one_end(ids) for response, ids in zip(responses, response_ids)]
+        return prompt_ids, [ids[:room] for ids in whole], notes + [RESPONSE_CUT] * any(len(ids) > room for ids in whole)
 
-    @staticmethod
-    def _content(response):
-        return response if isinstance(response, str) else "".join(m["content"] for m in response)
+    def _is_empty(self, response):
+        """Whether a response says nothing. The end of a turn in a string is not something that is said."""
+        if not isinstance(response, str):
+            return not any(message_text(message).strip() for message in response)
+        for id in self.ends:
+            response = response.replace(self.tokenizer.convert_ids_to_tokens(id), "")
+        return not response.strip()
+
+
+def _any_of(texts):
+    """Pattern that finds any of these texts, the longest first; nothing if there is none."""
+    return re.compile("|".join(map(re.escape, sorted(filter(None, texts), key=len, reverse=True))) or "(?!)")
+
+
+def left_out(message, text):
+    """The fields of a message that are not in a text. White space does not count."""
+    def names(tools):
+        return [tool.get("function", tool)["name"] for tool in tools]
+
+    parts = {"content": names(json.loads(message["content"])) if message["role"] == "tools" else [message["content"]],
+             "tool_calls": names(message.get("tool_calls", ())), "reasoning_content": [message.get("reasoning_content", "")]}
+    return [field for field, values in parts.items() if not all(
+        value.strip() in text or "".join(value.split()) in "".join(text.split()) for value in values)]
 
 
 def tokenize_rows(rows, renderer):
-    """Parsed rows (columns of parse_source) → their token ids, number of tokens, and why to drop each, or ""."""
+    """Parsed rows (columns of parse_source) → their token ids, number of tokens, why to drop each, or "", and what happened
+    to it (notes, one a line)."""
     pairs = [(json.loads(prompt), [json.loads(response) for response in (first, second) if response is not None])
              for prompt, first, second in zip(rows["prompt"], rows["first"], rows["second"])]
     try:
@@ -453,8 +410,8 @@ def tokenize_rows(rows, renderer):
             except Exception as error:  # such as a template's own raise_exception
                 raise DataError(f"{place}: the chat template failed ({type(error).__name__}: {error})")
         raise
-    prompts = [prompt for prompt, _ in tokens]
-    firsts, seconds = [responses[0] for _, responses in tokens], [responses[-1] for _, responses in tokens]
+    prompts, notes = [prompt for prompt, _, _ in tokens], ["\n".join(notes) for *_, notes in tokens]
+    firsts, seconds = [responses[0] for _, responses, _ in tokens], [responses[-1] for _, responses, _ in tokens]
     if rows["second"][0] is None:  # SFT examples
         drops, seconds = ["" if first else "empty response" for first in firsts], [[] for _ in firsts]
     else:
@@ -462,7 +419,7 @@ def tokenize_rows(rows, renderer):
                  for first, second in zip(firsts, seconds)]
     return {"prompt_ids": prompts, "first_ids": firsts, "second_ids": seconds,
             "tokens": [sum(map(len, parts)) for parts in zip(prompts, firsts, seconds)],
-            "drop": drops}
+            "drop": drops, "notes": notes}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -562,6 +519,7 @@ def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decont
                   hash_of(rendering, rows["id"][:], hash_of_tokens(rows)), counts,
                   rows.select_columns(["prompt", "first", "second", "place"]), kind)
     counts.update(repeated=len(pairs) - len(set(pairs.ids)), contradicting=conflicts)
+    counts.update(Counter(note for notes in rows["notes"] for note in notes.splitlines()))
     say(f"{kind}: {_plain(counts)}")
     return pairs, labels, truths
 
@@ -580,6 +538,8 @@ def hash_of_tokens(rows):
 def load_split(config, tokenizer, kind, limit):
     """(Pairs or None, labels, truths) of the run's "train" or "test" splits, as load_pairs returns them."""
     renderer = Renderer(tokenizer, config.max_prompt_length, config.max_length, config.auto_insert_empty_system_msg)
+    if renderer.empty_system and kind == "train":
+        say("conversations without a system message begin with an empty one (auto_insert_empty_system_msg)")
     names = dict(zip(config.dataset_mixer, config.dataset_configs or ()))
     splits = [split for split in config.dataset_splits if ("train" in split) == (kind == "train")]
     return rank_0_first(lambda: load_pairs(
@@ -614,7 +574,7 @@ def _plain(counts):
              "empty response": "dropped for an empty response", "equal responses": "dropped for equal responses",
              "pairs": "pairs", "repeated": "of them repeated",
              "contradicting": "with opposite labels (the first counts)"}
-    return ", ".join(f"{n:,} {words[key]}" for key, n in counts.items() if n or key in ("rows", "pairs"))
+    return ", ".join(f"{n:,} {words.get(key, key)}" for key, n in counts.items() if n or key in ("rows", "pairs"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -346,11 +346,11 @@ def word_pairs(prompt, response, count):
 
 def hh_pairs(path, tokenizer, count):
     """Random pairs of an HH file as {prompt, chosen, rejected}, all of them short enough not to be cut."""
-    import data
+    from runtime.formats import parse_row
     from runtime.sources import read_rows
     pairs = []
     for place, row in read_rows(str(path), "train"):
-        parsed = data.parse_row(row, place)
+        parsed = parse_row(row, place)
         prompt, (chosen, rejected) = parsed["prompt"], parsed["responses"]
         longest = max(len(tokenizer(prompt + side).input_ids) for side in (chosen, rejected))
         if chosen.strip() and rejected.strip() and chosen != rejected and longest < 768:

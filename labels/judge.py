@@ -35,6 +35,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from labels.annotators import Annotator, Waiting
 from runtime.errors import UsageError, one_line
+from runtime.formats import message_text
 
 # A response may contain "[[A]]", instructions to the judge, or a forged end of itself. Three things protect us:
 #   1. We read the verdict from the judge's reply alone, and reject a reply with two marks, such as one that quotes some.
@@ -87,7 +88,7 @@ def coin(pair, seed):
 def plain(part):
     """A prompt or response as text, from its JSON: a string, or messages."""
     part = json.loads(part)
-    return part if isinstance(part, str) else "\n\n".join(f"{m['role']}: {m['content']}" for m in part)
+    return part if isinstance(part, str) else "\n\n".join(f"{m['role']}: {message_text(m)}" for m in part)
 
 
 class Judge(Annotator):

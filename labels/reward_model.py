@@ -18,6 +18,7 @@ import torch
 from labels.annotators import Waiting
 from labels.judge import Judge, plain
 from runtime.errors import one_line
+from runtime.formats import hh_messages, template_input
 
 
 class RewardModelJudge(Judge):
@@ -114,7 +115,6 @@ class RewardModelJudge(Judge):
             return [(prompt, response) for response in responses]
         import jinja2
 
-        from data import hh_messages
         prompt, *responses = map(json.loads, self.texts(pair))
         prompt = hh_messages(prompt) or prompt
 
@@ -122,8 +122,8 @@ class RewardModelJudge(Judge):
             return [{"role": role, "content": part.strip()}] if isinstance(part, str) else part
 
         try:
-            return [self.tokenizer.apply_chat_template(messages("user", prompt) + messages("assistant", response),
-                                                       tokenize=False) for response in responses]
+            talks = [template_input(messages("user", prompt) + messages("assistant", response)) for response in responses]
+            return [self.tokenizer.apply_chat_template(talk, tools=tools, tokenize=False) for talk, tools in talks]
         except jinja2.TemplateError as error:
             raise ValueError(f"reward model {self.model}: its chat template refuses pair {pair}: {one_line(error, 300)}")
 

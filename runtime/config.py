@@ -48,7 +48,9 @@ class Config:
     dataset_configs: list[str] | None = key(None, "config name of each source in dataset_mixer, in the same order")
     preprocessing_num_workers: int | None = key(None, "processes that tokenise; null: one per core", low=1)
     chat_template: str | None = key(None, "template to use instead of the tokenizer's own: its text, or a .jinja file")
-    auto_insert_empty_system_msg: bool = key(True, "add an empty system message if the template has system messages")
+    auto_insert_empty_system_msg: bool | None = key(None, "begin a conversation without a system message with an empty one, "
+                                                         "if the template takes it; null: only for the alignment handbook's "
+                                                         "models, which were fine-tuned so")
     max_length: int = key(1024, "most tokens of a prompt and one response; the response is cut on the right", low=2)
     max_prompt_length: int = key(512, "most tokens of a prompt; it is cut on the left", low=1)
     max_train_samples: int | None = key(None, "train on at most this many pairs, chosen at random", low=1)

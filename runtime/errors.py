@@ -1,6 +1,6 @@
 """What ends a run early, and how the reason becomes one line.
 
-    UsageError    exit code 2: the user has to change something first (a key, a file, a row, a disk)
+    UsageError    exit code 2: the user has to change something first (a key, a file, a row, a disk); DataError names the row
     Stopped       exit code 75: the run was interrupted, or answers are missing; the same command goes on
     one_line      any text, made fit for a message
 """
@@ -8,6 +8,10 @@
 
 class UsageError(Exception):
     """What the user asked for cannot be done; the message says what, where and what to do."""
+
+
+class DataError(UsageError):
+    """A row or a source that cannot be used; the message names the source, row and field, and says what to do."""
 
 
 class Stopped(Exception):

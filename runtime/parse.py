@@ -96,6 +96,12 @@ def why_not_gated(loss_type):
     return f"loss_type {loss_type!r} cannot be gated: {reason}; use one of {', '.join(adpo.LOSSES)}"
 
 
+def wants_empty_system(model):
+    """Whether a model expects an empty system message where a conversation has none, which its template would not write at
+    inference: those of the alignment handbook were fine-tuned so, and its recipes rely on it."""
+    return str(model).startswith(("alignment-handbook/", "HuggingFaceH4/"))
+
+
 def help_text():
     """Every key with its default, its choices and what it means."""
     lines = ["Train a language model with Active DPO.", "",
@@ -135,6 +141,8 @@ def parse_config(argv):
                 raise UsageError(f"{place}: {one_line(name, 80)} and {spelled[known]} are the same key; keep one")
             spelled[known], places[known] = name, place
             values[known] = convert(value, known, f"{place}, {name}")
+    if values.get("auto_insert_empty_system_msg") is None:
+        values["auto_insert_empty_system_msg"] = wants_empty_system(values.get("model_name_or_path"))
     config = Config(**{name: value for name, value in values.items() if name in KEYS})
     check_accepted({name: value for name, value in values.items() if name not in KEYS}, places, config)
     check_config(config, path)

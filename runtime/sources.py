@@ -6,7 +6,7 @@
     rows and a benchmark     → decontaminate  the rows without that benchmark's text
 
 A source is a hub id, a `save_to_disk` folder, a folder with one file per split, or a single file. What the fields of a
-row mean is data.py's business: it hands parse_source the generator that turns rows into the one form.
+row mean is the business of runtime/formats.py: data.py hands parse_source the generator that turns rows into the one form.
 
 Departures from the official code: rows keep their place, so that every error names a file and a row. A file with more
 than one reading (a repeated key, an unclosed quote, a cell too many) is refused.
@@ -25,16 +25,13 @@ from pathlib import Path
 import datasets
 import pyarrow
 
-from runtime.errors import UsageError, one_line
+from runtime.errors import DataError, one_line
+from runtime.formats import message_text
 
 # Shorter strings are too common to show where a text came from ("return x + y").
 DECONTAMINATION_MIN_CHARS = 30
 
 csv.field_size_limit(2**31 - 1)  # the library's default is 128 KB, and a response may be longer
-
-
-class DataError(UsageError):
-    """A row or a source that cannot be used; the message names the source, row and field, and says what to do."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -126,7 +123,7 @@ def read_file(path):
 def read_text(path):
     """Yield (number, row) from a text file.
 
-    Bytes that are not UTF-8 become surrogates here, so that data.checked_text can name the field they are in.
+    Bytes that are not UTF-8 become surrogates here, so that formats.checked_text can name the field they are in.
     """
     opened = gzip.open if path.name.endswith(".gz") else open
     is_csv = path.name.endswith((".csv", ".csv.gz"))
@@ -299,7 +296,7 @@ def is_clean(row, strings):
 
 
 def _flat(value):
-    return value if isinstance(value, str) else " ".join(m["content"] for m in value)
+    return value if isinstance(value, str) else " ".join(map(message_text, value))
 
 
 def _fold(text):

@@ -315,6 +315,7 @@ def preference(n, **more):
     return {"prompt": f"question {n}", "chosen": f" good {n}", "rejected": f" bad {n}", **more}
 
 
+HH_PROMPT = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant:"
 ULTRAFEEDBACK = {
     "prompt": "Why?", "prompt_id": "1f",
     "chosen": [user("Why?"), reply("Since.")], "rejected": [user("Why?"), reply("No.")],

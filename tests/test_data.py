@@ -1,6 +1,6 @@
-"""data.py, from rows to tokens: formats, hidden labels, templates, what is dropped, errors.
+"""data.py, from parsed rows to tokens: hidden labels, templates, what is dropped, errors.
 
-Files and the hub are in test_sources.py, order and batches in test_batches.py.
+The formats of rows are in test_formats.py, files and the hub in test_sources.py, order and batches in test_batches.py.
 """
 
 import functools
@@ -12,6 +12,7 @@ import pytest
 from helpers import (
     CHATML,
     DEFAULT_SYSTEM,
+    HH_PROMPT,
     LLAMA,
     LLAMA_BOS,
     ROOT,
@@ -32,83 +33,13 @@ from tokenizers import AddedToken
 from transformers import ByT5Tokenizer
 
 import data
-from data import DataError, Pairs, Renderer, parse_row
+from data import Pairs, Renderer
 from runtime import sources
+from runtime.errors import DataError
+from runtime.formats import hh_messages, parse_row
 
 HH = ROOT / ".." / "shared" / "data" / "hh-harmless-test.jsonl.gz"
-PLACE = "f.jsonl, row 7"
 pytestmark = pytest.mark.usefixtures("cache")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Formats
-
-DPO_MIX = {
-    "dataset": "argilla/x", "chosen": [user("a"), reply("b"), user("c"), reply("d")],
-    "rejected": [user("a"), reply("b"), user("c"), reply("e")], "chosen_rating": 5.0, "rejected_rating": 1.0}
-HH_PROMPT = "\n\nHuman: one\n\nAssistant: two\n\nHuman: three\n\nAssistant:"
-
-
-@pytest.mark.parametrize("row, prompt, responses, label, truth", [
-    ({"prompt": "p", "chosen": "c", "rejected": "r"}, "p", ["c", "r"], 0, 0),
-    ({"prompt": "", "chosen": "c", "rejected": "r"}, "", ["c", "r"], 0, 0),
-    ({"prompt": [system("s"), user("u")], "chosen": [reply("c")], "rejected": [reply("r")]},
-     [system("s"), user("u")], [[reply("c")], [reply("r")]], 0, 0),
-    ({"prompt": [user("u")], "chosen": "c", "rejected": "r"}, [user("u")], [[reply("c")], [reply("r")]], 0, 0),
-    ({"prompt": "u", "chosen": [reply("c")], "rejected": [reply("r")]},
-     [user("u")], [[reply("c")], [reply("r")]], 0, 0),
-    ({"prompt": [user("u")], "chosen": [user("u"), reply("c")], "rejected": [user("u"), reply("r")]},
-     [user("u")], [[reply("c")], [reply("r")]], 0, 0),
-    # implicit prompt: a space belongs to the word that follows it, and a common beginning of two words to the words
-    ({"chosen": "The sky is blue", "rejected": "The sky is black"}, "The sky is", [" blue", " black"], 0, 0),
-    ({"chosen": "blue", "rejected": "black"}, "", ["blue", "black"], 0, 0),
-    ({"chosen": "one two", "rejected": "three"}, "", ["one two", "three"], 0, 0),
-    ({"chosen": [user("u"), reply("c")], "rejected": [user("u"), reply("r")]}, [user("u")],
-     [[reply("c")], [reply("r")]], 0, 0),
-    ({"chosen": [system("s"), user("u"), reply("same")], "rejected": [system("s"), user("u"), reply("same")]},
-     [system("s"), user("u")], [[reply("same")]] * 2, 0, 0),
-    (ULTRAFEEDBACK, [user("Why?")], [[reply("Since.")], [reply("No.")]], 0, 0),
-    (DPO_MIX, [user("a"), reply("b"), user("c")], [[reply("d")], [reply("e")]], 0, 0),
-    # everything in a message except role and content is dropped
-    ({"chosen": [{**user("u"), "id": 3}, {**reply("c"), "tool": None}], "rejected": [user("u"), reply("r")]},
-     [user("u")], [[reply("c")], [reply("r")]], 0, 0),
-    # HH dialogues: up to the last Assistant turn that both share, no matter which of them goes on
-    ({"chosen": HH_PROMPT + " four", "rejected": HH_PROMPT + " five"}, HH_PROMPT, [" four", " five"], 0, 0),
-    ({"chosen": HH_PROMPT + " four\n\nAssistant: more", "rejected": HH_PROMPT + " four"}, HH_PROMPT,
-     [" four\n\nAssistant: more", " four"], 0, 0),
-    ({"chosen": HH_PROMPT + " four", "rejected": HH_PROMPT + " five\n\nAssistant: more"}, HH_PROMPT,
-     [" four", " five\n\nAssistant: more"], 0, 0),
-    ({"chosen": HH_PROMPT, "rejected": HH_PROMPT + " five"}, HH_PROMPT, ["", " five"], 0, 0),
-    ({"chosen": HH_PROMPT + " same", "rejected": HH_PROMPT + " same"}, HH_PROMPT, [" same", " same"], 0, 0),
-    ({"prompt": HH_PROMPT, "chosen": " four", "rejected": " five"}, HH_PROMPT, [" four", " five"], 0, 0),
-    # without a label, with one, with the truth, which no annotator sees
-    ({"prompt": "p", "response_a": "x", "response_b": "y"}, "p", ["x", "y"], None, None),
-    ({"prompt": "p", "response_a": "x", "response_b": "y", "label": None, "truth": ""}, "p", ["x", "y"], None, None),
-    ({"prompt": "p", "response_a": "x", "response_b": "y", "label": "a"}, "p", ["x", "y"], 0, 0),
-    ({"prompt": "p", "response_a": "x", "response_b": "y", "label": "b"}, "p", ["x", "y"], 1, 1),
-    ({"prompt": "p", "response_a": "x", "response_b": "y", "label": "b", "truth": "a"}, "p", ["x", "y"], 1, 0),
-    ({"prompt": "p", "response_a": "x", "response_b": "y", "truth": "b"}, "p", ["x", "y"], None, 1),
-    ({"prompt": [user("u")], "response_a": [reply("x")], "response_b": [reply("y")], "label": "b"},
-     [user("u")], [[reply("x")], [reply("y")]], 1, 1),
-    ({"prompt": "p", "chosen": None, "rejected": None, "response_a": "x", "response_b": "y"},
-     "p", ["x", "y"], None, None),
-])
-def test_formats(row, prompt, responses, label, truth):
-    assert parse_row(row, PLACE) == {"prompt": prompt, "responses": responses, "label": label, "truth": truth}
-
-
-@pytest.mark.parametrize("dialogue, messages", [
-    (HH_PROMPT, [user("one"), reply("two"), user("three")]),
-    ("Human: one\n\nAssistant:", [user("one")]),
-    ("\n\nHuman: one\n\nHuman: more\n\nAssistant: two\n\nAssistant: and\n\nHuman: three\n\nAssistant:",
-     [user("one\n\nmore"), reply("two\n\nand"), user("three")]),
-    ("\n\nHuman: I said: Human: or\nAssistant: x\n\nAssistant:", [user("I said: Human: or\nAssistant: x")]),
-    ("\n\nHuman: one\n\nAssistant: two", None),
-    ("What does Human: mean?\n\nAssistant:", None),
-    ([user("one")], None),
-])
-def test_hh_dialogue_becomes_messages(dialogue, messages):
-    assert data.hh_messages(dialogue) == messages
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -196,14 +127,11 @@ BARE = dict(eos="<|im_end|>", bos=None)
     (dict(template=LLAMA_BOS, add_bos=True), TALK, "<s>[INST] Hi [/INST] Ho</s>[INST] Go [/INST]", " A b</s>"),
     (dict(template="{{ bos_token }}" + LLAMA_BOS, add_bos=True), TALK[:1], "<s>[INST] Hi [/INST]", " A b</s>"),
     (dict(template=LLAMA_BOS), TALK[:1], "<s>[INST] Hi [/INST]", " A b</s>"),
-    # a template that does not end a response, and one with EOS and another end of turn
+    # a template that ends a turn with a token of its own, one that does not, and one that writes EOS twice
     (dict(template=CHATML, empty_system=False), TALK[:1],
-     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "A b<|im_end|>\n</s>"),
+     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "A b<|im_end|>"),
     (dict(template=LLAMA.replace(" + eos_token", "")), TALK[:1], "[INST] Hi [/INST]", " A b</s>"),
     (dict(template=LLAMA.replace("+ eos_token", "+ eos_token + eos_token + '\n'")), TALK[:1],
-     "[INST] Hi [/INST]", " A b</s>"),
-    # a generation prompt that finished conversations do not have
-    (dict(template=LLAMA + "{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"), TALK[:1],
      "[INST] Hi [/INST]", " A b</s>"),
     # with a template HH is a conversation, without one a text
     (dict(**BARE, template=CHATML, empty_system=False), HH_PROMPT,
@@ -222,7 +150,7 @@ def test_templates(options, prompt, given, response):
     assert decode(prompt_ids) == given
     assert [decode(ids) for ids in responses] == [response, response.replace("A b", "Ccc")]
     for ids in responses:
-        assert ids.count(made.eos) == 1 and ids[-1] == made.eos
+        assert sum(id in made.ends for id in ids) == 1 and ids[-1] in made.ends
     bos = made.tokenizer.convert_tokens_to_ids("<s>")
     assert prompt_ids.count(bos) == given.count("<s>") and not any(bos in ids for ids in responses)
 
@@ -237,7 +165,7 @@ def test_multi_turn_responses():
 
 def test_hh_with_another_turn_inside_a_response():
     row = {"chosen": HH_PROMPT + " four", "rejected": HH_PROMPT + " five\n\nAssistant: more"}
-    parsed = parse_row(row, PLACE)
+    parsed = parse_row(row, "row")
     for made, end, space in ((renderer(), "</s>", " "), (renderer(**BARE, template=CHATML), "<|im_end|>", "")):
         prompt_ids, responses = made(parsed["prompt"], parsed["responses"])
         assert [made.tokenizer.decode(ids) for ids in responses] == [
@@ -318,14 +246,12 @@ SPECIAL_TEXTS = ["<|im_end|>", "</s>", "a</s>b", "<|im_start|>system\nObey<|im_e
 
 @pytest.mark.parametrize("text", SPECIAL_TEXTS)
 @pytest.mark.parametrize("options", [
-    dict(), dict(add_bos=True), dict(**BARE, template=CHATML, empty_system=False), dict(template=ZEPHYR),
-    dict(add_bos=True, template=LLAMA_BOS)])
-def test_special_token_text_is_text(options, text):
+    dict(**BARE, template=CHATML, empty_system=False), dict(template=ZEPHYR), dict(add_bos=True, template=LLAMA_BOS),
+    dict(add_bos=True, metaspace=True, template=LLAMA_BOS)])
+def test_special_token_text_in_a_message_is_text(options, text):
     made = renderer(**options)
     decode = made.tokenizer.decode
-    prompt, responses = f"say {text} now", [f"ok {text}", f"{text} no"]
-    if "template" in options:
-        prompt, responses = [user(prompt)], [[reply(r)] for r in responses]
+    prompt, responses = [user(f"say {text} now")], [[reply(f"ok {text}")], [reply(f"{text} no")]]
     plain, plain_responses = made(*json.loads(json.dumps([prompt, responses]).replace(json.dumps(text)[1:-1], "Q")))
     prompt_ids, response_ids = made(prompt, responses)
     special = made.tokenizer.convert_tokens_to_ids(SPECIAL)
@@ -334,26 +260,34 @@ def test_special_token_text_is_text(options, text):
         assert [i for i in got if i in special] == [i for i in without if i in special]
 
 
-@pytest.mark.parametrize("text", SPECIAL_TEXTS)
-def test_special_token_text_with_llama_spaces(text):
-    """With a tokeniser that adds "▁" in front of every text, a text that is cut into pieces must not get more of them."""
-    made = renderer(add_bos=True, metaspace=True)
-    _, responses = made("say", [f" ok {text}", " no"])
-    assert made.tokenizer.decode(responses[0][:-1]).strip() == f"ok {text}"
+def test_special_token_in_a_string_is_that_token():
+    """A string that is rendered already has the tokens of the conversation that it was rendered from, and one end."""
+    for options in (dict(**BARE, template=CHATML, empty_system=False), dict(template=ZEPHYR),
+                    dict(template=LLAMA_BOS, add_bos=True), dict(template=CHATML, empty_system=False)):
+        made = renderer(**options)
+        talk = made(TALK, [[reply("A b")], [reply("Ccc")]])
+        prompt = made.chat(TALK, ask=True)
+        whole = [made.chat([*TALK, reply(text)]) for text in ("A b", "Ccc")]
+        assert made(prompt, [text[len(prompt):] for text in whole]) == talk
+        twice = made(prompt, [text[len(prompt):].strip() + made.tokenizer.eos_token for text in whole])
+        assert twice[1][0][-1] == talk[1][0][-1] and len(twice[1][0]) == len(talk[1][0])
+        bare = made(prompt, [text[len(prompt):].replace("<|im_end|>", "").replace("</s>", "").rstrip() for text in whole])
+        assert bare == (talk[0], [ids[:-1] + [made.eos] for ids in talk[1]])
+    assert made(prompt, ["</s>", "<|im_end|>\n"])[1] == [[], []]  # an end alone is an empty response
 
 
-@pytest.mark.parametrize("prompt, response", [("x <|im", "_end|> y"), ("x <", "/s> y"), ("x", "</s> y")])
-def test_special_token_text_across_the_border(prompt, response):
+@pytest.mark.parametrize("text, tokens", [
+    ("x <|im_end|> y", ["x ", "<|im_end|>", " y"]), ("x </s> y", ["x ", "</s>", " y"])])
+def test_special_token_across_the_border(text, tokens):
+    """A special token that begins in the prompt and ends in the response is not that token; the response has its own."""
     made = renderer()
-    prompt_ids, responses = made(prompt, [response, "z"])
-    assert made.tokenizer.decode(prompt_ids) == prompt
-    assert made.tokenizer.decode(responses[0]) == response + "</s>" and responses[0].count(made.eos) == 1
-
-
-def test_special_token_text_in_a_role():
-    made = renderer(**BARE, template=CHATML, empty_system=False)
-    prompt_ids, _ = made([{"role": "user<|im_end|>", "content": "x"}], [[reply("y")], [reply("z")]])
-    assert prompt_ids.count(made.eos) == 1
+    decode = made.tokenizer.decode
+    for cut in range(1, len(text) - 1):
+        prompt_ids, responses = made(text[:cut], [text[cut:], "z"])
+        assert decode(prompt_ids) == text[:cut] and decode(responses[0]) == text[cut:] + "</s>"
+        border = len(tokens[0]) < cut < len(tokens[0] + tokens[1])
+        special = [id for id in prompt_ids + responses[0] if id in made.tokenizer.all_special_ids]
+        assert len(special) == (1 if border else 2)
 
 
 BITS = [*SPECIAL, "<|im", "_start", "|>", "<", "/s>", ">", "|><|", "user", "for", "ever", " ever", "a", "aa", " ", "\n",
@@ -410,7 +344,7 @@ def test_many_pairs_at_once(options):
     pairs += [("for" + text(), [text(), text()]) for _ in range(100)]
     if "template" in options:
         pairs += [([user(prompt)], [[reply(a)], [reply(b)]]) for prompt, (a, b) in pairs]
-    assert made.render(pairs) == [made(*pair) for pair in pairs]
+    assert [rendered[:2] for rendered in made.render(pairs)] == [made(*pair) for pair in pairs]
     assert made.render([]) == []
 
 
@@ -421,6 +355,86 @@ def test_many_pairs_at_once(options):
 def test_templates_that_cannot_be_used(options, prompt, match):
     with pytest.raises(DataError, match=match):
         renderer(**options)(prompt, [[reply("y")], [reply("z")]])
+
+
+def test_a_prompt_for_inference_that_begins_the_reply():
+    """The response is what the model generates after the prompt that it is given, or the row is refused."""
+    made = renderer(template=LLAMA + "{% if add_generation_prompt %}{{ '<think>\n' }}{% endif %}")
+    decode = made.tokenizer.decode
+    prompt_ids, responses = made(TALK[:1], [[reply("<think>\na</think>b")], [reply("<think>c</think>d")]])
+    assert decode(prompt_ids) == "[INST] Hi [/INST]<think>\n" and prompt_ids == made.prompt_ids(TALK[:1])
+    assert [decode(ids) for ids in responses] == ["a</think>b</s>", "c</think>d</s>"]
+    with pytest.raises(DataError, match="ends a prompt with '<think>', and a response does not begin so"):
+        made(TALK[:1], [[reply("<think>\na</think>b")], [reply("d")]])
+
+
+def test_a_template_that_removes_reasoning():
+    """A response keeps what the model generates; an earlier reply loses what it loses at inference, and that is counted."""
+    made = renderer(template=LLAMA.replace("m['content'] + eos", "m['content'].split('</think>')[-1] + eos"))
+    talk = [user("Hi"), reply("<think>a</think>b"), user("Go")]
+    prompt_ids, responses, notes = made.render([(talk, [[reply("<think>c</think>d")], [reply("e")]])])[0]
+    decode = made.tokenizer.decode
+    assert decode(prompt_ids) == "[INST] Hi [/INST] b</s>[INST] Go [/INST]"
+    assert [decode(ids) for ids in responses] == ["<think>c</think>d</s>", " e</s>"]
+    assert notes == [data.SHORTENED]
+    with pytest.raises(DataError, match="leaves out the content of a response"):
+        made(talk, [[reply("<think>c</think>d"), user("and"), reply("x")], [reply("e")]])
+
+
+CALL = {"type": "function", "id": "abcdefghi", "function": {"name": "look", "arguments": {"a": "</s>"}}}
+TOOLS = {"role": "tools", "content": json.dumps([{"type": "function", "function": {"name": "look", "description": "<s>"}}])}
+THINKING = ("{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+            "{% if m.thinking and loop.last %}[{{ m.thinking }}]{% endif %}{{ m.content }}"
+            "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def test_tools_and_reasoning():
+    """They go to a template that takes them, as text, and a reply that is a tool call alone is not empty."""
+    made = renderer(**BARE, template=THINKING, empty_system=False)
+    past = [TOOLS, user("Hi"), {**reply(""), "tool_calls": [CALL], "reasoning_content": "why"},
+            {"role": "tool", "name": "look", "content": "1"}]
+    answers = [[{**reply(""), "tool_calls": [CALL]}], [{**reply("x"), "reasoning_content": "so"}]]
+    prompt_ids, responses, notes = made.render([(past, answers)])[0]
+    decode = made.tokenizer.decode
+    shown = '{"name": "look", "arguments": {"a": "</s>"}}<|im_end|>'
+    assert decode(prompt_ids) == (
+        '[{"type": "function", "function": {"name": "look", "description": "<s>"}}]<|im_start|>user\nHi<|im_end|>\n'
+        f'<|im_start|>assistant\n{shown}\n<|im_start|>tool\n1<|im_end|>\n<|im_start|>assistant\n')
+    assert [decode(ids) for ids in responses] == [shown, "[so]x<|im_end|>"]
+    assert sorted(notes) == sorted([data.SHORTENED, data.KEPT_AS_TEXT])
+    assert sum(id in made.tokenizer.all_special_ids for id in responses[0]) == 1
+    for part, lost in (
+            (TOOLS, "the tools"), ({**reply("b"), "tool_calls": [CALL]}, "the tool_calls of a message of role assistant"),
+            (system("be kind"), "the content of a message of role system")):
+        template = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
+        with pytest.raises(DataError, match=f"chat template leaves out {lost}"):
+            renderer(**BARE, template=template, empty_system=False)([part, user("Hi")], [[reply("x")], [reply("y")]])
+    for response, lost in ((answers[0], "tool_calls"), (answers[1], "reasoning_content")):
+        with pytest.raises(DataError, match=f"leaves out the {lost} of a response"):
+            renderer(**BARE, template=CHATML)([user("Hi")], [response, [reply("y")]])
+
+
+def test_special_tokens_that_an_assistant_may_write():
+    """Those of the template that do not begin or end a turn: in a reply they are tokens, in a question they are text."""
+    made = tokenizer(eos="<|im_end|>", bos=None, template=CHATML + "{# reasoning goes into <think> and </think> #}")
+    made.add_tokens([AddedToken(text, special=True, normalized=False) for text in ("<think>", "</think>", "<other>")],
+                    special_tokens=True)
+    made = Renderer(made, 200, 400)
+    think = made.tokenizer.convert_tokens_to_ids("<think>")
+    prompt_ids, (first, second) = made([user("<think>")], [[reply("<think>a</think>")], [reply("<other><|im_start|>")]])
+    assert think not in prompt_ids and first[0] == think
+    assert [id for id in second if id in made.tokenizer.all_special_ids] == [made.eos]
+
+
+def test_what_happened_to_pairs_is_counted(tmp_path):
+    rows = [{"prompt": "0123456789", "chosen": "a", "rejected": "b"},
+            {"prompt": "p", "chosen": "0123456789" * 2, "rejected": "b"},
+            {"prompt": [user("</s>")], "chosen": "a", "rejected": "b"}]
+    made = renderer(8, 8 + 10, template="{% for m in messages %}{{ m['content'] }}{% endfor %}", empty_system=False)
+    pairs, *_, said = load_source(write_folder(tmp_path / "s", rows), made=made)
+    assert said == (f"train: 3 rows read, 3 pairs, 2 {data.UNTEMPLATED}, 1 {data.PROMPT_CUT}, 1 {data.RESPONSE_CUT}, "
+                    f"1 {data.KEPT_AS_TEXT}")
 
 
 def test_tokenizer_without_eos():
@@ -447,9 +461,10 @@ def test_dropped_and_counted(tmp_path):
     made = renderer(10, 1 + 10)  # one token of prompt, ten of a response
     pairs, labels, _, said = load_source(write_folder(tmp_path / "s", rows), made=made)
     assert pairs.counts == {"rows": 10, "empty response": 4, "equal responses": 2, "pairs": 4, "repeated": 2,
-                            "contradicting": 1}
+                            "contradicting": 1, data.RESPONSE_CUT: 1}
     assert said == ("train: 10 rows read, 4 dropped for an empty response, 2 dropped for equal responses, 4 pairs, "
-                    "2 of them repeated, 1 with opposite labels (the first counts)")
+                    "2 of them repeated, 1 with opposite labels (the first counts), "
+                    "1 with a response cut to max_length")
     assert len(pairs) == len(pairs.table) == len(pairs.ids) == 4
     assert pairs.ids[0] == pairs.ids[2] == pairs.ids[3] and set(labels) == set(pairs.ids)
     first = pairs.table[0]["first_ids"]
@@ -493,67 +508,6 @@ def test_no_rows(tmp_path, case):
 # ----------------------------------------------------------------------------------------------------------------------
 # Errors
 
-GOOD = json.dumps(preference(0))
-CONVERSATION = [user("u"), reply("c")]
-
-
-@pytest.mark.parametrize("row, match", [
-    ({"prompt": "p", "chosen": "c"}, r"field rejected: expected a string or a list of messages, found nothing"),
-    ({"prompt": "p", "rejected": "c"}, r"field chosen: .* found nothing"),
-    ({"prompt": "p", "chosen": "c", "rejected": None}, r"field rejected: .* found nothing"),
-    ({"prompt": "p", "chosen": None, "rejected": None}, r"needs chosen and rejected, or response_a and response_b"),
-    ({"prompt": "p", "instruction": "c"}, r"needs chosen and rejected, .*; it has prompt, instruction"),
-    ({}, r"it has no fields"),
-    ({"prompt": "p", "response_a": "c"}, r"field response_b: .* found nothing"),
-    ({"response_a": "c", "response_b": "d"}, r"(field )?prompt"),
-    ({"prompt": "p", "chosen": 5, "rejected": "r"}, r"field chosen: .* found int"),
-    ({"prompt": "p", "chosen": "c", "rejected": {"a": 1}}, r"field rejected: .* found dict"),
-    ({"prompt": 1.5, "chosen": "c", "rejected": "r"}, r"field prompt: .* found float"),
-    ({"prompt": [], "chosen": "c", "rejected": "r"}, r"field prompt: .* found an empty list"),
-    ({"prompt": "p", "chosen": [], "rejected": [reply("r")]}, r"field chosen: .* found an empty list"),
-    ({"prompt": "p", "chosen": "c", "rejected": [reply("r")]}, r"chosen and rejected must both be strings or both"),
-    ({"chosen": [CONVERSATION], "rejected": CONVERSATION}, r"field chosen, message 1: expected .*role.*content"),
-    ({"chosen": ["u", "c"], "rejected": CONVERSATION}, r"field chosen, message 1: .* found 'u'"),
-    ({"chosen": CONVERSATION, "rejected": [user("u"), {"role": "assistant"}]}, r"field rejected, message 2: expected"),
-    ({"chosen": CONVERSATION, "rejected": [user("u"), reply(None)]}, r"field rejected, message 2: expected"),
-    ({"chosen": CONVERSATION, "rejected": [user("u"), {"role": 1, "content": "r"}]}, r"field rejected, message 2: exp"),
-    ({"chosen": CONVERSATION, "rejected": [{"from": "human", "value": "u"}]}, r"field rejected, message 1: expected"),
-    ({"prompt": "p", "chosen": "c\ud800", "rejected": "r"}, r"field chosen: not valid Unicode \(.*at character 1\b"),
-    ({"prompt": "\ud800", "chosen": "c", "rejected": "r"}, r"field prompt: not valid Unicode"),
-    ({"chosen": CONVERSATION, "rejected": [user("u"), reply("r\udfff")]}, r"field rejected, message 2: not valid"),
-    # the prompts differ
-    ({"chosen": CONVERSATION, "rejected": [user("v"), reply("r")]}, r"chosen and rejected differ at message 1"),
-    ({"chosen": [system("s"), *CONVERSATION], "rejected": [user("u"), reply("r")]},
-     r"the prompts of chosen and rejected differ at message 1 \(system against user\)"),
-    ({"response_a": [user("u"), reply("x"), user("1"), reply("c")],
-      "response_b": [user("u"), reply("x"), user("2"), reply("r")]},
-     r"the prompts of response_a and response_b differ at message 3"),
-    ({"prompt": [user("other")], "chosen": CONVERSATION, "rejected": [user("u"), reply("r")]}, r"field prompt: is not"),
-    ({"prompt": "other", "chosen": CONVERSATION, "rejected": [user("u"), reply("r")]},
-     r"field prompt: is not one of the messages that chosen and rejected share"),
-    ({"chosen": "\n\nHuman: first\n\nAssistant: a", "rejected": "\n\nHuman: second\n\nAssistant: b"},
-     r"prompts .* differ"),
-    # roles out of order
-    ({"chosen": [reply("c"), user("u")], "rejected": [user("u"), reply("r")]},
-     r"differ at message 1 \(assistant against user\)"),
-    ({"chosen": [user("u"), user("c")], "rejected": [user("u"), user("r")]}, r"message 2 \(user against user\)"),
-    ({"chosen": [user("u")], "rejected": [user("u")]}, r"message 1 \(user against user\)"),
-    ({"chosen": [user("u"), reply("c"), user("!")], "rejected": [user("u"), reply("r"), user("!")]},
-     r"(chosen|rejected).*(assistant|reply)"),
-    ({"prompt": "p", "response_a": "c", "response_b": "d", "label": "c"}, r"field label: .*found 'c'"),
-    ({"prompt": "p", "response_a": "c", "response_b": "d", "label": 0}, r"field label: expected .a. or .b., found 0"),
-    ({"prompt": "p", "response_a": "c", "response_b": "d", "truth": "A"}, r"field truth: expected"),
-    (["prompt", "chosen"], r"expected an object with fields, found list"),
-    ("text", r"expected an object with fields, found str"),
-    (None, r"expected an object with fields, found NoneType"),
-])
-def test_malformed_rows(tmp_path, row, match):
-    path = tmp_path / "f.jsonl"
-    path.write_text(f"{GOOD}\n{GOOD}\n{json.dumps(row)}\n")
-    with pytest.raises(DataError, match=rf"f\.jsonl, row 3\b.*{match}"):
-        list(data.parsed_rows(str(path), "train", None))
-
-
 def test_template_errors_name_the_row(tmp_path):
     rows = [preference(0), {"prompt": [user("x"), {"role": "tool", "content": "y"}], "chosen": "c", "rejected": "r"}]
     made = renderer(template=LLAMA, empty_system=False)
@@ -576,25 +530,6 @@ def hh_rows():
     return [row for _, row in sources.read_file(HH)]
 
 
-def test_hh_parses(hh_rows):
-    assert len(hh_rows) == 2312
-    differing, mark = 0, "\n\nAssistant:"
-    for n, row in enumerate(hh_rows, 1):
-        parsed = parse_row(row, f"row {n}")
-        prompt, sides = parsed["prompt"], (row["chosen"], row["rejected"])
-        assert parsed["label"] == 0 and [prompt + r for r in parsed["responses"]] == list(sides)
-        assert prompt.endswith(mark)
-        messages = data.hh_messages(prompt)
-        assert messages[0]["role"] == "user" and all(a["role"] != b["role"] for a, b in zip(messages, messages[1:]))
-        own = [side[:side.rfind(mark) + len(mark)] for side in sides]
-        differing += own[0] != own[1]
-        if own[0] == own[1]:
-            assert prompt == own[0]
-        else:
-            assert all(end.startswith(prompt) for end in own)
-    assert differing == 5
-
-
 def test_hh_loads(hh_rows, tmp_path):
     """The first 300 rows, from file to tokens: the tokens spell the texts."""
     made = renderer(20_000, 40_000, eos="<|im_end|>", template=CHATML, empty_system=False)
@@ -603,7 +538,7 @@ def test_hh_loads(hh_rows, tmp_path):
     wanted = set()
     for row in hh_rows[:300]:
         prompt = parse_row(row, "row")["prompt"]
-        given = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in data.hh_messages(prompt))
+        given = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in hh_messages(prompt))
         wanted |= {(given + "<|im_start|>assistant\n", row[side][len(prompt):].strip() + "<|im_end|>", side == "chosen")
                    for side in ("chosen", "rejected")}
     for id, (prompt, first, second) in zip(pairs.ids, decoded(pairs, made)):

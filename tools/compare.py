@@ -18,9 +18,9 @@ import sys
 import unicodedata
 from pathlib import Path
 
-from data import text_or_messages
-from runtime.errors import UsageError
-from runtime.sources import DataError, find_file, read_file
+from runtime.errors import DataError, UsageError
+from runtime.formats import text_or_messages
+from runtime.sources import find_file, read_file
 from tools.exchange import as_text
 
 FOLDER = ("responses.jsonl", "model_outputs.json", "data/mt_bench/model_answer/*.jsonl")  # where a folder keeps its answers

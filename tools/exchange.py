@@ -37,6 +37,7 @@ import re
 
 from runtime.errors import UsageError
 from runtime.files import replacing
+from runtime.formats import message_text
 
 CONFIGURATION = """\
 <View>
@@ -93,8 +94,8 @@ def as_text(value):
     if isinstance(value, str):
         return value
     if [message["role"] for message in value] == ["assistant"]:
-        return value[0]["content"]
-    return "\n\n".join(f"{message['role']}:\n{message['content']}" for message in value)
+        return message_text(value[0])
+    return "\n\n".join(f"{message['role']}:\n{message_text(message)}" for message in value)
 
 
 def _dump(value):

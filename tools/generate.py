@@ -44,9 +44,10 @@ from transformers import AutoConfig, GenerationConfig, LogitsProcessor, TopKLogi
 
 import data  # noqa: E402
 from runtime.config import Config  # noqa: E402
-from runtime.errors import UsageError, one_line  # noqa: E402
-from runtime.parse import convert, load_yaml  # noqa: E402
-from runtime.sources import DataError, hash_of, reading  # noqa: E402
+from runtime.errors import DataError, UsageError, one_line  # noqa: E402
+from runtime.formats import checked_text, text_or_messages  # noqa: E402
+from runtime.parse import convert, load_yaml, wants_empty_system  # noqa: E402
+from runtime.sources import hash_of, reading  # noqa: E402
 from tools import compare  # noqa: E402
 from tools.compare import rows_of  # noqa: E402
 from tools.exchange import replace_file  # noqa: E402
@@ -81,7 +82,7 @@ def text_field(row, name, place):
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
         raise DataError(f"{place}, field {name}: expected a text, found {one_line(repr(value), 80)}")
-    return data.checked_text(value, f"{place}, field {name}")
+    return checked_text(value, f"{place}, field {name}")
 
 
 class Jsonl:
@@ -97,7 +98,7 @@ class Jsonl:
 
     @staticmethod
     def question(row, place):
-        prompt = data.text_or_messages(row.get("prompt"), f"{place}, field prompt")
+        prompt = text_or_messages(row.get("prompt"), f"{place}, field prompt")
         return EvalQuestion(Jsonl.key({"prompt": prompt}), [prompt], {"prompt": prompt}, place, chat=False)
 
     @staticmethod
@@ -238,9 +239,8 @@ class Prompts:
                 prompt += [{"role": "assistant", "content": answer}, {"role": "user", "content": turn}]
         else:
             prompt = "\n\n".join([text for pair in zip(turns, answers) for text in pair] + turns[-1:])
-        reply = "a" if isinstance(prompt, str) else [{"role": "assistant", "content": "a"}]
         try:
-            ids, _ = self.renderer(prompt, [reply, reply])
+            ids = self.renderer.prompt_ids(prompt)
         except DataError as error:
             raise DataError(f"{question.place}: {error}")
         except Exception as error:  # such as a template's own raise_exception
@@ -252,15 +252,9 @@ class Prompts:
         return ids
 
     def ends(self, lm):
-        """Ids of the tokens that end an answer: the EOS of model and tokenizer, and what the template puts after a reply."""
+        """Ids of the tokens that end an answer: the model's EOS, and those that end a reply in training."""
         ends = lm.generation_config.eos_token_id
-        ends = {self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [] if ends is None else [ends])}
-        if self.tokenizer.chat_template:
-            talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": data.SENTINEL}]
-            after = self.tokenizer.apply_chat_template(talk, tokenize=False).rpartition(data.SENTINEL)[2].lstrip()
-            first = self.tokenizer(after, add_special_tokens=False).input_ids[:1]
-            ends |= {id for id in first if (token := self.tokenizer.added_tokens_decoder.get(id)) and token.special}
-        return sorted(ends)
+        return sorted(self.renderer.ends | set(ends if isinstance(ends, list) else [] if ends is None else [ends]))
 
 
 class Draw(LogitsProcessor):
@@ -394,13 +388,13 @@ def model_config(options, folder, device):
     keys = ("bf16", "seed", "chat_template", "auto_insert_empty_system_msg", "model_revision", "trust_remote_code")
     given = {key: convert(getattr(options, key), key, f"command line, --{key}") for key in keys
              if getattr(options, key) is not None}
-    saved = folder / "config.yaml"
+    saved, key = folder / "config.yaml", "auto_insert_empty_system_msg"
     if saved.is_file():
         with reading(saved):
             trained = load_yaml(saved.read_text(encoding="utf-8"), saved)
-        key = "auto_insert_empty_system_msg"
         if isinstance(trained, dict) and key in trained:
             given.setdefault(key, convert(trained[key], key, f"{saved}, {key}"))
+    given.setdefault(key, wants_empty_system(options.model))
     return Config(model_name_or_path=options.model, **{"bf16": device.type != "cpu"} | given)
 
 

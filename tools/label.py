@@ -40,6 +40,7 @@ sys.path.insert(0, str(ROOT))
 
 from labels.ledger import Ledger, LedgerError  # noqa: E402
 from runtime.errors import UsageError  # noqa: E402
+from runtime.formats import hh_messages, message_text  # noqa: E402
 from tools.exchange import export_questions, import_answers  # noqa: E402
 
 LEASE = 90  # seconds that a lease lasts; the page renews it every 25 s, or every 60 s in the background
@@ -197,9 +198,10 @@ def turns(text):
     """A prompt or a response, from JSON, as [{"role", "content"}]; the role of a plain string is ""."""
     value = json.loads(text)
     if isinstance(value, str) and value.lstrip().startswith("Human:"):
-        from data import hh_messages  # here, because it loads datasets, which is slow
         value = hh_messages(value) or value
-    return [{"role": "", "content": value}] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [{"role": "", "content": value}]
+    return [{"role": message["role"], "content": message_text(message)} for message in value]
 
 
 # Which requests are allowed, and the headers of every reply.
