@@ -28,14 +28,14 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, groupby, pairwise
 
 import datasets
 import jinja2
 import numpy as np
 import torch
 
-from runtime.errors import DataError
+from runtime.errors import DataError, UsageError
 from runtime.formats import SENTINEL, hh_messages, message_text, parse_example, parse_row, template_input
 from runtime.ranks import rank_0_first, say
 from runtime.sources import decontaminate, hash_of, mix, parse_source, processes, read_rows
@@ -118,15 +118,10 @@ class Renderer:
         self.line = tokenizer("\n", add_special_tokens=False).input_ids
         template = str(tokenizer.chat_template or "")
         self.border = self._border(template)
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special and token.content[1:]}
         self.empty_system = empty_system and ("system" in template or "<|im_start|>" in template) and (
             self._rendered([{"role": "system", "content": ""}, {"role": "user", "content": "a"}]) is not None)
-        self.ends, turns = self._ends(), self._turns()
-        # Special-token text inside a message is text. An assistant may write those tokens that the template has for that
-        # (Magistral's [THINK]), which are the ones that do not begin or end a turn.
-        writable = {text for text in special if text in template and text not in turns} - {
-            *map(tokenizer.convert_ids_to_tokens, self.ends), *tokenizer.special_tokens_map.values()} if template else set()
-        self.protected = {"assistant": _any_of(special - writable), None: _any_of(special)}
+        self.ends = self._ends()
+        self.protected = self._protected(template)
 
     def fingerprint(self):
         """Hash of everything that decides which tokens a text becomes."""
@@ -150,11 +145,19 @@ class Renderer:
         except (jinja2.TemplateError, TypeError, KeyError, ValueError):
             return None
 
-    def _turns(self):
-        """What the template writes around the turns of a plain conversation."""
-        talk = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user", "assistant")]
-        texts = [self._rendered(part, ask) for part in (talk, talk[1:]) for ask in (False, True)]
-        return next((text + (asking or "") for text, asking in zip(texts[::2], texts[1::2]) if text is not None), "")
+    def _protected(self, template):
+        """{role: pattern of the tokens whose text inside a message is text}; None for any role but the assistant's.
+
+        Those are the special tokens, and what the template writes around turns. An assistant may write the other special
+        tokens that the template knows (Magistral's [THINK]).
+        """
+        talk = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")]
+        turns = self._rendered(talk) or self._rendered(talk[1:]) or ""
+        added = self.tokenizer.added_tokens_decoder.values()
+        texts = {token.content for token in added if (token.special or token.content in turns) and token.content[1:]}
+        kept = {*map(self.tokenizer.convert_ids_to_tokens, self.ends), *self.tokenizer.special_tokens_map.values()}
+        writable = {text for text in texts - kept if text in template and text not in turns}
+        return {"assistant": _any_of(texts - writable), None: _any_of(texts)}
 
     def _ends(self):
         """Ids of the tokens that end a reply: EOS, and the special token that the template writes after a reply."""
@@ -246,13 +249,13 @@ class Renderer:
             if content.lstrip().startswith(begun.strip()):
                 content = content.lstrip()[len(begun.strip()):].removeprefix(begun[len(begun.rstrip()):])
                 return start + content + marked.rpartition(SENTINEL)[2]
-            raise DataError(f"the chat template ends a prompt with {begun.strip()!r:.80}, and a response does not begin so: put "
-                            "it there, with what the model should think, or set another chat_template")
+            raise DataError(f"the chat template ends a prompt with {begun.strip()!r:.80}, and a response does not begin so: "
+                            "put it there, with what the model should think, or set another chat_template")
         if lost:
             raise DataError(f"the chat template leaves out the {lost[0]} of a response: set another chat_template, or write "
                             "it into content as the model would")
-        raise DataError("the chat template does not render a conversation as the continuation of its prompt: "
-                        "set another chat_template")
+        raise DataError("the chat template does not render a conversation as the continuation of its prompt: set another "
+                        "chat_template" + ", or put the system message into the user's" * (prompt[0]["role"] == "system"))
 
     # Token ids.
 
@@ -697,15 +700,34 @@ def collate(pairs, rows, shared=True, pad=0):
 
 
 def preview(source, model_dir):
-    """Print the first pairs of a source as the model will see them."""
-    from transformers import AutoTokenizer
+    """Print the first pairs of a source as the model will see them, special tokens in ⟦ ⟧ and what is cut off in ⟪ ⟫."""
+    from runtime.config import Config
+    from runtime.model import load_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    pairs, _, _ = load_pairs({source: 1.0}, ["train"], Renderer(tokenizer, 512, 1024), "train", max_samples=1000)
-    for pair in pairs.table.select(range(min(3, len(pairs)))):
-        print(f"\n--- pair {pair['id']}")
-        for name in ("prompt_ids", "first_ids", "second_ids"):
-            print(f"{name:>10} ({len(pair[name])}): {tokenizer.decode(pair[name])!r}")
+    tokenizer = load_tokenizer(Config(model_name_or_path=model_dir))
+    renderer, uncut = Renderer(tokenizer, 512, 1024), Renderer(tokenizer, 2**31, 2**31)
+    pairs, _, _ = load_pairs({source: 1.0}, ["train"], renderer, "train", max_samples=1000)
+    for row in range(min(3, len(pairs))):
+        prompt, *responses = (json.loads(pairs.texts[row][name]) for name in ("prompt", "first", "second"))
+        whole_prompt, whole_responses = uncut(prompt, responses)
+        prompt_ids, *response_ids = pairs.token_ids([row])[0]
+        print(f"\n--- pair {pairs.ids[row]} ({pairs.texts[row]['place']})")
+        cut = len(whole_prompt) - len(prompt_ids)
+        bos = int(cut > 0 and prompt_ids[0] == whole_prompt[0] == tokenizer.bos_token_id)
+        print(f"prompt, {len(prompt_ids)} tokens: {marked(tokenizer, whole_prompt[:bos])}"
+              f"{marked(tokenizer, whole_prompt[bos:bos + cut], 'cut')}{marked(tokenizer, whole_prompt[bos + cut:])}")
+        for name, ids, whole in zip(("y1", "y2"), response_ids, whole_responses):
+            print(f"{name}, {len(ids)} tokens: {marked(tokenizer, ids)}{marked(tokenizer, whole[len(ids):], 'cut')}")
+
+
+def marked(tokenizer, ids, cut=None):
+    """Token ids as text on one line, special tokens as ⟦name⟧. cut: in ⟪ ⟫, with their number, if there are any."""
+    special, parts = set(tokenizer.all_special_ids), []
+    for is_special, some in groupby(ids, lambda id: id in special):
+        parts += [f"⟦{token}⟧" for token in tokenizer.convert_ids_to_tokens(list(some))] if is_special else [
+            tokenizer.decode(list(some)).replace("\n", "↵")]
+    text = "".join(parts)
+    return f"⟪{len(ids)} tokens cut off: {text}⟫" if cut and len(ids) else text
 
 
 if __name__ == "__main__":
@@ -715,5 +737,5 @@ if __name__ == "__main__":
         sys.exit("usage: python data.py FILE_OR_FOLDER MODEL_DIR")
     try:
         preview(*sys.argv[1:])
-    except DataError as error:
+    except UsageError as error:
         sys.exit(f"error: {error}")

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import adpo
+import data
 from runtime.errors import UsageError, one_line
 from runtime.files import writing
 from runtime.ranks import rank, say
@@ -272,6 +273,15 @@ def tolerance(lm):
     return 0.15 if next(lm.parameters()).dtype == torch.bfloat16 else 1e-3
 
 
+def name_ends(lm, tokenizer):
+    """Make `generate` stop where the responses of training end. With a chat template that need not be EOS."""
+    known = lm.generation_config.eos_token_id
+    known = known if isinstance(known, list) else [] if known is None else [known]
+    ends = data.Renderer(tokenizer, 1, 2).ends
+    if ends - set(known):
+        lm.generation_config.eos_token_id = sorted(ends | set(known))
+
+
 def save_model(engine, tokenizer, output, config):
     """Write the trained model, or its adapter, in Hugging Face form, gathered over ranks. Each file gets its name when it is
     complete. Returns the names on rank 0."""
@@ -292,6 +302,7 @@ def save_model(engine, tokenizer, output, config):
             if config.use_peft:
                 save_adapter(config, lm, state, staging)
             else:
+                name_ends(lm, tokenizer)
                 lm.save_pretrained(staging, state_dict=state)
             tokenizer.save_pretrained(staging)
             names = sorted(path.name + "/" * path.is_dir() for path in staging.iterdir())

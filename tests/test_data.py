@@ -269,7 +269,7 @@ def test_special_token_in_a_string_is_that_token():
         prompt = made.chat(TALK, ask=True)
         whole = [made.chat([*TALK, reply(text)]) for text in ("A b", "Ccc")]
         assert made(prompt, [text[len(prompt):] for text in whole]) == talk
-        twice = made(prompt, [text[len(prompt):].strip() + made.tokenizer.eos_token for text in whole])
+        twice = made(prompt, [text[len(prompt):].rstrip() + made.tokenizer.eos_token for text in whole])
         assert twice[1][0][-1] == talk[1][0][-1] and len(twice[1][0]) == len(talk[1][0])
         bare = made(prompt, [text[len(prompt):].replace("<|im_end|>", "").replace("</s>", "").rstrip() for text in whole])
         assert bare == (talk[0], [ids[:-1] + [made.eos] for ids in talk[1]])

@@ -13,7 +13,7 @@ import transformers
 from helpers import OFFICIAL_BETA, OFFICIAL_GEMMA, ROOT, reply, user
 
 import data
-from runtime.parse import parse_config
+from runtime.parse import parse_config, wants_empty_system
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +70,15 @@ def check_zephyr(run, processes=2):
      "Yes. </s>"),
     ("HuggingFaceH4/zephyr-7b-gemma-sft-v0.1", None,
      "<bos><|im_start|>system\n<|im_end|>\n<|im_start|>user\nHi, café 你好<|im_end|>\n<|im_start|>assistant\n",
-     "Yes. <|im_end|>\n<eos>"),
+     "Yes. <|im_end|>"),
     ("HuggingFaceH4/zephyr-7b-gemma-sft-v0.1", miniature.GEMMA,
-     "<bos><start_of_turn>user\nHi, café 你好<end_of_turn>\n<start_of_turn>model\n", "Yes.<end_of_turn>\n<eos>"),
+     "<bos><start_of_turn>user\nHi, café 你好<end_of_turn>\n<start_of_turn>model\n", "Yes.<end_of_turn>"),
 ], ids=["Zephyr", "ChatML with BOS", "Gemma"])
 def test_what_the_zephyr_models_read(model, template, prompt, response, zephyr):
-    """One BOS, one EOS, no system message if the template has none, and no byte of the text is lost."""
+    """One BOS, one end, an empty system message where the recipes rely on it and the template has one, and no byte lost."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = template or tokenizer.chat_template
-    prompt_ids, responses = data.Renderer(tokenizer, 512, 1024)(
+    prompt_ids, responses = data.Renderer(tokenizer, 512, 1024, wants_empty_system(model))(
         [user("Hi, café 你好")], [[reply("Yes. ")], [reply("No")]])
     assert tokenizer.decode(prompt_ids) == prompt and tokenizer.decode(responses[0]) == response
     assert tokenizer.unk_token_id not in prompt_ids and tokenizer.convert_tokens_to_ids("<0xE4>") in prompt_ids

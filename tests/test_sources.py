@@ -27,8 +27,10 @@ from helpers import (
 )
 
 import data
-from data import DataError, Renderer, parse_row
+from data import Renderer
 from runtime import sources
+from runtime.errors import DataError
+from runtime.formats import parse_row
 
 GOOD = json.dumps(preference(0))
 pytestmark = pytest.mark.usefixtures("cache")
@@ -268,7 +270,7 @@ def test_decontamination(tmp_path, form):
     pairs, labels, _, said = load_source(source, decontaminate_with=str(path), made=renderer(template=ZEPHYR))
     assert [int(p.split()[-1]) for p, *_ in decoded(pairs)] == [4, 5, 6, 7, 8] and len(labels) == 5
     assert pairs.counts["rows"] == 9 and pairs.counts["contaminated"] == 4
-    assert said == "train: 9 rows read, 4 dropped as contaminated, 5 pairs"
+    assert said == f"train: 9 rows read, 4 dropped as contaminated, 5 pairs, 5 {data.UNTEMPLATED}"
 
 
 def test_decontamination_by_other_data(tmp_path):
@@ -318,7 +320,7 @@ def test_cache(tmp_path, monkeypatch):
     rows = [{"prompt": [user(f"q{n}")], "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(20)]
     source = write_folder(tmp_path / "s", rows)
     rendered, parsed = [], []
-    render, parse = Renderer.texts, data.parse_row
+    render, parse = Renderer.texts, parse_row
     monkeypatch.setattr(Renderer, "texts", lambda self, *args: rendered.append(1) or render(self, *args))
     monkeypatch.setattr(data, "parse_row", lambda *args: parsed.append(1) or parse(*args))
 
