@@ -738,4 +738,5 @@ if __name__ == "__main__":
     try:
         preview(*sys.argv[1:])
     except UsageError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -29,7 +29,7 @@ FOLDER = ROOT / "outputs" / "hh"
 STEPS, PAIRS = 60, 480
 FLAGS = {"max_steps": STEPS, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 5e-5,
          "max_prompt_length": 96, "max_length": 160, "eval_strategy": "steps", "eval_steps": 20, "logging_steps": 5,
-         "save_strategy": "no", "dataset_splits": "train,test"}
+         "save_strategy": "no", "dataset_splits": "train,test", "auto_insert_empty_system_msg": "true"}
 DPO = {"data_selection": "false"}
 METHODS = {
     "DPO, all labels": DPO | {"max_train_samples": PAIRS},

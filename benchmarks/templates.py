@@ -748,8 +748,8 @@ def table():
              "Made by `python benchmarks/templates.py`, and compared with this file by the tests.", "",
              "Right: the tokens of the trained prompt are those of the prompt at inference, and the response says",
              "all that its message does and ends in exactly one end. Otherwise the row is refused, with a line below",
-             "the table. The templates are written for this table, and do what the models' own templates do.", "",
-             f"{len(cells)} cells: " + ", ".join(f"{count[name]} {name}" for name in ("right", "refused", "WRONG")) + ".", "",
+             "the table. The templates are written for it, and do what the models' own templates do.", "",
+             f"{len(cells)} cells: {count['right']} right, {count['refused']} refused, {count['WRONG']} WRONG.", "",
              "| | " + " | ".join(FAMILIES) + " |", "| --- |" + " --- |" * len(FAMILIES)]
     lines += [f"| {kind} | " + " | ".join(marks[cells[family, kind]] for family in FAMILIES) + " |" for kind in KINDS]
     return "\n".join([*lines, "", *(f"{n}. {cell}" for n, cell in enumerate(reasons, 1))]) + "\n"

@@ -11,6 +11,7 @@ import re
 import pytest
 import torch
 import transformers
+from helpers import copy_without
 from safetensors.torch import load_file, save_file
 
 from runtime import toy
@@ -65,8 +66,8 @@ def pairs(tmp_path_factory):
 
 @pytest.fixture
 def trained(train, pairs, tmp_path):
-    """trained(kind, check) → (the run of a tiny model of this kind, the model's folder)."""
-    def run(kind, check=0):
+    """trained(kind, check, …) → (the run of a tiny model of this kind, the model's folder)."""
+    def run(kind, check=0, **more):
         name, keys = KINDS[kind]
         tokenizer = toy.make_tokenizer()
         vocab = {} if "text_config" in keys else {"vocab_size": len(tokenizer)}
@@ -84,9 +85,9 @@ def trained(train, pairs, tmp_path):
                 buffer.uniform_(-1, 1)
         lm.save_pretrained(tmp_path / "model")
         tokenizer.save_pretrained(tmp_path / "model")
+        options = dict(max_length=250, max_prompt_length=32, max_steps=2) | more
         return train(kind.replace(" ", "-"), check=check, model_name_or_path=tmp_path / "model",
-                     dataset_mixer=f"{{{pairs}: 1.0}}", max_length=250, max_prompt_length=32,
-                     max_steps=2), tmp_path / "model"
+                     dataset_mixer=f"{{{pairs}: 1.0}}", **options), tmp_path / "model"
     return run
 
 
@@ -125,6 +126,28 @@ def test_buffers_are_saved_with_the_weights(trained):
     assert before.keys() == after.keys()
     bias, = (name for name in before if name.endswith("e_score_correction_bias"))
     assert torch.equal(before[bias], after[bias])
+
+
+def routing_bias(file):
+    weights = load_file(file)
+    bias, = (name for name in weights if name.endswith("e_score_correction_bias"))
+    return weights[bias]
+
+
+def test_buffers_are_saved_with_a_merged_adapter(trained):
+    run, folder = trained("buffers", use_peft=True, lora_target_modules="q_a_proj,o_proj", merge_adapter=True)
+    assert torch.equal(routing_bias(folder / "model.safetensors"), routing_bias(run.output / "model.safetensors"))
+
+
+@pytest.mark.slow
+def test_buffers_are_saved_by_a_run_that_resumes_on_other_ranks(trained, engine_configs, tmp_path):
+    saving = dict(save_strategy="steps", save_steps=1, gradient_accumulation_steps=1)
+    first, _ = trained("buffers", processes=2, deepspeed=engine_configs[2], per_device_train_batch_size=4, **saving)
+    stopped = copy_without(first, tmp_path / "stopped", "checkpoint-2", "summary.json", "model.safetensors")
+    again, folder = trained("buffers", deepspeed=engine_configs[3], per_device_train_batch_size=8, **saving,
+                            output_dir=stopped)
+    assert "at step 1 of 2" in again.stdout and again.losses() == pytest.approx(first.losses(), rel=1e-5)
+    assert torch.equal(routing_bias(folder / "model.safetensors"), routing_bias(stopped / "model.safetensors"))
 
 
 def test_noise_goes_and_the_model_stays(trained):

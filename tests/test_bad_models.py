@@ -16,8 +16,10 @@ import datasets
 import pytest
 import torch
 import transformers
-from helpers import ROOT, as_jsonl, assert_refused, launcher_environment, user
+from helpers import CHATML, ROOT, as_jsonl, assert_refused, launcher_environment, tokenizer, user
 from safetensors.torch import load_file, save_file
+
+from runtime.model import name_ends
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Models
@@ -292,3 +294,13 @@ output_dir: {tmp_path}/out
     done, reached = guarded(ROOT / "train.py", "--config", tmp_path / "c.yaml")
     assert done.returncode == 0, done.stderr[-3000:]
     assert reached == "" and "held-out accuracy" in done.stdout and (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("eos, given, saved", [("</s>", 2, [2, 4]), ("</s>", [2, 4, 7], [2, 4, 7]), ("<|im_end|>", 4, 4)])
+def test_a_saved_model_stops_where_its_responses_ended(eos, given, saved):
+    """With CHATML a response ends in <|im_end|>, token 4, whatever the tokenizer's EOS is."""
+    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                                                num_attention_heads=1, vocab_size=16))
+    lm.generation_config.eos_token_id = given
+    name_ends(lm, tokenizer(eos=eos, template=CHATML))
+    assert lm.generation_config.eos_token_id == saved

@@ -68,6 +68,17 @@ def test_our_zephyr_recipes_are_the_official_ones_with_their_commands_values(wri
         assert mine["deepspeed"] == "configs/zero3.json" and mine["push_to_hub"] is False
 
 
+@pytest.mark.parametrize("model, expected", [
+    ("alignment-handbook/zephyr-7b-sft-full", True), ("HuggingFaceH4/zephyr-7b-gemma-sft-v0.1", True),
+    ("microsoft/Phi-3-mini-4k-instruct", False), ("toy", False)])
+def test_the_empty_system_message_is_for_the_handbooks_models(model, expected, write):
+    """Their recipes rely on it; no other template would write it at inference."""
+    argv = [*write(GOOD), f"--model_name_or_path={model}"]
+    assert parse_config(argv).auto_insert_empty_system_msg is expected
+    set_to = parse_config([*argv, f"--auto_insert_empty_system_msg={not expected}"])
+    assert set_to.auto_insert_empty_system_msg is not expected
+
+
 @pytest.mark.parametrize("flags", [["--Gamma=0.7"], ["--gamma=0.7"], ["--gamma", "0.7"], ["--Gamma", "0.7"],
                                    ["--gamma=9", "--gamma=0.7"], ["--local_rank=0", "--gamma=7e-1"]])
 def test_every_way_to_say_gamma(flags, write):

@@ -6,6 +6,9 @@ The formats of rows are in test_formats.py, files and the hub in test_sources.py
 import functools
 import json
 import random
+import re
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
@@ -435,6 +438,27 @@ def test_what_happened_to_pairs_is_counted(tmp_path):
     pairs, *_, said = load_source(write_folder(tmp_path / "s", rows), made=made)
     assert said == (f"train: 3 rows read, 3 pairs, 2 {data.UNTEMPLATED}, 1 {data.PROMPT_CUT}, 1 {data.RESPONSE_CUT}, "
                     f"1 {data.KEPT_AS_TEXT}")
+
+
+def test_preview_shows_what_is_easy_to_miss(tmp_path, monkeypatch):
+    """Token counts, special tokens as such, where responses begin and end, what is cut; a bad row is one line."""
+    model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+    tokenizer(**BARE, template=CHATML).save_pretrained(model)
+
+    def shown(*lines):
+        rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return subprocess.run([sys.executable, "data.py", str(rows), str(model)], cwd=ROOT, capture_output=True, text=True,
+                              timeout=600)
+    done = shown({"prompt": [user("say </s>\nnow")], "response_a": "A", "response_b": "B" * 2000})
+    lines = dict(line.split(" tokens: ", 1) for line in done.stdout.splitlines() if " tokens: " in line)
+    texts = {name.partition(",")[0]: text for name, text in lines.items()}
+    assert texts.pop("prompt") == "⟦<|im_start|>⟧user↵say </s>↵now⟦<|im_end|>⟧↵⟦<|im_start|>⟧assistant↵"
+    short, long = sorted(texts.values())
+    assert short == "A⟦<|im_end|>⟧" and re.fullmatch(r"B+⟪\d+ tokens cut off: B+⟦<.im_end.>⟧⟫", long)
+    assert any(re.fullmatch(r"y[12], 2", name) for name in lines) and "1 with a response cut to max_length" in done.stdout
+    bad = shown({"prompt": "p", "chosen": 5, "rejected": "r"})
+    assert bad.returncode == 2 and bad.stderr.splitlines()[-1].startswith(f"error: {rows}, row 1, field chosen: expected")
+    assert "Traceback" not in bad.stderr
 
 
 def test_tokenizer_without_eos():
