@@ -155,7 +155,8 @@ class Renderer:
         turns = self._rendered(talk) or self._rendered(talk[1:]) or ""
         added = self.tokenizer.added_tokens_decoder.values()
         texts = {token.content for token in added if (token.special or token.content in turns) and token.content[1:]}
-        kept = {*map(self.tokenizer.convert_ids_to_tokens, self.ends), *self.tokenizer.special_tokens_map.values()}
+        kept = {*map(self.tokenizer.convert_ids_to_tokens, self.ends), self.tokenizer.bos_token, self.tokenizer.pad_token,
+                self.tokenizer.unk_token}
         writable = {text for text in texts - kept if text in template and text not in turns}
         return {"assistant": _any_of(texts - writable), None: _any_of(texts)}
 
@@ -169,7 +170,7 @@ class Renderer:
             return {self.eos}
         calling = self._rendered([*asked, {"role": "assistant", "content": "", "tool_calls": [call]}])
         last = self._special(calling.rstrip())[-1:] if calling and "look_up" in calling else []  # gpt-oss's <|call|>
-        return {self.eos, *after, *filter(None, last)}
+        return {self.eos, *after, *last} - {None}
 
     def _special(self, text):
         """Ids of a text's tokens, with None for those that are not special."""

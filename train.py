@@ -55,7 +55,7 @@ def main(config, command_line=None):
         add_other_reference(config, ds, scoring)
     policy = load_policy(config)  # adpo.PairLogps around a causal LM
     share_prompts(policy, scoring)
-    with starting(config):
+    with starting(config, policy, ds):
         engine, *_ = deepspeed.initialize(model=policy, optimizer=make_optimizer(config, policy, ds), config=ds)
     check_against_plain_forward(engine, train, test)  # or refuse to train
     if not config.ref_model_name_or_path:

@@ -12,6 +12,7 @@ from pathlib import Path
 import deepspeed
 import pydantic
 import torch
+from deepspeed.accelerator import get_accelerator
 
 import data
 from runtime.config import ROOT
@@ -128,8 +129,11 @@ def settings_that_count(ds):
 
 def make_optimizer(config, module, ds):
     """AdamW with weight decay on matrices alone. Where the optimiser is offloaded to the host, DeepSpeed's own Adam."""
-    matrices = [p for p in module.parameters() if p.requires_grad and p.dim() >= 2]
-    others = [p for p in module.parameters() if p.requires_grad and p.dim() < 2]
+    def dims(parameter):
+        return len(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 only ds_shape knows the whole
+
+    matrices = [p for p in module.parameters() if p.requires_grad and dims(p) >= 2]
+    others = [p for p in module.parameters() if p.requires_grad and dims(p) < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
     if config.optim == "rmsprop":
@@ -141,9 +145,18 @@ def make_optimizer(config, module, ds):
 
 
 @contextlib.contextmanager
-def starting(config):
-    """Around deepspeed.initialize: what it only now finds wrong with the settings becomes one line."""
+def starting(config, policy, ds):
+    """Around deepspeed.initialize: what it only now finds wrong with the settings becomes one line. Under ZeRO-3, first give
+    each rank its part of the weights.
+
+    DeepSpeed alone would move the whole model to each device and part it there. This moves one weight at a time, so that a
+    model need not fit on one device. In host memory, the weights are files mapped by transformers, which all ranks share.
+    """
     try:
+        if ds["zero_optimization"].get("stage") == 3:
+            deepspeed.zero.Init(module=policy, config_dict_or_path=ds)
+            for buffer in policy.buffers():
+                buffer.data = buffer.data.to(get_accelerator().current_device_name())
         yield
     except (ValueError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"{config.deepspeed}: DeepSpeed cannot start with it ({type(error).__name__}: "

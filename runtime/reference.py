@@ -30,8 +30,9 @@ def add_other_reference(config, ds, scoring):
     stage = 3 if ds["zero_optimization"].get("stage") == 3 else 0  # without an optimiser, stages 1 and 2 make no sense
     module = load_policy(config, config.ref_model_name_or_path, trained=False)
     share_prompts(module, scoring)
-    with starting(config):
-        engine, *_ = deepspeed.initialize(model=module, config={**ds, "zero_optimization": {"stage": stage}})
+    ds = {**ds, "zero_optimization": {"stage": stage}}
+    with starting(config, module, ds):
+        engine, *_ = deepspeed.initialize(model=module, config=ds)
     check_against_plain_forward(engine, *(pairs for pairs, _ in scoring))
     add_reference(engine, scoring)
     engine.destroy()

@@ -28,7 +28,7 @@ def sft(config, run, tokenizer):
     ds = run.engine_config | schedule.engine_batches()
 
     policy = load_policy(config)
-    with starting(config):
+    with starting(config, policy, ds):
         engine, *_ = deepspeed.initialize(model=policy, optimizer=make_optimizer(config, policy, ds), config=ds)
     check_against_plain_forward(engine, train, test)
     run.write_config()

@@ -1,11 +1,17 @@
-"""Steps whose loss or gradient is not finite: `python -m pytest tests/test_engine.py -n 0`."""
+"""Steps whose loss or gradient is not finite, and ZeRO-3 without the whole model on any device.
+
+    python -m pytest tests/test_engine.py -n 0
+"""
 
 import itertools
 import math
 import re
+import subprocess
 
+import deepspeed
 import pytest
-from helpers import errors
+import transformers
+from helpers import ROOT, errors, launcher, launcher_environment, prepared_train
 from safetensors.torch import load_file
 
 import adpo
@@ -68,3 +74,71 @@ def test_training_goes_on_after_such_a_step_and_ends_at_three_in_a_row(stage, tr
     break_steps([], "gradient")
     done = train("done", output_dir=run.output, **keys)
     assert [row["step"] for row in done.rows()] == [1, 2, 3, 4, 5, 6]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# ZeRO-3
+
+def test_the_engine_gets_parts_of_weights_and_not_the_model(train, engine_configs, monkeypatch):
+    """DeepSpeed would move the whole model to every device before it parts it, which a large model does not survive."""
+    given, initialize = [], deepspeed.initialize
+
+    def recorded(model, **more):
+        given.extend((name, p.numel(), p.ds_tensor.numel()) for name, p in model.named_parameters())
+        return initialize(model=model, **more)
+    monkeypatch.setattr(deepspeed, "initialize", recorded)
+    train("parts", deepspeed=engine_configs[3], max_steps=1)
+    assert given and all(whole == 0 and part > 0 for _, whole, part in given)
+
+
+MEASURED = """
+    import threading, time
+    import deepspeed, torch, transformers
+
+    def anonymous():  # MB of memory of our own; files that are mapped do not count
+        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1e3
+
+    load, initialize, seen = transformers.AutoModelForCausalLM.from_pretrained, deepspeed.initialize, []
+
+    def watch():
+        while True:
+            seen.append(anonymous())
+            time.sleep(0.002)
+
+    def loading(*args, **options):
+        if not seen:
+            seen.append(anonymous())
+            threading.Thread(target=watch, daemon=True).start()
+        return load(*args, **options)
+
+    def starting(**options):
+        print(f"rank {rank} needed {max(seen) - seen[0]:.0f} MB", file=sys.stderr, flush=True)
+        return initialize(**options)
+
+    transformers.AutoModelForCausalLM.from_pretrained, deepspeed.initialize = loading, starting
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_needs_memory_for_its_part_while_it_loads(tiny, tmp_path, engine_configs):
+    """Two ranks, a model of 240 MB in files of 20 MB, whose largest weight has 4 MB. On a CPU, rank 1 also needs the memory
+    of one file, because the broadcast writes into its mapping."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny / "model")
+    shape = transformers.LlamaConfig(hidden_size=1024, intermediate_size=2048, num_hidden_layers=11, num_attention_heads=8,
+                                     vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=2, eos_token_id=3)
+    lm = transformers.LlamaForCausalLM(shape).bfloat16()
+    size = sum(p.numel() for p in lm.parameters()) * 2 / 1e6
+    lm.save_pretrained(tmp_path / "model", max_shard_size="20MB")
+    tokenizer.save_pretrained(tmp_path / "model")
+    script = prepared_train(tmp_path / "measured.py", MEASURED)
+    argv = ["--config", tmp_path / "run.yaml", f"--model_name_or_path={tmp_path}/model"]
+    (tmp_path / "run.yaml").write_text(
+        f"dataset_mixer: {{{tiny}/pairs: 1.0}}\noutput_dir: {tmp_path}/out\nbf16: true\nmax_length: 64\n"
+        f"max_prompt_length: 16\nmax_steps: 1\nsave_strategy: 'no'\ndo_eval: false\nnum_threads: 1\n"
+        f"deepspeed: {engine_configs[3]}\nper_device_train_batch_size: 4\n")
+    command = [script if part == "train.py" else part for part in launcher(2)]
+    done = subprocess.run([*command, *argv], cwd=ROOT, env=launcher_environment(), text=True, capture_output=True,
+                          timeout=600)
+    needed = re.findall(r"rank \d needed (\d+) MB", done.stderr)
+    assert done.returncode == 0 and len(needed) == 2, done.stderr[-3000:]
+    assert all(float(megabytes) < size / 2 + 60 < 0.8 * size for megabytes in needed), (size, needed)
