@@ -40,6 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-4  # relative, between the losses of the two sides
 HH_WINDOW = 2048  # pairs of HH whose padding is counted: as many as are sorted by length together
 MICRO = 8  # pairs per micro-batch and per step: TRL's default
+FEWER = {"smollm2": 4}  # with 8, TRL needs all of 24 GB and waits for them
 SMALL = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "num_attention_heads": 4,
          "num_key_value_heads": 4, "max_position_embeddings": 4096, "tie_word_embeddings": False}
 VOCABULARY = 8192
@@ -59,7 +60,8 @@ CASES = {
                     TRL_DEFAULTS, 3.0, 0.35),
     "uf": ("UltraFeedback-like", 90, 180, PLAIN, "trl", PLAIN | {"precompute": True}, 2.0, 0.40),
     "long": ("long prompts", 320, 64, PLAIN, "trl", PLAIN | {"precompute": True}, 3.0, 0.35),
-    "smollm2": ("SmolLM2-135M on HH", None, None, PLAIN, "trl", PLAIN | {"precompute": True}, 2.5, 0.35),
+    "smollm2": ("SmolLM2-135M on HH, 4 pairs a step", None, None, PLAIN, "trl", PLAIN | {"precompute": True}, 2.5, 0.35),
+    "smollm2-8": ("SmolLM2-135M on HH, 8 pairs a step", None, None, PLAIN, "trl", PLAIN | {"precompute": True}, 2.5, 0.35),
     "official": ("HH-like, the official code's loop (live reference)", 134, 64, PLAIN, "official", PLAIN, 4.0, 0.25),
     # Only on a GPU.
     "billion": ("1.1 B shape, UltraFeedback-like, bf16", 160, 300, AS_SHIPPED, "trl", AS_SHIPPED | {"precompute": True},
@@ -141,7 +143,7 @@ def our_config(job):
     config = {
         "model_name_or_path": job["model"], "ref_model_name_or_path": job["reference"],
         "dataset_mixer": {job["pairs"]: 1.0}, "dataset_splits": ["train"], "do_eval": False, "data_selection": False,
-        "max_length": 1024, "max_prompt_length": 768, "per_device_train_batch_size": MICRO, "learning_rate": 1e-6,
+        "max_length": 1024, "max_prompt_length": 768, "per_device_train_batch_size": job["micro"], "learning_rate": 1e-6,
         "lr_scheduler_type": "constant", "output_dir": job["output"], "bf16": job["bf16"], "num_threads": job["threads"],
         "gradient_checkpointing": job["checkpointing"], "attn_implementation": job.get("attention"), "logging_steps": 1,
         "save_strategy": "no"}
@@ -197,7 +199,7 @@ def trl(job):
     memory, clock, reference, tokens = Memory(), Clock(), [], []
     memory.mark()
     arguments = DPOConfig(
-        output_dir=job["output"], per_device_train_batch_size=MICRO, max_length=1024, learning_rate=1e-6,
+        output_dir=job["output"], per_device_train_batch_size=job["micro"], max_length=1024, learning_rate=1e-6,
         lr_scheduler_type="constant", bf16=job["bf16"], gradient_checkpointing=job["checkpointing"], beta=0.1,
         precompute_ref_log_probs=job["precompute"], logging_steps=1, save_strategy="no", num_train_epochs=1,
         use_cpu=not cuda(), report_to="none", disable_tqdm=True)
@@ -264,8 +266,8 @@ def official(job):
         return (picked * scored).sum(-1).chunk(2)  # 2 × (B,)
 
     clock.tick()
-    for start in range(0, len(pairs), MICRO):
-        ids, mask, labels = rows(pairs[start:start + MICRO])
+    for start in range(0, len(pairs), job["micro"]):
+        ids, mask, labels = rows(pairs[start:start + job["micro"]])
         with torch.no_grad():
             ref_chosen, ref_rejected = logps(reference, ids, mask, labels)
         chosen, rejected = logps(model, ids, mask, labels)
@@ -546,8 +548,8 @@ class Bench:
 
     def model(self, case):
         """(model folder, folder of the same model with slightly changed weights)."""
-        folder = self.folder / (case if case in ("smollm2", "billion") else "small")
-        if not folder.exists() and case == "smollm2":
+        folder = self.folder / (case.partition("-")[0] if case.startswith(("smollm2", "billion")) else "small")
+        if not folder.exists() and case.startswith("smollm2"):
             without_template(self.options.smollm2, folder)
         elif not folder.exists():
             random_model(folder, BILLION if case == "billion" else SMALL)
@@ -557,18 +559,18 @@ class Bench:
         return folder, other
 
     def pairs(self, case, steps):
-        """(folder with the pairs for this many steps, folder with the first MICRO of them)."""
+        """(folder with the pairs for this many steps, folder with the first step's)."""
         folder = self.folder / f"pairs-{case}"
         if not folder.exists():
             _, prompt, response, *_ = CASES[case]
             if prompt:
-                pairs = word_pairs(prompt, response, steps * MICRO)
+                pairs = word_pairs(prompt, response, steps * micro(case))
             else:
                 import transformers
                 tokenizer = transformers.AutoTokenizer.from_pretrained(self.model(case)[0])
-                pairs = hh_pairs(self.options.hh, tokenizer, steps * MICRO)
+                pairs = hh_pairs(self.options.hh, tokenizer, steps * micro(case))
             write_pairs(folder, pairs)
-            write_pairs(folder.with_name(folder.name + "-few"), pairs[:MICRO])
+            write_pairs(folder.with_name(folder.name + "-few"), pairs[:micro(case)])
         return folder, folder.with_name(folder.name + "-few")
 
     def lengths(self, case, window=None):
@@ -625,7 +627,8 @@ class Bench:
         pairs, few = self.pairs(name, self.options.steps)
         sides, losses = {}, []
         for side, worker, settings in (("ours", "ours", mine), ("peer", peer, theirs)):
-            job = {"model": str(model), "reference": None, "pairs": str(pairs), "threads": threads, "precompute": False}
+            job = {"model": str(model), "reference": None, "pairs": str(pairs), "threads": threads, "precompute": False,
+                   "micro": micro(name)}
             job |= settings
             # Compare the loss in fp32. With the policy as its own reference it would be log 2 whatever we compute.
             if threads == min(self.options.threads):
@@ -658,9 +661,9 @@ def measure(bench, names, found, keep):
                     "responses": round(1024 * sum(a + b for _, a, b in lengths) / unique)})["rate"]
                 speed = found["rows"][f"{name}/{count}"]["ours"]["speed"]
                 found["limit"][f"{name}/{count}"] = {"rate": rate, "achieved": speed * flops / tokens}
-        found["padding"][name] = padding(bench.lengths(name))
+        found["padding"][name] = padding(bench.lengths(name), micro(name))
         if name == "smollm2":
-            found["hh_padding"] = padding(bench.lengths(name, HH_WINDOW))
+            found["hh_padding"] = padding(bench.lengths(name, HH_WINDOW), micro(name))
         found["fit"][name] = predicted(bench, name)
         keep(found)
     if found.get("growth", {}).get("machine") != found["machine"]:
@@ -669,13 +672,18 @@ def measure(bench, names, found, keep):
         keep(found)
 
 
-def padding(lengths):
-    """Share of padding among the positions that train.py computes for these pairs."""
+def micro(name):
+    """Pairs per micro-batch and per step of a row."""
+    return FEWER.get(name, MICRO)
+
+
+def padding(lengths, pairs=MICRO):
+    """Share of padding among the positions that train.py computes for these pairs.  pairs: of a step."""
     import data
     tokens = [sum(pair) for pair in lengths]
-    order = data.epoch_order(tokens, 0, 42, MICRO, group_by_length=True)
-    cells = [cell for start in range(0, len(order), MICRO)
-             for step in data.split_batch(order[start:start + MICRO], tokens, 1, MICRO, 1024) for cell in step]
+    order = data.epoch_order(tokens, 0, 42, pairs, group_by_length=True)
+    cells = [cell for start in range(0, len(order), pairs)
+             for step in data.split_batch(order[start:start + pairs], tokens, 1, pairs, 1024) for cell in step]
     return 1 - sum(tokens) / sum(len(cell) * max(tokens[i] for i in cell) for cell in cells)
 
 
@@ -686,7 +694,7 @@ def predicted(bench, name):
     from tools import fit
     lengths, settings = bench.lengths(name), CASES[name][3]
     share = sum(a + b for _, a, b in lengths) / sum(map(sum, lengths))  # of the tokens that are responses
-    tokens = MICRO * max(map(sum, lengths)) if cuda() else max(1024, max(map(sum, lengths)))
+    tokens = micro(name) * max(map(sum, lengths)) if cuda() else max(1024, max(map(sum, lengths)))
     memory = fit.rank_memory(transformers.AutoConfig.from_pretrained(bench.model(name)[0]), 1, 2, settings["bf16"],
                              settings["checkpointing"], tokens, min(2048, round(share * tokens)))
     return sum(memory.values()) - memory["weights"]
@@ -701,10 +709,14 @@ def mark(value, target, least):
     return f"{'**' if good else ''}{value:.2f}{'**' if good else ''}"
 
 
+def is_starved(row, found):
+    """Whether the peer came so close to the machine's memory that its speed is not its own."""
+    return not found["suffix"] and row["peer"]["memory"] > 0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def table(found):
-    """(rows of the main table, what missed its aim, where the peer may have run out of memory), each a list of texts."""
+    """(rows of the main table, what missed its aim, where the peer ran short of memory), each a list of texts."""
     rows, missed, tight = [], [], []
-    room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for key, row in found["rows"].items():
         name, threads = key.split("/")
         title, *_, speed_aim, memory_aim = CASES[name]
@@ -717,9 +729,10 @@ def table(found):
                                        ("a whole epoch", epoch, 1.5, epoch >= 1.5)):
             if not good:
                 missed.append(f"{place}: {what} {value:.2f}, the aim is {aim}")
-        if not found["suffix"] and b["memory"] > 0.8 * room:
-            tight.append(f"{place}: its fastest step reached {b['spread'][1]:,.0f} tokens/s, and the median of train.py is "
-                         f"{a['speed'] / b['spread'][1]:.2f} times that")
+        if is_starved(row, found):
+            tight.append(f"{place}: {speed:.2f} times the peer's speed, {a['speed'] / b['spread'][1]:.2f} times that of its "
+                         "fastest step")
+            continue
         rows.append(
             f"| {title} | {threads} | {a['speed']:,.0f} | {b['speed']:,.0f} | {mark(speed, speed_aim, True)} "
             f"(≥ {speed_aim}) | {a['memory'] / 1e6:,.0f} | {b['memory'] / 1e6:,.0f} | "
@@ -748,8 +761,9 @@ def report(found):
     text = f"""\
 # Speed and memory, side by side
 
-Made by `python benchmarks/speed.py`; {found['machine']}; {found['versions']}. {MICRO} pairs per step, {steps} steps of which
-the first two are not counted, AdamW. All sides do plain DPO, which asks for every label, so that they do the same work.
+Made by `python benchmarks/speed.py`; {found['machine']}; {found['versions']}. {MICRO} pairs a step
+where the row gives no other number, {steps} steps of which the first two are not counted, AdamW. All sides do plain DPO,
+which asks for every label, so that they do the same work.
 
 ![Tokens per second and memory of each row](speed{found['suffix']}.png)
 
@@ -765,9 +779,9 @@ faster a run of one epoch is from start to end, including that. Bold: the aim in
 
 {"Every aim is reached." if not missed else "Not reached: " + "; ".join(missed) + "."}
 
-{"The peer came close to the machine's memory and may have waited for it. " + "; ".join(tight) + "." if tight else ""}
+{"Not in the table, because the peer waits for the machine's memory: " + "; ".join(tight) + "." if tight else ""}
 
-All sides compute the same loss. This is the loss of {MICRO} pairs in fp32, with a reference that is not the policy:
+All sides compute the same loss. This is the loss of a step's pairs in fp32, with a reference that is not the policy:
 
 | work | train.py | peer |
 | --- | --: | --: |
@@ -783,7 +797,7 @@ response tokens only, and attention over what each token sees.
 | --- | --: | --: | --: | --: |
 {chr(10).join(limits)}
 
-Padding, as a share of the positions computed for these {steps * MICRO} pairs: {paddings}.
+Padding, as a share of the positions computed for the pairs of these {steps} steps: {paddings}.
 
 What `tools/fit.py` expects above the loaded model, and what was measured (on one thread, on two), in MB. The resident set of
 a CPU process also includes what its allocator keeps.
@@ -832,7 +846,8 @@ def chart(found, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     most = max(int(key.split("/")[1]) for key in found["rows"])
-    rows = {key.split("/")[0]: row for key, row in found["rows"].items() if key.endswith(f"/{most}")}
+    rows = {key.split("/")[0]: row for key, row in found["rows"].items()
+            if key.endswith(f"/{most}") and not is_starved(row, found)}
     figure, axes = plt.subplots(1, 2, figsize=(12, 0.85 * len(rows) + 1.2), sharey=True)
     for axis, field, scale, label in ((axes[0], "speed", 1, "real tokens per second (more is better)"),
                                       (axes[1], "memory", 1e9, "peak GB above the model (less is better)")):
@@ -885,7 +900,7 @@ def main(options):
         raise Stop(f"--only {', '.join(sorted(unknown))}: no such row; the rows are {', '.join(CASES)}")
     sys.path.insert(0, str(ROOT))
     here = Path(__file__).parent / "results"
-    names = [name for name in options.only or CASES if (name != "billion" or cuda())]
+    names = options.only or [name for name in CASES if name != "smollm2-8" and (name != "billion" or cuda())]
     if not (options.smollm2 and options.hh) and "smollm2" in names:
         print("SmolLM2's row is left out: it needs --smollm2 MODEL_DIR and --hh HH_FILE", flush=True)
         names.remove("smollm2")
@@ -897,7 +912,7 @@ def main(options):
     if options.profile:
         name = options.only[0] if options.only else "smollm2" if options.smollm2 and options.hh else "hh"
         job = {"model": str(bench.model(name)[0]), "pairs": str(bench.pairs(name, 2)[0]), "reference": None,
-               "threads": max(options.threads), **CASES[name][3]}
+               "threads": max(options.threads), "micro": MICRO, **CASES[name][3]}
         text = profile_report(bench.run("profile", job), CASES[name][0], f"{machine}, threads: {max(options.threads)}")
         (here / f"speed_profile{suffix}.md").write_text(text, encoding="utf-8")
         print(text)
