@@ -28,6 +28,8 @@ if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed's search for one, and its warnings
     # oneDNN caches what it compiled for its last 1,024 shapes of products, hundreds of MB; few micro-batches share a shape.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+else:  # a run has hundreds of shapes, and segments that can grow leave fewer holes between them
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import datasets
 import deepspeed
