@@ -255,8 +255,9 @@ class Renderer:
         if lost:
             raise DataError(f"the chat template leaves out the {lost[0]} of a response: set another chat_template, or write "
                             "it into content as the model would")
+        advice = ", or put the system message into the user's" if any(m["role"] == "system" for m in prompt) else ""
         raise DataError("the chat template does not render a conversation as the continuation of its prompt: set another "
-                        "chat_template" + ", or put the system message into the user's" * (prompt[0]["role"] == "system"))
+                        f"chat_template{advice}")
 
     # Token ids.
 
