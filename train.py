@@ -89,7 +89,7 @@ def main(config, command_line=None):
                 margin = adpo.margins(rewards)  # (B,)
                 margin_cpu = margin.detach().cpu()  # (B,)  the only wait for the device in a micro-step
                 ask = adpo.gate(margin_cpu, threshold.gamma, batch.ids)  # (B,)  |m| ≤ γ
-                answers = oracle.answer(batch.ids, margin_cpu, ask, step)  # (B,)  +1, −1; 0: not asked, or budget spent
+                answers = oracle.answer(batch.ids, margin_cpu, ask, step)  # (B,)  +1, −1; NaN: no preference; 0: not asked
                 labels = adpo.choose_labels(margin_cpu, answers, ask, config.pseudo_labels, config.after_budget)  # (B,)  o
 
                 oracle.count_pseudo_labels(batch.ids, labels, answers)

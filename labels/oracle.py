@@ -86,7 +86,8 @@ class Oracle:
 
         ids: B pair ids, None for a filler.  margin, ask: (B,) on the CPU.  step: the optimiser step, from 0.
         Besides the pairs in `ask`, the audited ones are asked.
-        Returns (B,): +1 or −1 where the pair has been asked, now or ever; 0 where not, or where the budget is spent.
+        Returns (B,): +1 or −1 where the pair has been asked, now or ever, and NaN where the answer was that neither response
+        is preferred; 0 where it has not been asked, or where the budget is spent.
         Raises Waiting, on all ranks, where the annotator has not answered, UsageError where it never can.
         """
         fraction, seed = self.config.audit_fraction, self.config.seed
@@ -96,7 +97,7 @@ class Oracle:
         if rank() == 0:
             try:
                 known = self._answers([item for part in gathered for item in part if item[0] is not None], step)
-                answers = [[known.get(item[0], 0) for item in part] for part in gathered]
+                answers = [[known.get(item[0], 0.0) for item in part] for part in gathered]
             except KeyboardInterrupt:  # just before or after the annotator's own work, which reports how far it got
                 answers = [Stopped("interrupted")] * world_size()
             except Waiting as waiting:  # the other ranks have to hear of it too
@@ -109,7 +110,7 @@ class Oracle:
         return torch.tensor(mine)
 
     def _answers(self, items, step):
-        """{pair: label} of the pairs that have an answer, after asking for those that want one."""
+        """{pair: label} of the pairs that have an answer, after asking for those that want one; NaN: no preference."""
         known = self.ledger.take([item[0] for item in items])
         new = {pair: Question(pair, margin, step, audit) for pair, margin, ask, audit in items if ask and pair not in known}
         questions = list(new.values())
@@ -129,7 +130,7 @@ class Oracle:
                     self.interrupt.inside = False
             known |= self.ledger.take([q.pair for q in questions])
             questions = [q for q in questions if q.pair not in known]
-        return known
+        return {pair: label or math.nan for pair, label in known.items()}
 
     def count_pseudo_labels(self, ids, labels, answers):
         """Note which pairs of a micro-batch are trained on with a pseudo-label.  labels, answers: (B,)."""
@@ -149,6 +150,10 @@ class Oracle:
     def queries(self, step=None):
         """Labels bought up to and including a step (or all), over all ranks. Known to rank 0; 0 on the others."""
         return self.ledger.count(step) if self.ledger else 0
+
+    def without_preference(self, step=None):
+        """How many of these came back without a preference."""
+        return self.ledger.without_preference(step) if self.ledger else 0
 
     def audit(self, step=None, first=0, scale=1.0):
         """What the audited pairs of the steps from `first` to `step` tell about the pseudo-labels. Known to rank 0.

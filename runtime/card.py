@@ -53,9 +53,10 @@ def card_rows(config, summary):
         return "{:.1%} of them right (95 % interval {:.1%} to {:.1%})".format(summary[f"{kind}_accuracy"],
                                                                              *summary[f"{kind}_interval"])
 
-    pseudo, audited = f"{summary['pseudo_labels']:,}", f"{summary['audited']:,}"
+    pseudo, audited, neither = (f"{summary[name]:,}" for name in ("pseudo_labels", "audited", "queries_without_preference"))
     return {"data": data_row, "pairs": f"{summary['pairs']:,}",
             "labels bought": f"{summary['queries']:,} ({summary['query_fraction']:.1%})",
+            "of them without a preference": neither if summary["queries_without_preference"] else None,
             "annotator": "judge, " + code(config.judge_model) if config.oracle == "judge" else config.oracle,
             "pseudo-labels": pseudo if summary["pseudo_label_accuracy"] is None else f"{pseudo}, {right('pseudo_label')}",
             "audited pseudo-labels": f"{audited}, {right('audit')}" if summary["audited"] else None,

@@ -81,6 +81,7 @@ def pseudo_label_accuracy(state):
 def label_metrics(oracle, schedule, step, config):
     """What a row of metrics says about labels after `step` optimiser steps."""
     return {"pairs_seen": schedule.pairs_seen(step), "queries": oracle.queries(step - 1),
+            "queries_without_preference": oracle.without_preference(step - 1),
             "pseudo_labels": oracle.state["pseudo_labels"], "pseudo_label_accuracy": pseudo_label_accuracy(oracle.state),
             **audit_metrics(oracle, step - 1, config)}
 
@@ -111,8 +112,10 @@ def bar_text(row, evaluation, cost):
     """The text after the training bar."""
     held_out = f", held-out {evaluation['rewards/accuracies']:.3f}" if evaluation else ""
     price = f", {cost:,.2f} spent" if cost is not None else ""
+    neither = row["queries_without_preference"]
+    neither = f", {neither:,} without a preference" if neither else ""
     return (f"loss {row['loss']:.3f}, acc {row['rewards/accuracies']:.3f}, {row['queries']:,} queries "
-            f"({row['queries'] / row['pairs_seen']:.0%} of pairs){price}{held_out}")
+            f"({row['queries'] / row['pairs_seen']:.0%} of pairs){neither}{price}{held_out}")
 
 
 def summarise(schedule, oracle, run, engine):
@@ -121,7 +124,8 @@ def summarise(schedule, oracle, run, engine):
     epoch = range(min(schedule.total_steps, schedule.epoch_steps))
     pairs = len({schedule.pairs.ids[row] for step in epoch for row in schedule.rows(step)})
     queries, state, audit = oracle.queries(), oracle.state, oracle.audit()
-    return {"pairs": pairs, "queries": queries, "query_fraction": queries / pairs, "pseudo_labels": state["pseudo_labels"],
+    return {"pairs": pairs, "queries": queries, "query_fraction": queries / pairs,
+            "queries_without_preference": oracle.without_preference(), "pseudo_labels": state["pseudo_labels"],
             "pseudo_label_accuracy": pseudo_label_accuracy(state),
             "pseudo_label_interval": (list(wilson(state["pseudo_right"], state["pseudo_known"]))
                                       if state["pseudo_known"] else None),
@@ -140,6 +144,8 @@ def closing_line(summary):
         return " · ".join([f"{summary['examples']:,} examples", *held_out, f"{summary['wall_seconds']:.0f} s"])
     share = summary["query_fraction"]
     parts = [f"{summary['queries']:,} of {summary['pairs']:,} labels bought ({share:.0%})".replace("%", " %")]
+    if summary.get("queries_without_preference"):
+        parts.append(f"{summary['queries_without_preference']:,} of them without a preference")
     if summary["pseudo_label_accuracy"] is not None:
         parts.append(f"pseudo-labels right: {100 * summary['pseudo_label_accuracy']:.1f} %")
     if summary["audited"]:
