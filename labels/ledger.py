@@ -125,7 +125,8 @@ BEFORE_TABLES = """
 """
 AFTER_TABLES = """
     INSERT INTO answers SELECT *, CASE WHEN source = 'judge' THEN
-        CASE WHEN annotator LIKE '% (coin)' THEN '{"coin": true}' ELSE '{}' END END FROM answers_2;
+        CASE WHEN annotator LIKE '% (coin)' THEN '{"rubric": null, "coin": true}' ELSE '{"rubric": null}' END END
+        FROM answers_2;
     DROP TABLE answers_2;
 """
 
@@ -276,10 +277,11 @@ class Ledger:
         return self.db.execute("SELECT COUNT(*) FROM answers WHERE label = 0 AND step BETWEEN 0 AND ?",
                                (2**62 if step is None else step,)).fetchone()[0]
 
-    def details(self, step=None):
-        """[(detail, how many)] of the answers that `count` counts and that say how they came about."""
-        return self.db.execute("SELECT detail, COUNT(*) FROM answers WHERE detail IS NOT NULL AND step BETWEEN 0 AND ? "
-                               "GROUP BY detail", (2**62 if step is None else step,)).fetchall()
+    def details(self, step=None, first=0):
+        """[(detail, how many)] of the answers, to questions of optimiser steps from `first` to `step` (None: all), that say
+        how they came about. Step −1 holds what came from other runs."""
+        return self.db.execute("SELECT detail, COUNT(*) FROM answers WHERE detail IS NOT NULL AND step BETWEEN ? AND ? "
+                               "GROUP BY detail", (first, 2**62 if step is None else step)).fetchall()
 
     def audits(self, step=None, first=0):
         """[(margin, label)] of the audited pairs from optimiser step `first` up to and including `step` (None: all). An
@@ -380,6 +382,12 @@ class Ledger:
         """[(verdict, detail)] of an annotator's verdicts on a pair that have a detail, oldest first."""
         return self.db.execute("SELECT verdict, detail FROM verdicts WHERE pair = ? AND annotator = ? "
                                "AND detail IS NOT NULL ORDER BY id", (pair, annotator)).fetchall()
+
+    def last_verdicts(self, annotator, count):
+        """[detail] of an annotator's last verdicts that have one, newest first."""
+        return [detail for detail, in self.db.execute(
+            "SELECT detail FROM verdicts WHERE annotator = ? AND detail IS NOT NULL ORDER BY id DESC LIMIT ?",
+            (annotator, count))]
 
     def spent(self, pair, annotator):
         """(seconds, cost) of all of an annotator's verdicts on a pair together; None where none of them is known."""

@@ -22,7 +22,7 @@ import math
 import torch
 
 from labels.annotators import DatasetAnnotator, HumanAnnotator, Waiting
-from labels.judge import ChatJudge
+from labels.judge import ChatJudge, judged
 from labels.ledger import Ledger, Question
 from labels.reward_model import RewardModelJudge
 from runtime.errors import Stopped, UsageError
@@ -67,6 +67,7 @@ class Oracle:
         self.annotator = annotator if rank() == 0 else None
         self.ledger = Ledger(path) if rank() == 0 else None
         self.config, self.interrupt = config, run and run.interrupt
+        self.about = self.annotator.about if self.annotator else {}  # for the summary
         if run and self.annotator:
             self.annotator.show = run.show_missing
         self.asks_together = annotator_class(config).asks_together
@@ -75,11 +76,14 @@ class Oracle:
                       "warned_of_audit": False}
 
     def check_pairs(self, ids):
-        """Report answers that came from other runs; raise LedgerError where the ledger belongs to a run on other pairs.
+        """Report answers that came from other runs; raise LedgerError where the ledger belongs to a run on other pairs, or
+        to an annotator that was asked something else.
         ids: all pairs that the run can ask for."""
         reused, of_ours = self.ledger.check_pairs(ids) if self.ledger else (0, 0)
         if reused:
             say(f"{reused:,} answers of other runs are in the ledger, {of_ours:,} of them of pairs of this run")
+        if self.annotator:
+            self.annotator.check(self.ledger)
 
     def answer(self, ids, margin, ask, step):
         """Algorithm 2, the answers. All ranks call it together, each with its own pairs.
@@ -154,6 +158,10 @@ class Oracle:
     def without_preference(self, step=None):
         """How many of these came back without a preference."""
         return self.ledger.without_preference(step) if self.ledger else 0
+
+    def judged(self, step=None):
+        """What these say about the judge that gave them: see judge.judged. Empty without a judge, and on other ranks."""
+        return judged(self.ledger.details(step)) if self.ledger and self.config.oracle == "judge" else {}
 
     def audit(self, step=None, first=0, scale=1.0):
         """What the audited pairs of the steps from `first` to `step` tell about the pseudo-labels. Known to rank 0.

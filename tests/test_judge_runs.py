@@ -10,7 +10,7 @@ import torch
 import transformers
 from helpers import completion
 
-from labels.judge import ChatJudge
+from labels.endpoint import Endpoint
 from runtime import toy
 
 
@@ -36,7 +36,7 @@ def test_a_chat_judge_labels_what_a_data_set_would_have(processes, train, unlabe
 
 def test_a_judge_that_breaks_down_stops_the_run_resumable_and_no_label_is_invented(train, unlabelled, by_dataset, serve,
                                                                                    tmp_path, monkeypatch):
-    monkeypatch.setattr(ChatJudge, "backoff_seconds", 0.01)
+    monkeypatch.setattr(Endpoint, "backoff_seconds", 0.01)
     steps = sorted(step for _, _, step in by_dataset.ledger())
     working = 2 * steps.count(0)
     broken = serve(lambda prompt, n: by_gold_reward(prompt, n) if len(broken.bodies) <= working else (500, {}, "down"))

@@ -81,7 +81,7 @@ def test_an_old_ledger_is_brought_up_to_date_and_keeps_all_that_was_paid_for(old
     assert [row[:11] for row in after.pop("answers")] == before.pop("answers") and after == before
     assert schema(ledger) == schema(Ledger(tmp_path / "new.sqlite"))  # the tables of a new one, and nothing besides
     assert totals(ledger) == counted(ledger) and ledger.count() == 5 and ledger.cost() == (0.77, 2)
-    assert dict(ledger.details()) == {"{}": 1, '{"coin": true}': 1}
+    assert dict(ledger.details()) == {'{"rubric": null}': 1, '{"rubric": null, "coin": true}': 1}
     assert ledger.answer_question("h2", 0, "ann") and ledger.take(["h1", "h2", "r1"]) == {"h1": 1, "h2": 0, "r1": -1}
     assert totals(ledger) == counted(ledger) and ledger.count() == 6
     ledger.close()

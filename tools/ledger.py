@@ -25,6 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, for the imports below
 
+from labels.judge import judge_text, judged  # noqa: E402
 from labels.ledger import Ledger, LedgerError, Question  # noqa: E402
 from labels.oracle import wilson  # noqa: E402
 from runtime.errors import UsageError  # noqa: E402
@@ -93,6 +94,7 @@ def report(folder, now=None):
         ("y1 preferred", share(sum(row["label"] > 0 for row in labelled), len(labelled))),
         ("audited", share(sum((row["margin"] > 0) == (row["label"] > 0) for row in audited), len(audited))
          + (" have the label that the margin's sign predicts" if audited else "")),
+        ("judge", judge_text(judged([(row["detail"], 1) for row in bought if row["detail"]])) or "none"),
         ("open questions", f"{len(questions):,}, of which leased: {len(leased):,}"),
         ("cost", money(bought)),
         ("verdicts", f"{len(verdicts):,} on {len({row['pair'] for row in verdicts}):,} pairs, cost {money(verdicts)}"),
@@ -217,8 +219,9 @@ def reuse(folder, old):
         with ledger.transaction():
             there = dict(ledger.db.execute("SELECT pair, label FROM answers"))
             new = [row for row in answers if row["pair"] not in there]
-            ledger.add("reused", [(Question(row["pair"], None, -1), row["label"], row["annotator"], None, None)
-                                  for row in new])
+            for (detail,), rows in groups(new, "detail"):
+                ledger.add("reused", [(Question(row["pair"], None, -1), row["label"], row["annotator"], None, None)
+                                      for row in rows], detail=detail)
     except sqlite3.Error as error:
         raise LedgerError(in_words(path, error))
     except OSError as error:
