@@ -318,9 +318,9 @@ class ChatJudge(Judge):
 
     def answer(self, questions, ledger):
         """Settle every question, or raise Waiting. What was settled before that is in the ledger."""
-        missing = {pair: self.recall(question, ledger) for pair, question in self.unanswered(questions, ledger).items()}
         if self.useless is None:
             self.useless = self.recall_useless(ledger)
+        missing = {pair: self.recall(question, ledger) for pair, question in self.unanswered(questions, ledger).items()}
         asked, error = len(missing), ""
         try:
             self.show(asked)
@@ -338,17 +338,17 @@ class ChatJudge(Judge):
         """Ask about all pairs and settle those that can be; they leave `missing`. Returns what went wrong with the others,
         besides what makes a pair unanswerable (Case.why)."""
         requests = [request for case in list(missing.values()) for request in self.advance(case, missing, ledger)]
-        alone = len(self.useless) == self.patience  # then one reply has to show first that the judge is of use by now
-        for request in requests[:1] if alone else requests:
+        first = 1 if self.is_useless() else len(requests)  # one reply has to show that the judge is of use by now
+        for request in requests[:first]:
             exchange.put(request)
-        waiting, last_reply_at, error = requests[1:] if alone else [], -math.inf, ""
+        waiting, last_reply_at, error = requests[first:], -math.inf, ""
         for request, reply in exchange:
             case, problem, stopped = missing.get(request.pair), None, exchange.stop.is_set()
             if isinstance(reply, Refused):
                 problem = f"{reply}; check the url, the model, the key and judge_extra_body, then resume"
                 exchange.stop.set()
             elif isinstance(reply, GaveUp):
-                problem = f"{reply}; resume when the endpoint answers again"
+                problem = f"pair {request.pair}: {reply}; resume when the endpoint answers again"
                 if last_reply_at < reply.started:  # no other request got through either: the endpoint is down
                     exchange.stop.set()
             else:
@@ -358,13 +358,13 @@ class ChatJudge(Judge):
                 for another in (waiting if said else []) + more:
                     exchange.put(another)
                 waiting = [] if said else waiting
-                if not said and len(self.useless) == self.patience:
+                if not said and self.is_useless():
                     problem = self.what_it_said()
                     exchange.stop.set()
             while self.endpoint.news:
                 say(f"judge {self.model}: {self.endpoint.news.pop(0)}")
             if problem and not stopped:  # what fails after the stop is not the reason for it
-                error = f"pair {request.pair}: {problem}"
+                error = problem
         return error
 
     def recall(self, question, ledger):
@@ -376,7 +376,7 @@ class ChatJudge(Judge):
                 case.said[place] = past["said"]
             elif same and "unanswerable" in past:
                 case.why = past["unanswerable"]
-            elif same:
+            elif same and not self.is_useless():  # then its replies say nothing about a pair
                 case.tries[place] += 1
                 if case.tries[place] >= self.attempts:
                     case.why = self.no_verdict(past["reply"], past["finish_reason"])
@@ -391,6 +391,10 @@ class ChatJudge(Judge):
                 break
             useless.appendleft((past.get("reply", past.get("unanswerable")), past.get("finish_reason")))
         return useless
+
+    def is_useless(self):
+        """Whether so many replies in a row were useless that the judge itself must be."""
+        return len(self.useless) == self.patience
 
     def advance(self, case, missing, ledger):
         """Settle a pair if its verdicts are complete, or return the Requests that it still needs."""

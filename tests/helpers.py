@@ -438,9 +438,9 @@ def completion(text, finish="stop", usage=(100, 5)):
 
 
 def right(prompt, n):
-    """The reply of an honest judge: it finds the good response between the fences."""
-    a = re.search(r"=== \w+ response A begins\n(.*)\n=== \w+ response A ends", prompt, re.DOTALL)[1]
-    return completion("[[A]]" if "good" in a else "[[B]]")
+    """The reply of an honest judge: it finds the good response between the fences. To anything else it says yes."""
+    a = re.search(r"=== \w+ response A begins\n(.*)\n=== \w+ response A ends", prompt, re.DOTALL)
+    return completion("yes" if a is None else "[[A]]" if "good" in a[1] else "[[B]]")
 
 
 class HTTPServer(ThreadingHTTPServer):
@@ -448,11 +448,15 @@ class HTTPServer(ThreadingHTTPServer):
     daemon_threads = True
 
 
+class Prompt(str):
+    """The text of a request. body: all of its fields."""
+
+
 class Server:
     """A chat endpoint on loopback.
 
     behave(prompt, n): returns (status, headers, body), or the bytes of a body, or a list or an iterator of them to send
-    slowly, or None to close the connection. n: how often this prompt came before.
+    slowly, or None to close the connection. prompt: a Prompt.  n: how often it came before.
     """
 
     def __init__(self, behave, port=0):
@@ -466,7 +470,8 @@ class Server:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                prompt = body["messages"][0]["content"]
+                prompt = Prompt(body["messages"][0]["content"])
+                prompt.body = body
                 with server.lock:
                     n = sum(b["messages"][0]["content"] == prompt for b in server.bodies)
                     server.bodies.append(body)
