@@ -162,9 +162,9 @@ def judge_text(judged):
     """The same in a few words, for people; empty without a judge.  judged: has what `judged` returns."""
     parts = []
     if judged.get("judge_agreement") is not None:
-        parts.append(f"agrees with itself on {judged['judge_agreement']:.0%}")
+        parts.append(f"orders agree on {judged['judge_agreement']:.0%}")
     if judged.get("judge_first_position") is not None:
-        parts.append(f"prefers the first position in {judged['judge_first_position']:.0%}")
+        parts.append(f"first position preferred in {judged['judge_first_position']:.0%}")
     parts += [f"{judged[name]:,} {word}" for name, word in (("judge_coins", "by coin"), ("judge_ties", "ties"),
                                                             ("judge_unanswerable", "unanswerable")) if judged.get(name)]
     return ", ".join(parts)

@@ -167,7 +167,7 @@ def closing_line(summary):
     if summary.get("queries_without_preference"):
         parts.append(f"{summary['queries_without_preference']:,} of them without a preference")
     if text := judge_text(summary):
-        parts.append(f"judge: {text}")
+        parts.append(f"judge: {text}".replace("%", " %"))
     if summary["pseudo_label_accuracy"] is not None:
         parts.append(f"pseudo-labels right: {100 * summary['pseudo_label_accuracy']:.1f} %")
     if summary["audited"]:

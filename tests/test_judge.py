@@ -189,6 +189,12 @@ def test_what_becomes_of_each_kind_of_reply(row, tmp_path):
     assert judge_replies.run(row, tmp_path) == row.becomes
 
 
+def test_the_page_of_results_has_every_kind_of_reply():
+    page = (ROOT / "benchmarks" / "results" / "judge_replies.md").read_text()
+    assert page == judge_replies.table([(row, row.becomes) for row in judge_replies.ROWS])
+    assert f"says for {len(judge_replies.ROWS)} kinds of reply" in (ROOT / "docs" / "labelling.md").read_text()
+
+
 def failing_twice(answer):
     return lambda prompt, n: answer if n < 2 else right(prompt, n)
 
@@ -560,12 +566,12 @@ def test_two_orders_that_agree_on_a_tie_are_not_asked_again(serve, ledger):
 
 
 @pytest.mark.parametrize("behave, disagreement, told", [
-    (right, "tie", "agrees with itself on 100%, prefers the first position in 50%"),
+    (right, "tie", "orders agree on 100%, first position preferred in 50%"),
     (lambda prompt, n: completion("[[A]]"), "coin",
-     "agrees with itself on 0%, prefers the first position in 100%, 6 by coin"),
-    (lambda prompt, n: completion("[[B]]"), "tie", "agrees with itself on 0%, prefers the first position in 0%, 6 ties"),
-    (lambda prompt, n: completion("[[C]]"), "tie", "agrees with itself on 100%, 6 ties"),
-    (refusing("p0", "p1"), "tie", "agrees with itself on 100%, prefers the first position in 50%, 2 unanswerable")])
+     "orders agree on 0%, first position preferred in 100%, 6 by coin"),
+    (lambda prompt, n: completion("[[B]]"), "tie", "orders agree on 0%, first position preferred in 0%, 6 ties"),
+    (lambda prompt, n: completion("[[C]]"), "tie", "orders agree on 100%, 6 ties"),
+    (refusing("p0", "p1"), "tie", "orders agree on 100%, first position preferred in 50%, 2 unanswerable")])
 def test_how_a_judge_came_to_its_labels_is_counted(serve, ledger, behave, disagreement, told):
     chat(serve(behave), disagreement=disagreement).answer(QUESTIONS, ledger)
     assert judge_text(judged(ledger.details())) == told
