@@ -54,11 +54,11 @@ class Retry(Exception):
 
 
 class Rejected(Exception):
-    """The server does not take a request. body: all that it said, to look for the names of fields."""
+    """The server does not take a request. about: what it says is wrong with it."""
 
-    def __init__(self, message, body):
+    def __init__(self, message, about):
         super().__init__(message)
-        self.body = body
+        self.about = about
 
 
 @dataclass
@@ -198,13 +198,13 @@ class Endpoint:
         """Leave out the temperature, or rename the length limit, if that is what the server objects to; whatever the user
         has set stays. Returns whether the next request will differ from `body`."""
         with self.lock:
-            if "temperature" in body and "temperature" not in self.extra and objects_to(error.body, "temperature"):
+            if "temperature" in body and "temperature" not in self.extra and objects_to(error.about, "temperature"):
                 if self.has_temperature:
                     self.has_temperature = False
                     self.news.append("it takes no temperature, so none is sent any more")
                 return True
             for name, instead in self.length_fields.items():
-                if name in body and name not in self.extra and objects_to(error.body, name):
+                if name in body and name not in self.extra and objects_to(error.about, name):
                     if self.length_field == name:
                         self.length_field = instead
                         self.news.append(f"it takes no {name}, so " + (f"{instead} is sent instead" if instead else
@@ -248,15 +248,10 @@ class Endpoint:
         """The Retry, Refused or Rejected for an HTTP error, with the server's own message but never the key."""
         try:
             with error:
-                body = said = error.read1(65536).decode(errors="replace")
+                said = error.read1(65536).decode(errors="replace")
         except (OSError, http.client.HTTPException):
-            body = said = ""
-        try:
-            parsed = json.loads(said)
-            inner = parsed.get("error", parsed)
-            said = str(inner.get("message") or said if isinstance(inner, dict) else inner)
-        except (ValueError, AttributeError, RecursionError):
-            pass
+            said = ""
+        said, about = complaint(said)
         if self.key:
             said = said.replace(self.key, "(key)")
         message = f"HTTP {error.code} {one_line(said or error.reason, 300)}"
@@ -264,7 +259,7 @@ class Endpoint:
             return Refused(f"{message}: the endpoint has moved to {error.headers.get('Location')}; use that as the url")
         if error.code in (408, 429) or error.code >= 500:
             return Retry(message, retry_after(error.headers.get("Retry-After")))
-        return Rejected(message, body) if error.code in (400, 413, 422) else Refused(message)
+        return Rejected(message, about) if error.code in (400, 413, 422) else Refused(message)
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -274,10 +269,25 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def objects_to(body, field):
+def complaint(body):
+    """(the message of an error, all that it says about the request), from the body of an HTTP error."""
+    try:
+        parsed = json.loads(body)
+        inner, details = parsed.get("error", parsed), parsed.get("detail")
+        if isinstance(details, list):  # FastAPI's; each also repeats the part of the request, which may say anything
+            return body, " ".join(f"{detail['loc']} {detail['msg']}" for detail in details)
+        if isinstance(inner, dict):
+            message = str(inner.get("message") or body)
+            return message, f"{message} {inner.get('param')} {inner.get('code')}"
+        return str(inner), str(inner)
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return body, body
+
+
+def objects_to(about, field):
     """Whether an error says that a field is not taken, rather than that its value does not fit (max_tokens is too large)."""
-    return re.search(rf"(?<!\w){field}(?!\w)", body) is not None and re.search(
-        r"unsupported|(not|n't) support|unrecogni[sz]ed|unknown|unexpected|deprecated|(not|n't) (permitted|allowed)", body,
+    return re.search(rf"(?<!\w){field}(?!\w)", about) is not None and re.search(
+        r"unsupported|(not|n't) support|unrecogni[sz]ed|unknown|unexpected|deprecated|(not|n't) (permitted|allowed)", about,
         re.IGNORECASE) is not None
 
 

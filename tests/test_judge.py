@@ -514,6 +514,20 @@ def test_a_value_that_does_not_fit_is_not_taken_for_a_field_that_is_not_taken(se
     assert answers(ledger) == {}
 
 
+def test_a_rejection_that_repeats_the_request_is_not_read_for_what_the_request_says(serve, ledger):
+    """FastAPI does, and a text may say that a field is not supported."""
+    def behave(prompt, n):
+        if "of p3" in prompt:
+            return 422, {}, {"detail": [{"loc": ["body", "messages"], "msg": "String should be shorter", "input": {
+                **prompt.body, "messages": "max_tokens and temperature are not supported"}}]}
+        return right(prompt, n)
+
+    server = serve(behave)
+    chat(server).answer(QUESTIONS, ledger)
+    assert answers(ledger) == TRUTHS | {"p3": 0}
+    assert all(body["max_tokens"] == 512 and body["temperature"] == 0 for body in server.bodies if "p3" not in str(body))
+
+
 def test_the_users_own_fields_go_with_each_request_and_win(serve, ledger):
     server = serve(right)
     extra = {"reasoning_effort": "low", "temperature": None, "max_tokens": None, "max_completion_tokens": 9,
