@@ -72,7 +72,8 @@ def gate(margin, gamma, ids=None):
 def choose_labels(margin, answers, ask=None, pseudo_labels="true", after_budget="none"):
     """Algorithm 2, the label: o = the annotator's answer where there is one, else sign(m) or none.
 
-    margin: (B,).  answers: (B,), +1 (y1 preferred), −1 (y2 preferred), 0 (no answer, now or before).
+    margin: (B,).  answers: (B,), +1 (y1 preferred), −1 (y2 preferred), 0 (no answer, now or before), NaN (an answer
+    without a preference: never a label, however sure the policy is).
     ask: (B,) bool, what the gate said.
     pseudo_labels: "true", sign(m) for a pair that is not asked; anything else, no label, which with "false" is the paper's
     ablation "ADPO without pseudo-labels".
@@ -83,7 +84,7 @@ def choose_labels(margin, answers, ask=None, pseudo_labels="true", after_budget=
     pseudo = margin.sign() if pseudo_labels == "true" else torch.zeros_like(margin)
     if ask is not None and after_budget == "none":
         pseudo = pseudo.masked_fill(ask, 0)
-    return torch.where(answers != 0, answers.to(margin.dtype), pseudo)
+    return torch.where(answers != 0, answers.to(margin.dtype).nan_to_num(0), pseudo)
 
 
 def sigmoid_loss(margin, labels, beta, label_smoothing):

@@ -89,7 +89,7 @@ def main(config, command_line=None):
                 margin = adpo.margins(rewards)  # (B,)
                 margin_cpu = margin.detach().cpu()  # (B,)  the only wait for the device in a micro-step
                 ask = adpo.gate(margin_cpu, threshold.gamma, batch.ids)  # (B,)  |m| ≤ γ
-                answers = oracle.answer(batch.ids, margin_cpu, ask, step)  # (B,)  +1, −1; 0: not asked, or budget spent
+                answers = oracle.answer(batch.ids, margin_cpu, ask, step)  # (B,)  +1, −1; NaN: no preference; 0: not asked
                 labels = adpo.choose_labels(margin_cpu, answers, ask, config.pseudo_labels, config.after_budget)  # (B,)  o
 
                 oracle.count_pseudo_labels(batch.ids, labels, answers)
@@ -211,6 +211,7 @@ def log_training(run, engine, schedule, oracle, threshold, lr, norm):
            **report.label_metrics(oracle, schedule, run.step, run.config), **threshold.metrics(),
            "tokens_per_second": tokens / run.seconds_since_log()}
     report.warn_of_wrong_pseudo_labels(oracle, run.step - 1, run.config)
+    report.warn_of_judge(oracle, run.step - 1)
     run.progress.set_postfix_str(report.bar_text(row, run.evaluation, report.cost(oracle, run.config)), refresh=False)
     run.log("train", row)
 

@@ -28,7 +28,9 @@ class Annotator(abc.ABC):
     name = None  # the answers' source in the ledger
     asks_together = True  # ask all questions of an optimiser step at once, before training on it
     needs = ()  # config keys that have to be set
+    about = {}  # what summary.json says about it
     show = staticmethod(lambda missing: None)  # called with the number of missing answers; the run shows it
+    check = staticmethod(lambda ledger: None)  # raises LedgerError if its answers must not be mixed with those in the ledger
 
     @classmethod
     @abc.abstractmethod

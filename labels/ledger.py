@@ -1,7 +1,7 @@
 """The ledger: every question a run asks and every answer it gets, in one SQLite file (OUTPUT_DIR/labels.sqlite).
 
     Ledger.add(source, answers)     commit answers; a pair keeps its first one
-    Ledger.take(ids)                the labels of these pairs, as far as they are answered
+    Ledger.take(ids)                the labels of these pairs, as far as they are answered; 0: without a preference
     Ledger.put_questions, lease, answer_question, retract      what people and their tools use
     Ledger.add_verdict              everything an annotator said, including what did not become the answer
 
@@ -10,6 +10,10 @@ has committed it, so the number of queries it reports is the number of rows here
 
 Departure from the paper and the official code: they keep no answers. Here a pair is asked once; later epochs use the
 answer from the ledger for free.
+
+An answer may have no preference (label 0: a tie, both bad, cannot be judged). It settles its pair like any other: it was
+paid for, counts as a query, and the pair is never asked again. But it is no label: nothing trains on it, and no audit,
+calibration or replay reads it.
 
 To look at a ledger: `python tools/ledger.py OUTPUT_DIR`.
 """
@@ -39,12 +43,12 @@ class Question:
     audit: bool = False
 
 
-VERSION = 2  # of the schema, kept in the file as user_version
+VERSION = 3  # of the schema, kept in the file as user_version; a file of version 2 is brought up to date when it is opened
 
 TABLES = """
     CREATE TABLE IF NOT EXISTS answers (
         pair TEXT PRIMARY KEY,                            -- hash of the pair's content, so no pair is paid for twice
-        label INTEGER NOT NULL CHECK (label IN (1, -1)),  -- 1: y1 preferred, -1: y2 preferred
+        label INTEGER NOT NULL CHECK (label IN (1, 0, -1)),  -- 1: y1 preferred, -1: y2 preferred, 0: no preference
         source TEXT NOT NULL,                             -- dataset, human, judge, reused
         annotator TEXT NOT NULL DEFAULT '',               -- who, within the source
         margin REAL,                                      -- the policy's margin when it asked, in units of reward
@@ -53,9 +57,12 @@ TABLES = """
         answered_at REAL NOT NULL,                        -- seconds since 1970
         seconds REAL,                                     -- how long the annotator took
         cost REAL,                                        -- what it cost, if known
-        used INTEGER NOT NULL DEFAULT 0                   -- the run has used it, so it can no longer be retracted
+        used INTEGER NOT NULL DEFAULT 0,                  -- the run has used it, so it can no longer be retracted
+        detail TEXT                                       -- JSON: how it came about, from an annotator who can tell
     ) WITHOUT ROWID;
     CREATE INDEX IF NOT EXISTS audits ON answers (step, margin, label, audit) WHERE audit;
+    CREATE INDEX IF NOT EXISTS without_preference ON answers (step, label) WHERE label = 0;
+    CREATE INDEX IF NOT EXISTS details ON answers (detail, step) WHERE detail IS NOT NULL;
     CREATE TABLE IF NOT EXISTS questions (                -- for people; open until the pair has an answer
         pair TEXT PRIMARY KEY,
         prompt TEXT NOT NULL, first TEXT NOT NULL, second TEXT NOT NULL,  -- JSON: a string or a list of messages
@@ -104,12 +111,42 @@ TOTALS = """
     END;
 """
 
+# From version 2, whose answers had to be 1 or -1, and had no details. The totals stay as they are: these rows are counted.
+BEFORE_TABLES = """
+    DROP TRIGGER answer_counted;
+    DROP TRIGGER answer_uncounted;
+    DROP TRIGGER answer_paid;
+    DROP TRIGGER answer_refunded;
+    DROP TRIGGER verdict_paid;
+    DROP TRIGGER verdict_refunded;
+    DROP VIEW own_costs;
+    DROP INDEX audits;
+    ALTER TABLE answers RENAME TO answers_2;
+"""
+AFTER_TABLES = """
+    INSERT INTO answers SELECT *, CASE WHEN source = 'judge' THEN
+        CASE WHEN annotator LIKE '% (coin)' THEN '{"rubric": null, "coin": true}' ELSE '{"rubric": null}' END END
+        FROM answers_2;
+    DROP TABLE answers_2;
+"""
+
+
+def statements(script):
+    """Yield the statements of a script, each of which ends its line: sqlite3's own executescript would commit the
+    transaction that it is called in."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
 
 class Ledger:
     """Every question and answer of a run, in SQLite.
 
-    Label 1 means that y1 is preferred, −1 that y2 is. Which response of a pair is y1 depends only on the pair's content
-    (data.canonical), so a label means the same in every run.
+    Label 1 means that y1 is preferred, −1 that y2 is, 0 that neither is. Which response of a pair is y1 depends only on the
+    pair's content (data.canonical), so a label means the same in every run.
     """
 
     def __init__(self, path, timeout=60):
@@ -118,18 +155,31 @@ class Ledger:
         try:
             self.db = sqlite3.connect(path, timeout=timeout, isolation_level=None)  # transactions are explicit, see below
             self.db.execute("BEGIN")  # version and tables from the same moment: another process may be creating the file
-            version = self.db.execute("PRAGMA user_version").fetchone()[0]
+            version = self._version()
             tables = {name for name, in self.db.execute("SELECT name FROM sqlite_master")}
             self.db.execute("COMMIT")
-            if tables and (version != VERSION or not tables >= {"answers", "questions", "verdicts"}):
+            if tables and (version not in (2, VERSION) or not tables >= {"answers", "questions", "verdicts"}):
                 raise LedgerError(f"{path}: not a ledger of this version ({version}, not {VERSION}): move it away")
             self.db.execute("PRAGMA synchronous = FULL")  # a committed answer survives a power cut
             self.db.execute("PRAGMA cache_size = -100000")  # at most 100 MB: ids are hashes, so lookups hit random pages
-            if not tables:  # two processes may both get here; the second one changes nothing
+            if not tables:
                 self._keep_trying("PRAGMA journal_mode = WAL", timeout)  # others can read and write while a run is on
-                self.db.executescript(f"BEGIN IMMEDIATE; {TABLES} {TOTALS} PRAGMA user_version = {VERSION}; COMMIT;")
+            if version != VERSION:
+                self._make_tables()
         except sqlite3.Error as error:
             raise LedgerError(in_words(path, error))
+
+    def _version(self):
+        return self.db.execute("PRAGMA user_version").fetchone()[0]
+
+    def _make_tables(self):
+        """Make what is missing, or bring a file of version 2 up to date, all or nothing. Two processes may get here at once;
+        the second changes nothing."""
+        with self.transaction():
+            old = self._version() == 2
+            for script in (old * BEFORE_TABLES, TABLES, old * AFTER_TABLES, TOTALS, f"PRAGMA user_version = {VERSION};"):
+                for statement in statements(script):
+                    self.db.execute(statement)
 
     def _keep_trying(self, statement, seconds):
         """Execute a statement, repeating it while the file is locked. SQLite's own timeout does not cover a change of
@@ -164,7 +214,8 @@ class Ledger:
     # For the run.
 
     def take(self, ids):
-        """{pair id: label} for those of the ids that have an answer. From now on these answers cannot be retracted."""
+        """{pair id: label} for those of the ids that have an answer; the label is 0 for one without a preference. From now
+        on these answers cannot be retracted."""
         found = {}
         for some, marks in portions(ids):
             with self.transaction():
@@ -183,18 +234,19 @@ class Ledger:
                 f"SELECT pair FROM answers WHERE step < ? AND pair IN ({marks})", (before, *some)))
         return [id for id in ids if id not in answered]
 
-    def add(self, source, labelled, used=False):
+    def add(self, source, labelled, used=False, detail=None):
         """Commit answers, each (Question, label, annotator, seconds, cost). A pair that already has one keeps it.
 
-        used: mark them as used right away, which saves `take` a second commit. Returns how many were new.
+        used: mark them as used right away, which saves `take` a second commit.  detail: JSON that says how they came about,
+        with few different values: they are counted (`details`). Returns how many were new.
         """
         now = time.time()
-        rows = [(q.pair, label, source, annotator, q.margin, q.step, q.audit, now, seconds, cost, used)
+        rows = [(q.pair, label, source, annotator, q.margin, q.step, q.audit, now, seconds, cost, used, detail)
                 for q, label, annotator, seconds, cost in labelled]
         with self.transaction():
             return self.db.executemany(
                 "INSERT INTO answers (pair, label, source, annotator, margin, step, audit, answered_at, seconds, cost, "
-                "used) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (pair) DO NOTHING", rows).rowcount
+                "used, detail) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (pair) DO NOTHING", rows).rowcount
 
     def check_pairs(self, ids):
         """Check that this ledger belongs to the run's data. ids: every pair that the run can ask about.
@@ -220,18 +272,30 @@ class Ledger:
         return self.db.execute("SELECT COALESCE(SUM(answers), 0) FROM totals WHERE step <= ?",
                                (2**62 if step is None else step,)).fetchone()[0]
 
+    def without_preference(self, step=None):
+        """How many of the answers that `count` counts have no preference."""
+        return self.db.execute("SELECT COUNT(*) FROM answers WHERE label = 0 AND step BETWEEN 0 AND ?",
+                               (2**62 if step is None else step,)).fetchone()[0]
+
+    def details(self, step=None, first=0):
+        """[(detail, how many)] of the answers, to questions of optimiser steps from `first` to `step` (None: all), that say
+        how they came about. Step −1 holds what came from other runs."""
+        return self.db.execute("SELECT detail, COUNT(*) FROM answers WHERE detail IS NOT NULL AND step BETWEEN ? AND ? "
+                               "GROUP BY detail", (first, 2**62 if step is None else step)).fetchall()
+
     def audits(self, step=None, first=0):
-        """[(margin, label)] of the audited pairs from optimiser step `first` up to and including `step` (None: all)."""
-        return self.db.execute("SELECT margin, label FROM answers WHERE audit AND step BETWEEN ? AND ?",
+        """[(margin, label)] of the audited pairs from optimiser step `first` up to and including `step` (None: all). An
+        answer without a preference is no outcome."""
+        return self.db.execute("SELECT margin, label FROM answers WHERE audit AND label != 0 AND step BETWEEN ? AND ?",
                                (first, 2**62 if step is None else step)).fetchall()
 
     def labels(self, first, last, ids=None):
-        """[(pair, label, margin, step, audit)] of the answers to questions of optimiser steps `first` to `last`, ordered by
-        step and pair, whenever they arrived. Step −1 holds what came from other runs; its margins are None.
+        """[(pair, label, margin, step, audit)] of the labels, ±1, of questions of optimiser steps `first` to `last`, ordered
+        by step and pair, whenever they arrived. Step −1 holds what came from other runs; its margins are None.
 
         ids: return only these pairs, without reading the whole ledger.
         """
-        query = "SELECT pair, label, margin, step, audit FROM answers WHERE step BETWEEN ? AND ?"
+        query = "SELECT pair, label, margin, step, audit FROM answers WHERE label != 0 AND step BETWEEN ? AND ?"
         if ids is None:
             return self.db.execute(f"{query} ORDER BY step, pair", (first, last)).fetchall()
         found = []
@@ -287,8 +351,8 @@ class Ledger:
                         "AND pair = COALESCE(?, pair)", (annotator, pair))
 
     def answer_question(self, pair, label, annotator, seconds=None, cost=None, source="human"):
-        """Answer a question. Returns True if this is now the pair's answer; False if it already had one, and this label is
-        kept as a second opinion, a verdict. Raises KeyError if the pair was never asked."""
+        """Answer a question; label 0 means no preference. Returns True if this is now the pair's answer; False if it already
+        had one, and this label is kept as a second opinion, a verdict. Raises KeyError if the pair was never asked."""
         with self.transaction():
             asked = self.db.execute("SELECT margin, step, audit FROM questions WHERE pair = ?", (pair,)).fetchone()
             if asked is None:
@@ -318,6 +382,12 @@ class Ledger:
         """[(verdict, detail)] of an annotator's verdicts on a pair that have a detail, oldest first."""
         return self.db.execute("SELECT verdict, detail FROM verdicts WHERE pair = ? AND annotator = ? "
                                "AND detail IS NOT NULL ORDER BY id", (pair, annotator)).fetchall()
+
+    def last_verdicts(self, annotator, count):
+        """[detail] of an annotator's last verdicts that have one, newest first."""
+        return [detail for detail, in self.db.execute(
+            "SELECT detail FROM verdicts WHERE annotator = ? AND detail IS NOT NULL ORDER BY id DESC LIMIT ?",
+            (annotator, count))]
 
     def spent(self, pair, annotator):
         """(seconds, cost) of all of an annotator's verdicts on a pair together; None where none of them is known."""

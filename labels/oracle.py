@@ -22,7 +22,7 @@ import math
 import torch
 
 from labels.annotators import DatasetAnnotator, HumanAnnotator, Waiting
-from labels.judge import ChatJudge
+from labels.judge import ChatJudge, judged
 from labels.ledger import Ledger, Question
 from labels.reward_model import RewardModelJudge
 from runtime.errors import Stopped, UsageError
@@ -67,6 +67,7 @@ class Oracle:
         self.annotator = annotator if rank() == 0 else None
         self.ledger = Ledger(path) if rank() == 0 else None
         self.config, self.interrupt = config, run and run.interrupt
+        self.about = self.annotator.about if self.annotator else {}  # for the summary
         if run and self.annotator:
             self.annotator.show = run.show_missing
         self.asks_together = annotator_class(config).asks_together
@@ -75,18 +76,22 @@ class Oracle:
                       "warned_of_audit": False}
 
     def check_pairs(self, ids):
-        """Report answers that came from other runs; raise LedgerError where the ledger belongs to a run on other pairs.
+        """Report answers that came from other runs; raise LedgerError where the ledger belongs to a run on other pairs, or
+        to an annotator that was asked something else.
         ids: all pairs that the run can ask for."""
         reused, of_ours = self.ledger.check_pairs(ids) if self.ledger else (0, 0)
         if reused:
             say(f"{reused:,} answers of other runs are in the ledger, {of_ours:,} of them of pairs of this run")
+        if self.annotator:
+            self.annotator.check(self.ledger)
 
     def answer(self, ids, margin, ask, step):
         """Algorithm 2, the answers. All ranks call it together, each with its own pairs.
 
         ids: B pair ids, None for a filler.  margin, ask: (B,) on the CPU.  step: the optimiser step, from 0.
         Besides the pairs in `ask`, the audited ones are asked.
-        Returns (B,): +1 or −1 where the pair has been asked, now or ever; 0 where not, or where the budget is spent.
+        Returns (B,): +1 or −1 where the pair has been asked, now or ever, and NaN where the answer was that neither response
+        is preferred; 0 where it has not been asked, or where the budget is spent.
         Raises Waiting, on all ranks, where the annotator has not answered, UsageError where it never can.
         """
         fraction, seed = self.config.audit_fraction, self.config.seed
@@ -96,7 +101,7 @@ class Oracle:
         if rank() == 0:
             try:
                 known = self._answers([item for part in gathered for item in part if item[0] is not None], step)
-                answers = [[known.get(item[0], 0) for item in part] for part in gathered]
+                answers = [[known.get(item[0], 0.0) for item in part] for part in gathered]
             except KeyboardInterrupt:  # just before or after the annotator's own work, which reports how far it got
                 answers = [Stopped("interrupted")] * world_size()
             except Waiting as waiting:  # the other ranks have to hear of it too
@@ -109,7 +114,7 @@ class Oracle:
         return torch.tensor(mine)
 
     def _answers(self, items, step):
-        """{pair: label} of the pairs that have an answer, after asking for those that want one."""
+        """{pair: label} of the pairs that have an answer, after asking for those that want one; NaN: no preference."""
         known = self.ledger.take([item[0] for item in items])
         new = {pair: Question(pair, margin, step, audit) for pair, margin, ask, audit in items if ask and pair not in known}
         questions = list(new.values())
@@ -129,7 +134,7 @@ class Oracle:
                     self.interrupt.inside = False
             known |= self.ledger.take([q.pair for q in questions])
             questions = [q for q in questions if q.pair not in known]
-        return known
+        return {pair: label or math.nan for pair, label in known.items()}
 
     def count_pseudo_labels(self, ids, labels, answers):
         """Note which pairs of a micro-batch are trained on with a pseudo-label.  labels, answers: (B,)."""
@@ -149,6 +154,14 @@ class Oracle:
     def queries(self, step=None):
         """Labels bought up to and including a step (or all), over all ranks. Known to rank 0; 0 on the others."""
         return self.ledger.count(step) if self.ledger else 0
+
+    def without_preference(self, step=None):
+        """How many of these came back without a preference."""
+        return self.ledger.without_preference(step) if self.ledger else 0
+
+    def judged(self, step=None):
+        """What these say about the judge that gave them: see judge.judged. Empty without a judge, and on other ranks."""
+        return judged(self.ledger.details(step)) if self.ledger and self.config.oracle == "judge" else {}
 
     def audit(self, step=None, first=0, scale=1.0):
         """What the audited pairs of the steps from `first` to `step` tell about the pseudo-labels. Known to rank 0.

@@ -4,7 +4,8 @@
 
     deepspeed train.py --config … --oracle judge --judge reward_model --judge_model DIR
 
-The response with the higher score is preferred; equal scores are left to a coin, as with any judge (labels/judge.py).
+The response with the higher score is preferred. Equal scores are a tie, or whatever else the key judge_disagreement says,
+and a pair that cannot be scored is left to judge_unanswerable, as with any judge (labels/judge.py).
 Departure: the official code asks nobody; its labels come with the data.
 """
 
@@ -12,6 +13,7 @@ import inspect
 import json
 import math
 import time
+from pathlib import Path
 
 import torch
 
@@ -19,6 +21,11 @@ from labels.annotators import Waiting
 from labels.judge import Judge, plain
 from runtime.errors import one_line
 from runtime.formats import hh_messages, template_input
+
+
+def compare(first, second):
+    """1 if the first score is higher, −1 if the second is, 0 if they are equal."""
+    return (first > second) - (first < second)
 
 
 class RewardModelJudge(Judge):
@@ -30,9 +37,11 @@ class RewardModelJudge(Judge):
     """
 
     needs = ("judge_model",)
+    useless = 0  # how many pairs in a row could not be scored
 
-    def __init__(self, texts, name_or_path, batch_size=8, device=None, max_length=2048, seed=0):
-        super().__init__(texts, str(name_or_path), seed)
+    def __init__(self, texts, name_or_path, batch_size=8, device=None, max_length=2048, seed=0, disagreement="tie",
+                 unanswerable="skip", wait_minutes=60.0):
+        super().__init__(texts, str(name_or_path), seed, disagreement, unanswerable, wait_minutes)
         self.batch_size = batch_size
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.tokenizer, self.lm = self._load(name_or_path)
@@ -44,7 +53,8 @@ class RewardModelJudge(Judge):
 
     @classmethod
     def configured(cls, config, texts):
-        return cls(texts, config.judge_model, seed=config.seed)
+        return cls(texts, config.judge_model, seed=config.seed, disagreement=config.judge_disagreement,
+                   unanswerable=config.judge_unanswerable, wait_minutes=config.oracle_wait_minutes)
 
     def _load(self, name_or_path):
         """(tokenizer, model on the device)."""
@@ -55,7 +65,8 @@ class RewardModelJudge(Judge):
                 name_or_path, output_loading_info=True, use_safetensors=True,
                 dtype="auto" if self.device.type == "cuda" else torch.float32)
         except (OSError, ValueError) as error:
-            raise ValueError(f"reward model {self.model}: cannot be loaded: {one_line(error, 300)}")
+            where = "" if Path(name_or_path).exists() else "there is no such folder, and the hub does not help: "
+            raise ValueError(f"reward model {self.model}: cannot be loaded: {where}{one_line(error, 300)}")
         if lm.config.num_labels != 1:
             raise ValueError(f"reward model {self.model}: has {lm.config.num_labels} outputs; take a model with one output")
         if loading["missing_keys"]:  # transformers would fill them at random
@@ -79,34 +90,49 @@ class RewardModelJudge(Judge):
         return pads
 
     def answer(self, questions, ledger):
-        """Settle every question. Raises Waiting on Ctrl-C; ValueError, naming the pair, if one cannot be scored."""
+        """Settle every question. Raises Waiting on Ctrl-C, or where the key judge_unanswerable asks for it."""
         missing = self.unanswered(questions, ledger)
-        asked = len(missing)
-        verdicts = {pair: verdict for pair in missing for verdict, detail in self.past_verdicts(pair, ledger)
+        asked, unanswerable = len(missing), {}
+        verdicts = {pair: compare(*detail["scores"]) for pair in missing for detail in self.past_verdicts(pair, ledger)
                     if "scores" in detail}  # from a run that was killed before it could settle them
         try:
             while missing:
                 self.show(len(missing))
-                some = list(missing)[:self.batch_size]
-                self.judge([pair for pair in some if pair not in verdicts], verdicts, ledger)
-                for pair in some:
-                    self.settle(missing[pair], verdicts[pair], ledger)
-                    del missing[pair]
-            self.show(0)
+                some = list(missing.values())[:self.batch_size]
+                unanswerable |= self.judge([q for q in some if q.pair not in verdicts], verdicts, ledger)
+                for question in some:
+                    if question not in unanswerable:
+                        self.settle(question, verdicts[question.pair], ledger)
+                    del missing[question.pair]
+            if unanswerable:
+                self.give_up_on(unanswerable, ledger)
+            else:
+                self.show(0)
         except KeyboardInterrupt:
-            raise Waiting(f"interrupted, {len(missing)} of {asked} answers are missing")
+            raise Waiting(f"interrupted, {len(missing) + len(unanswerable)} of {asked} answers are missing")
 
-    def judge(self, pairs, verdicts, ledger):
-        """Score a batch of pairs; store their verdicts in the ledger and in `verdicts`."""
-        started = time.monotonic()
-        scores = self.scores([row for pair in pairs for row in self.rows(pair)])
-        for pair, first, second in zip(pairs, scores[::2], scores[1::2]):
+    def judge(self, questions, verdicts, ledger):
+        """Score a batch of pairs; store their verdicts in the ledger and in `verdicts`. Returns {Question: why} for those
+        that cannot be scored. Raises ValueError if that is as many in a row as mean that the model is no use."""
+        started, rows, unanswerable = time.monotonic(), {}, {}
+        for question in questions:
+            try:
+                rows[question] = self.rows(question.pair)
+            except ValueError as error:
+                unanswerable[question] = str(error)
+        scores = self.scores([row for two in rows.values() for row in two])
+        for question, first, second in zip(rows, scores[::2], scores[1::2]):
             if not (math.isfinite(first) and math.isfinite(second)):
-                raise ValueError(f"reward model {self.model}: pair {pair} has the scores {first} and {second}; "
-                                 "take another model, or leave the pair out")
-            verdicts[pair] = (first > second) - (first < second)
-            ledger.add_verdict(pair, self.model, verdicts[pair], (time.monotonic() - started) / len(pairs), None,
-                               json.dumps({"scores": [first, second]}))
+                unanswerable[question] = f"its scores are {first} and {second}"
+                continue
+            verdicts[question.pair] = compare(first, second)
+            ledger.add_verdict(question.pair, self.model, verdicts[question.pair],
+                               (time.monotonic() - started) / len(questions), None, json.dumps({"scores": [first, second]}))
+        self.useless = self.useless + len(unanswerable) if len(unanswerable) == len(questions) else 0
+        if self.useless >= self.patience:
+            raise ValueError(f"reward model {self.model}: it could not score any of the last {self.useless} pairs "
+                             f"({question.pair}: {unanswerable[question]}); take another model")
+        return unanswerable
 
     def rows(self, pair):
         """The two texts to score: rendered by the chat template if there is one, otherwise (prompt, response) each."""
@@ -125,7 +151,7 @@ class RewardModelJudge(Judge):
             talks = [template_input(messages("user", prompt) + messages("assistant", response)) for response in responses]
             return [self.tokenizer.apply_chat_template(talk, tools=tools, tokenize=False) for talk, tools in talks]
         except jinja2.TemplateError as error:
-            raise ValueError(f"reward model {self.model}: its chat template refuses pair {pair}: {one_line(error, 300)}")
+            raise ValueError(f"the model's chat template refuses it: {one_line(error, 300)}")
 
     def scores(self, rows):
         """A list of floats, one score a row."""

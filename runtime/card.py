@@ -53,16 +53,31 @@ def card_rows(config, summary):
         return "{:.1%} of them right (95 % interval {:.1%} to {:.1%})".format(summary[f"{kind}_accuracy"],
                                                                              *summary[f"{kind}_interval"])
 
-    pseudo, audited = f"{summary['pseudo_labels']:,}", f"{summary['audited']:,}"
+    pseudo, audited, neither = (f"{summary[name]:,}" for name in ("pseudo_labels", "audited", "queries_without_preference"))
     return {"data": data_row, "pairs": f"{summary['pairs']:,}",
             "labels bought": f"{summary['queries']:,} ({summary['query_fraction']:.1%})",
+            "of them without a preference": neither if summary["queries_without_preference"] else None,
             "annotator": "judge, " + code(config.judge_model) if config.oracle == "judge" else config.oracle,
+            **judge_rows(summary),
             "pseudo-labels": pseudo if summary["pseudo_label_accuracy"] is None else f"{pseudo}, {right('pseudo_label')}",
             "audited pseudo-labels": f"{audited}, {right('audit')}" if summary["audited"] else None,
             "spent on labels": None if summary["cost"] is None else f"{summary['cost']:,.2f}",
             "held-out accuracy of the implicit reward": ("not measured" if summary["eval_accuracy"] is None
                                                          else f"{summary['eval_accuracy']:.3f}"),
             "β, γ": f"{config.beta}, {config.gamma if config.data_selection else 'every pair asked'}", "adapter": adapter}
+
+
+def judge_rows(summary):
+    """What the card says about a judge: its rubric, and how far its verdicts can be trusted."""
+    def share(name):
+        return None if summary.get(name) is None else f"{summary[name]:.1%}"
+
+    rubric = f"{code(summary['judge_rubric_file'])}, {summary['judge_rubric']}" if "judge_rubric" in summary else None
+    return {"rubric": rubric, "pairs on which both orders agree": share("judge_agreement"),
+            "verdicts for the first position": share("judge_first_position"),
+            **{name: f"{summary[key]:,}" if summary.get(key) else None for key, name in (
+                ("judge_coins", "labels by coin"), ("judge_ties", "ties"),
+                ("judge_unanswerable", "pairs that the judge could not answer"))}}
 
 
 def front_matter(config, summary):

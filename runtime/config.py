@@ -89,6 +89,18 @@ class Config:
     judge_api_key_env: str = key("OPENAI_API_KEY", "environment variable with the endpoint's API key, if it needs one")
     judge_concurrency: int = key(8, "requests to send at the same time", low=1)
     judge_timeout: float = key(60.0, "seconds that a request may take", low=0.1, high=86400)
+    judge_prompt: str | None = key(None, "YAML file with the judge's rubric: the prompt and the forms of the verdicts; "
+                                         "null: labels/rubrics/default.yaml")
+    judge_max_tokens: int = key(512, "most tokens of a reply; a model that reasons first needs thousands", low=1)
+    judge_extra_body: dict[str, object] | None = key(None, "more fields for each request to the endpoint, such as "
+                                                           "{reasoning_effort: low}; null as a value leaves a field out")
+    judge_disagreement: str = key("tie", "what a pair gets if the verdicts in both orders disagree, or prefer neither "
+                                         "response: no preference (tie), a random label (coin), or a second round at "
+                                         "temperature 1 and then a tie (again)", choices=("tie", "coin", "again"))
+    judge_unanswerable: str = key("skip", "what becomes of a pair that the judge cannot answer, because its endpoint "
+                                          "refuses the text or its replies hold no verdict: no preference (skip), a "
+                                          "question for people in tools/label.py (human), or the run stops (stop)",
+                                  choices=("skip", "human", "stop"))
     judge_prompt_price: float | None = key(None, "price of a million prompt tokens of the judge", low=0)
     judge_completion_price: float | None = key(None, "price of a million completion tokens of the judge", low=0)
     # Optimisation
@@ -149,9 +161,11 @@ FREE_ON_RESUME = {"logging_steps", "logging_first_step", "log_level", "eval_stra
                   "save_total_limit", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id",
                   "hub_model_revision", "preprocessing_num_workers", "num_threads", "output_dir", "toy_dir",
                   "oracle_wait_minutes", "price_per_label", "judge_url", "judge_api_key_env", "judge_concurrency",
-                  "judge_timeout", "judge_prompt_price", "judge_completion_price", "per_device_train_batch_size",
+                  "judge_timeout", "judge_prompt", "judge_max_tokens", "judge_extra_body", "judge_disagreement",
+                  "judge_unanswerable", "judge_prompt_price", "judge_completion_price", "per_device_train_batch_size",
                   "gradient_accumulation_steps", "micro_batch_tokens", "gradient_checkpointing", "deepspeed",
-                  "max_queries"}  # a larger budget does not change what was computed under the old one
+                  "max_queries"}  # a larger budget does not change what was computed under the old one, nor does another way
+#                                    to ask a judge; its rubric's content must stay (ChatJudge.check)
 
 
 def hub_name(config):

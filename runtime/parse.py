@@ -25,6 +25,7 @@ import torch
 import yaml
 
 import adpo
+from labels.judge import Rubric
 from labels.oracle import ANNOTATORS, JUDGES, annotator_class
 from labels.threshold import THRESHOLDS
 from runtime.config import Config, hub_name, is_repo_id, key
@@ -295,6 +296,12 @@ def convert_collection(value, hint, wrong, place):
     item = typing.get_args(hint)[1]
     if not isinstance(value, dict) or not value or not all(map(is_text, value)):
         raise wrong
+    if item is object:
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError):  # a date, or not a number
+            raise wrong
+        return value
     if item is bool:
         if not all(isinstance(v, bool) for v in value.values()):
             raise wrong
@@ -305,7 +312,8 @@ def convert_collection(value, hint, wrong, place):
 def describe(hint):
     """A type in words."""
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text", list[str]: "a list of names",
-            dict[str, float]: "a mapping of names to numbers", dict[str, bool]: "a mapping of names to true or false"}[hint]
+            dict[str, float]: "a mapping of names to numbers", dict[str, bool]: "a mapping of names to true or false",
+            dict[str, object]: "a mapping of names to values that JSON has"}[hint]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -381,6 +389,13 @@ def check_adpo(config, path):
         if getattr(config, name) is None:
             kind = f" ({config.judge})" if config.oracle == "judge" else ""
             raise UsageError(f"{path}: oracle {config.oracle}{kind} needs {name}")
+    for name in ("model", "messages", "stream", "n"):
+        if name in (config.judge_extra_body or ()):
+            raise UsageError(f"{path}, judge_extra_body: {name} is set by the run; leave it out")
+    try:
+        Rubric(config.judge_prompt)
+    except ValueError as error:
+        raise UsageError(f"{path}: {error}")
     if (config.judge_prompt_price is None) != (config.judge_completion_price is None):
         raise UsageError(f"{path}: judge_prompt_price and judge_completion_price go together; set both or neither")
 

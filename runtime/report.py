@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from labels.judge import judge_text
 from labels.oracle import wilson
 from runtime import card, curves
 from runtime.errors import UsageError, one_line
@@ -81,8 +82,9 @@ def pseudo_label_accuracy(state):
 def label_metrics(oracle, schedule, step, config):
     """What a row of metrics says about labels after `step` optimiser steps."""
     return {"pairs_seen": schedule.pairs_seen(step), "queries": oracle.queries(step - 1),
+            "queries_without_preference": oracle.without_preference(step - 1),
             "pseudo_labels": oracle.state["pseudo_labels"], "pseudo_label_accuracy": pseudo_label_accuracy(oracle.state),
-            **audit_metrics(oracle, step - 1, config)}
+            **oracle.judged(step - 1), **audit_metrics(oracle, step - 1, config)}
 
 
 def audit_metrics(oracle, step, config):
@@ -107,12 +109,33 @@ def warn_of_wrong_pseudo_labels(oracle, step, config):
             "lower learning_rate.")
 
 
+FEWEST_JUDGED = 20  # with fewer pairs than this, a judge is not warned of
+AGREEMENT, FIRST_POSITION = 0.5, (0.3, 0.7)  # a judge outside of these is warned of
+
+
+def warn_of_judge(oracle, step):
+    """Warn once of a judge whose labels are mostly noise."""
+    judged, answers = oracle.judged(step), oracle.queries(step)
+    if not judged or answers < FEWEST_JUDGED or oracle.state.get("warned_of_judge"):
+        return
+    agreement, first = judged["judge_agreement"], judged["judge_first_position"]
+    undecided = (judged["judge_coins"] + judged["judge_ties"] + judged["judge_unanswerable"]) / answers
+    if (undecided > 1 - AGREEMENT or agreement is not None and agreement < AGREEMENT
+            or first is not None and not FIRST_POSITION[0] <= first <= FIRST_POSITION[1]):
+        oracle.state["warned_of_judge"] = True
+        say(f"WARNING: the judge is hardly of use: of {answers:,} pairs {undecided:.0%} have no verdict that it stands by "
+            f"({judge_text(judged)}). Take another judge_model or another judge_prompt")
+
+
 def bar_text(row, evaluation, cost):
     """The text after the training bar."""
     held_out = f", held-out {evaluation['rewards/accuracies']:.3f}" if evaluation else ""
     price = f", {cost:,.2f} spent" if cost is not None else ""
+    neither = row["queries_without_preference"]
+    neither = f", {neither:,} without a preference" if neither else ""
+    judge = f", judge: {judge_text(row)}" if judge_text(row) else ""
     return (f"loss {row['loss']:.3f}, acc {row['rewards/accuracies']:.3f}, {row['queries']:,} queries "
-            f"({row['queries'] / row['pairs_seen']:.0%} of pairs){price}{held_out}")
+            f"({row['queries'] / row['pairs_seen']:.0%} of pairs){neither}{judge}{price}{held_out}")
 
 
 def summarise(schedule, oracle, run, engine):
@@ -121,13 +144,14 @@ def summarise(schedule, oracle, run, engine):
     epoch = range(min(schedule.total_steps, schedule.epoch_steps))
     pairs = len({schedule.pairs.ids[row] for step in epoch for row in schedule.rows(step)})
     queries, state, audit = oracle.queries(), oracle.state, oracle.audit()
-    return {"pairs": pairs, "queries": queries, "query_fraction": queries / pairs, "pseudo_labels": state["pseudo_labels"],
+    return {"pairs": pairs, "queries": queries, "query_fraction": queries / pairs,
+            "queries_without_preference": oracle.without_preference(), "pseudo_labels": state["pseudo_labels"],
             "pseudo_label_accuracy": pseudo_label_accuracy(state),
             "pseudo_label_interval": (list(wilson(state["pseudo_right"], state["pseudo_known"]))
                                       if state["pseudo_known"] else None),
             "audited": audit["audited"] if audit else 0, "audit_accuracy": audit and audit["accuracy"],
             "audit_interval": audit and list(audit["interval"]), "cost": cost(oracle, config),
-            "budget_spent_at_step": state["budget_spent_at_step"],
+            "budget_spent_at_step": state["budget_spent_at_step"], **oracle.about, **oracle.judged(),
             "eval_loss": evaluation and evaluation["loss"],
             "eval_accuracy": evaluation and evaluation["rewards/accuracies"],
             "peak_memory_bytes": peak_memory(engine.device), **adapter_summary(config, engine.module.lm)}
@@ -140,6 +164,10 @@ def closing_line(summary):
         return " · ".join([f"{summary['examples']:,} examples", *held_out, f"{summary['wall_seconds']:.0f} s"])
     share = summary["query_fraction"]
     parts = [f"{summary['queries']:,} of {summary['pairs']:,} labels bought ({share:.0%})".replace("%", " %")]
+    if summary.get("queries_without_preference"):
+        parts.append(f"{summary['queries_without_preference']:,} of them without a preference")
+    if text := judge_text(summary):
+        parts.append(f"judge: {text}".replace("%", " %"))
     if summary["pseudo_label_accuracy"] is not None:
         parts.append(f"pseudo-labels right: {100 * summary['pseudo_label_accuracy']:.1f} %")
     if summary["audited"]:

@@ -353,7 +353,7 @@ def decoded(pairs, made=None):
 def do_anything(ledger, draw):
     """One random action of a run, a judge, a person or a tool, on one of a few pairs."""
     pair, step, cost = f"p{draw.randrange(40)}", draw.randrange(-1, 5), draw.choice([None, 0.25, 3.0])
-    question, label, who = Question(pair, 0.5, step), draw.choice([1, -1]), draw.choice(["ann", "bob"])
+    question, label, who = Question(pair, 0.5, step), draw.choice([1, 0, -1]), draw.choice(["ann", "bob"])
     kind = draw.randrange(6)
     if kind == 0:
         ledger.add("x", [(question, label, who, None, cost), (Question(pair + "'", 0.5, step), label, who, None, None)])
@@ -378,10 +378,11 @@ def do_anything(ledger, draw):
 
 class Person(threading.Thread):
     """A person who answers every open question of a run by the gold reward, through a connection of their own, as
-    tools/label.py does. limit: how many to answer at most."""
+    tools/label.py does. limit: how many to answer at most.  undecided: of which pairs to prefer neither response."""
 
-    def __init__(self, output, limit=None):
+    def __init__(self, output, limit=None, undecided=lambda pair: False):
         super().__init__(daemon=True)
+        self.undecided = undecided
         self.path, self.limit, self.stopped, self.answered = output / "labels.sqlite", limit, threading.Event(), 0
 
     def run(self):
@@ -396,7 +397,8 @@ class Person(threading.Thread):
                 continue
             pair, _, first, second = question
             better = toy.gold_reward(json.loads(first)) >= toy.gold_reward(json.loads(second))
-            ledger.answer_question(pair, 1 if better else -1, "ann", seconds=0.5)
+            label = 0 if self.undecided(pair) else 1 if better else -1
+            ledger.answer_question(pair, label, "ann", seconds=0.5)
             self.answered += 1
         ledger.close()
 
@@ -436,9 +438,9 @@ def completion(text, finish="stop", usage=(100, 5)):
 
 
 def right(prompt, n):
-    """The reply of an honest judge: it finds the good response between the fences."""
-    a = re.search(r"=== \w+ response A begins\n(.*)\n=== \w+ response A ends", prompt, re.DOTALL)[1]
-    return completion("[[A]]" if "good" in a else "[[B]]")
+    """The reply of an honest judge: it finds the good response between the fences. To anything else it says yes."""
+    a = re.search(r"=== \w+ response A begins\n(.*)\n=== \w+ response A ends", prompt, re.DOTALL)
+    return completion("yes" if a is None else "[[A]]" if "good" in a[1] else "[[B]]")
 
 
 class HTTPServer(ThreadingHTTPServer):
@@ -446,11 +448,15 @@ class HTTPServer(ThreadingHTTPServer):
     daemon_threads = True
 
 
+class Prompt(str):
+    """The text of a request. body: all of its fields."""
+
+
 class Server:
     """A chat endpoint on loopback.
 
     behave(prompt, n): returns (status, headers, body), or the bytes of a body, or a list or an iterator of them to send
-    slowly, or None to close the connection. n: how often this prompt came before.
+    slowly, or None to close the connection. prompt: a Prompt.  n: how often it came before.
     """
 
     def __init__(self, behave, port=0):
@@ -464,7 +470,8 @@ class Server:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                prompt = body["messages"][0]["content"]
+                prompt = Prompt(body["messages"][0]["content"])
+                prompt.body = body
                 with server.lock:
                     n = sum(b["messages"][0]["content"] == prompt for b in server.bodies)
                     server.bodies.append(body)

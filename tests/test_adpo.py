@@ -261,6 +261,17 @@ def test_labels_by_hand():
     assert adpo.choose_labels(margin, answers, ask, after_budget="pseudo_label").tolist() == [1, -1, -1, 1]
 
 
+@pytest.mark.parametrize("pseudo_labels", ["true", "false", "replay"])
+@pytest.mark.parametrize("after_budget", ["none", "pseudo_label"])
+def test_an_answer_without_a_preference_is_no_label_however_sure_the_policy_is(pseudo_labels, after_budget):
+    margin = torch.tensor([2.0, 0.1, -50.0], requires_grad=True)
+    answers, ask = torch.tensor([math.nan, math.nan, 1.0]), torch.tensor([False, True, False])
+    labels = adpo.choose_labels(margin, answers, ask, pseudo_labels, after_budget)
+    assert labels.tolist() == [0, 0, 1]
+    adpo.preference_loss(margin, labels).sum().backward()
+    assert margin.grad.tolist() == [0, 0, pytest.approx(-1)]
+
+
 def test_no_gradient_flows_through_labels():
     margin = torch.tensor([2.0, -0.5], requires_grad=True)
     labels = adpo.choose_labels(margin, torch.tensor([0, 1]))

@@ -101,6 +101,8 @@ def test_values_of_every_type(write):
     assert config.chat_template == "{% if a == b %}x=y{% endif %}"  # only the first "=" separates
     assert config.dataset_splits == ["train_sft", "test_sft"] and config.dataset_mixer == {"a/b": 0.5, "c": 1.0}
     assert config.report_to == ["none"] and config.max_eval_samples is None
+    extra = parse_config(write(GOOD) + ["--judge_extra_body={reasoning: {effort: low}, stop: [x], temperature: null}"])
+    assert extra.judge_extra_body == {"reasoning": {"effort": "low"}, "stop": ["x"], "temperature": None}
 
 
 def test_flags_win_over_the_file(write):
@@ -145,6 +147,12 @@ def test_flags_win_over_the_file(write):
     (["--pseudo_labels=soft"], "pseudo_labels: expected one of true, false, replay, found 'soft'"),
     (["--dataset_splits=train,train"], "'train' is listed twice, so its pairs would count twice"),
     (["--max_steps=0"], "nothing to do in 0 steps"),
+    (["--judge_extra_body=low"], "judge_extra_body: expected a mapping of names to values that JSON has, found 'low'"),
+    (["--judge_extra_body={since: 2024-01-01}"], "judge_extra_body: expected a mapping of names to values that JSON has"),
+    (["--judge_extra_body={messages: []}"], "judge_extra_body: messages is set by the run; leave it out"),
+    (["--judge_prompt=nowhere.yaml"], "judge_prompt nowhere.yaml: cannot be read"),
+    (["--judge_disagreement=toss"], "judge_disagreement: expected one of tie, coin, again, found 'toss'"),
+    (["--judge_unanswerable=ignore"], "judge_unanswerable: expected one of skip, human, stop, found 'ignore'"),
 ])
 def test_what_cannot_work_is_one_line_with_place_value_and_what_was_expected(flags, message, write, capsys):
     assert message in refused(write(GOOD) + flags, capsys)

@@ -2,13 +2,14 @@
 
 import os
 import random
+import re
 import sqlite3
 import subprocess
 import sys
 import threading
 
 import pytest
-from helpers import do_anything
+from helpers import ROOT, do_anything
 
 from labels.ledger import VERSION, Ledger, LedgerError, Question
 
@@ -24,8 +25,95 @@ def test_of_two_answers_the_first_is_kept_and_a_label_is_one_of_two(tmp_path):
     ledger.add("x", answers(b=1, a=-1))
     assert ledger.take(["a", "b"]) == {"a": 1, "b": 1} and ledger.count() == 2
     with pytest.raises(sqlite3.IntegrityError):
-        ledger.add("x", answers(d=1, c=0))
+        ledger.add("x", answers(d=1, c=2))
     assert ledger.take(["c", "d"]) == {}  # all or none
+
+
+def test_an_answer_without_a_preference_settles_its_pair_and_is_no_label(ledger):
+    """It is kept, counted and paid for like any other; audits and what learns from labels never see it."""
+    ledger.put_questions([Question("a", 2.0, 1, audit=True), Question("b", 2.0, 1, audit=True)], TEXTS)
+    assert ledger.answer_question("a", 0, "ann", cost=0.5) and ledger.answer_question("b", -1, "ann")
+    assert not ledger.answer_question("a", 1, "ben")  # the first answer stays
+    assert ledger.take(["a", "b"]) == {"a": 0, "b": -1}
+    assert ledger.open_questions() == [] and ledger.unanswered(["a", "b"]) == [] and ledger.lease("ben", 60) is None
+    assert ledger.count() == 2 and ledger.without_preference() == ledger.without_preference(1) == 1
+    assert ledger.without_preference(0) == 0 and ledger.cost() == (0.5, 1)
+    assert ledger.audits() == [(2.0, -1)]
+    assert ledger.labels(0, 5) == ledger.labels(0, 5, ["a", "b"]) == [("b", -1, 2.0, 1, 1)]
+
+
+def test_an_answer_without_a_preference_can_be_taken_back(ledger):
+    ask(ledger, "a")
+    ledger.answer_question("a", 0, "ann")
+    assert ledger.retract("a", "ann") and ledger.without_preference() == 0 and ledger.lease("ann", 60)[0] == "a"
+
+
+def test_details_are_counted_by_step(ledger):
+    for step, (pair, detail) in enumerate([("a", "x"), ("b", "y"), ("c", None), ("d", "x")]):
+        ledger.add("judge", [(Question(pair, 0.0, step), 1, "m", None, None)], detail=detail)
+    ledger.add("reused", [(Question("e", None, -1), 1, "m", None, None)], detail="x")
+    assert ledger.details() == [("x", 2), ("y", 1)] and ledger.details(2) == [("x", 1), ("y", 1)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A ledger of version 2. ledger_2.sql is what that version's code wrote, dumped by sqlite3.
+
+@pytest.fixture
+def old(tmp_path):
+    path = tmp_path / "labels.sqlite"
+    db = sqlite3.connect(path)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.executescript((ROOT / "tests" / "ledger_2.sql").read_text())
+    db.execute("PRAGMA user_version = 2")
+    db.close()
+    return path
+
+
+def schema(ledger):
+    return {name: sql for name, sql in ledger.db.execute("SELECT name, sql FROM sqlite_master")}
+
+
+def test_an_old_ledger_is_brought_up_to_date_and_keeps_all_that_was_paid_for(old, tmp_path):
+    before = {table: sqlite3.connect(old).execute(f"SELECT * FROM {table}").fetchall()
+              for table in ("answers", "questions", "verdicts", "totals", "money")}
+    ledger = Ledger(old)
+    after = {table: ledger.db.execute(f"SELECT * FROM {table}").fetchall() for table in before}
+    assert [row[:11] for row in after.pop("answers")] == before.pop("answers") and after == before
+    assert schema(ledger) == schema(Ledger(tmp_path / "new.sqlite"))  # the tables of a new one, and nothing besides
+    assert totals(ledger) == counted(ledger) and ledger.count() == 5 and ledger.cost() == (0.77, 2)
+    assert dict(ledger.details()) == {'{"rubric": null}': 1, '{"rubric": null, "coin": true}': 1}
+    assert ledger.answer_question("h2", 0, "ann") and ledger.take(["h1", "h2", "r1"]) == {"h1": 1, "h2": 0, "r1": -1}
+    assert totals(ledger) == counted(ledger) and ledger.count() == 6
+    ledger.close()
+    assert Ledger(old).without_preference() == 1  # opened a second time, nothing is done again
+
+
+def test_an_old_ledger_that_cannot_be_brought_up_to_date_stays_as_it_is(old, monkeypatch):
+    before = list(sqlite3.connect(old).iterdump())
+    monkeypatch.setattr("labels.ledger.AFTER_TABLES", "INSERT INTO answers SELECT * FROM nowhere;")
+    with pytest.raises(LedgerError, match="no such table: nowhere"):
+        Ledger(old)
+    db = sqlite3.connect(old)
+    assert list(db.iterdump()) == before and db.execute("PRAGMA user_version").fetchone() == (2,)
+
+
+def test_two_processes_bring_an_old_ledger_up_to_date_once(old):
+    failed, together = [], threading.Barrier(6)
+
+    def open_it():
+        together.wait()
+        try:
+            Ledger(old).close()
+        except (LedgerError, sqlite3.Error) as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=open_it) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ledger = Ledger(old)
+    assert not failed and ledger.count() == 5 and totals(ledger) == counted(ledger)
 
 
 def test_what_is_not_a_ledger_of_ours_is_refused_and_left_alone(tmp_path):
@@ -119,13 +207,14 @@ def test_counting_reads_no_answers(tmp_path):
     ledger = Ledger(tmp_path / "labels.sqlite")
     asked = []
     ledger.db.set_trace_callback(asked.append)
-    ledger.count(3), ledger.cost(), ledger.audits(3)
+    ledger.count(3), ledger.cost(), ledger.audits(3), ledger.without_preference(3), ledger.details(3)
     ledger.db.set_trace_callback(None)
-    assert len(asked) == 3
+    assert len(asked) == 5
     for query in asked:
         plan = " ".join(row[3] for row in ledger.db.execute(f"EXPLAIN QUERY PLAN {query}"))
-        assert "totals" in plan or "USING COVERING INDEX audits" in plan
-        assert "answers" not in plan.replace("answers USING COVERING INDEX audits", "") and "verdicts" not in plan
+        assert "totals" in plan or "USING COVERING INDEX" in plan
+        assert "answers" not in re.sub("answers USING COVERING INDEX (audits|without_preference|details)", "", plan)
+        assert "verdicts" not in plan
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
     python -m pytest tests/test_ledger_tool.py -n 0
 """
 
+import contextlib
 import csv
 import os
 import signal
@@ -75,20 +76,51 @@ def test_the_report(run):
     assert words_of(text, "cost  ") == "0.5100 (3 without a known cost)"
     assert words_of(text, "verdicts") == "11 on 6 pairs, cost 0.5300 (3 without a known cost)"
     assert words_of(text, "two annotators").startswith("1 of 2, 50.0% ")
-    # source: answers, y1 preferred, median seconds, labels an hour (3600 / mean seconds), cost, cost unknown
+    # source: answers, no preference, y1 preferred, median seconds, labels an hour (3600 / mean seconds), cost, cost unknown
     sources = text.split("\n\n")[2]
-    assert words_of(sources, "dataset") == "2 50.0% – – – 2"
-    assert words_of(sources, "human") == "3 66.7% 20.0 120 0.5000 1"
-    assert words_of(sources, "judge") == "1 0.0% 3.0 1,200 0.0100 0"
-    assert words_of(sources, "reused") == "1 100.0% – – – 0"
-    assert words_of(sources, "all") == "7 57.1% 15.0 155 0.5100 3"  # 4 in 93 s
+    assert words_of(sources, "dataset") == "2 0 50.0% – – – 2"
+    assert words_of(sources, "human") == "3 0 66.7% 20.0 120 0.5000 1"
+    assert words_of(sources, "judge") == "1 0 0.0% 3.0 1,200 0.0100 0"
+    assert words_of(sources, "reused") == "1 0 100.0% – – – 0"
+    assert words_of(sources, "all") == "7 0 57.1% 15.0 155 0.5100 3"  # 4 in 93 s
     annotators = text.split("\n\n")[3]
-    assert words_of(annotators, "human    ann") == "2 100.0% 15.0 240 0.5000 0"
-    assert words_of(annotators, "human    bob") == "1 0.0% 60.0 60 – 1"
-    assert words_of(annotators, "reused   old?[31m") == "1 100.0% – – – 0"
+    assert words_of(annotators, "human    ann") == "2 0 100.0% 15.0 240 0.5000 0"
+    assert words_of(annotators, "human    bob") == "1 0 0.0% 60.0 60 – 1"
+    assert words_of(annotators, "reused   old?[31m") == "1 0 100.0% – – – 0"
     assert words_of(text, "model") == "3 1 1 1 33.3%"
     for block in text.split("\n\n")[2:4]:  # aligned: numbers end in one column
         assert len({len(line) for line in block.splitlines()}) == 1
+
+
+def test_answers_without_a_preference_are_counted_apart(run, tmp_path, capsys):
+    """They are no label of either side, agree with no margin, and contradict no label."""
+    store = Ledger(run / "labels.sqlite")
+    store.add("human", [(Question("n1", 2.0, 2, audit=True), 0, "ann", 30, None)])
+    store.close()
+    text = call(run).stdout
+    assert words_of(text, "no preference  ").startswith("1 of 8, 12.5% ")
+    assert words_of(text, "y1 preferred  ").startswith("4 of 7, ") and words_of(text, "audited  ").startswith("1 of 2, ")
+    assert words_of(text.split("\n\n")[3], "human    ann") == "3 1 100.0% 20.0 180 0.5000 1"
+    other = tmp_path / "other"
+    other.mkdir()
+    store = Ledger(other / "labels.sqlite")
+    store.add("human", [(Question("n1", 0.1, 0), 1, "eve", 1, None), (Question("h1", 0.1, 0), 0, "eve", 1, None)])
+    store.close()
+    assert "6 answers copied" in main(capsys, other, "--reuse", run)[1]
+    assert "other label" not in main(capsys, other, "--reuse", run)[1]
+
+
+def test_a_ledger_of_version_2_can_be_read_and_reused(tmp_path, capsys):
+    """Reading does not bring it up to date."""
+    old = tmp_path / "old"
+    old.mkdir()
+    with contextlib.closing(sqlite3.connect(old / "labels.sqlite")) as db:
+        db.executescript((ROOT / "tests" / "ledger_2.sql").read_text() + "PRAGMA user_version = 2;")
+    before = (old / "labels.sqlite").read_bytes()
+    assert words_of(call(old).stdout, "answers  ") == "6: 5 bought by this run, 1 reused"
+    assert main(capsys, old, "--csv", tmp_path / "answers.csv")[0] == 0
+    assert main(capsys, tmp_path / "new", "--reuse", old)[1].startswith("6 answers copied")
+    assert (old / "labels.sqlite").read_bytes() == before
 
 
 def test_reading_changes_nothing_in_the_folder(run):
@@ -180,7 +212,7 @@ def test_csv(run, tmp_path, capsys):
     assert list(rows["h1"]) == columns and len(rows) == 7
     assert {name: rows["h1"][name] for name in columns if name != "answered_at"} == {
         "pair": "h1", "label": "1", "source": "human", "annotator": "ann", "margin": "1.5", "step": "2", "audit": "1",
-        "seconds": "10.0", "cost": "0.25", "used": "0"}
+        "seconds": "10.0", "cost": "0.25", "used": "0", "detail": ""}
     assert rows["r1"]["annotator"] == "old\x1b[31m" and rows["r1"]["margin"] == ""
     path.write_text("mine")
     fails(capsys, "--force", run, "--csv", path)

@@ -56,6 +56,31 @@ def test_a_label_is_paid_for_once_and_then_used_whatever_the_gate_says(oracle):
     assert oracle.queries() == oracle.annotator.calls == 2
 
 
+class Undecided(DatasetAnnotator):
+    """Prefers neither response of a pair whose label is 0."""
+
+    def answer(self, questions, ledger):
+        ledger.add("dataset", [(q, self.labels[q.pair], "", None, None) for q in questions])
+        self.calls += len(questions)
+
+
+def test_an_answer_without_a_preference_is_told_from_no_answer(tmp_path):
+    """It is bought once and counts against the budget."""
+    oracle = make(Undecided({"a": 0, "b": -1}), tmp_path, max_queries=2)
+    answers = oracle.answer(["a", "b"], torch.tensor([0.1, 0.1]), torch.tensor([True, True]), 0)
+    assert answers.isnan().tolist() == [True, False] and answers[1] == -1
+    answers = oracle.answer(["a", "b", "c"], torch.tensor([9.0, 0.1, 0.1]), torch.tensor([False, True, True]), 1)
+    assert answers.isnan().tolist() == [True, False, False] and answers[1:].tolist() == [-1, 0]
+    assert oracle.queries() == oracle.annotator.calls == 2
+
+
+def test_no_audit_counts_an_answer_without_a_preference(tmp_path):
+    oracle = make(Undecided({"a": 0, "b": -1}), tmp_path, audit_fraction=1.0)
+    oracle.answer(["a", "b"], torch.tensor([5.0, 5.0]), torch.tensor([False, False]), 0)
+    assert oracle.audit()["audited"] == 1 and oracle.audit()["accuracy"] == 0
+    assert oracle.queries() == 2 and oracle.without_preference() == 1
+
+
 def test_a_pair_that_is_twice_in_a_batch_is_asked_once(oracle):
     assert ask(oracle, ["a", "a"], [0.1, 0.1], [True, True]) == [1, 1]
     assert oracle.annotator.calls == 1

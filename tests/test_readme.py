@@ -118,6 +118,7 @@ def test_every_key_and_flag_that_is_named_exists():
     tools = set(re.findall(r'add(?:_argument|option)\(\s*"--([\w-]+)"', CODE))
     others = {"num_gpus", "master_port", "master_addr", "hostfile", "no_ssh", "node_rank",  # of the launcher
               "model", "model_args", "tasks",  # of lm-evaluation-harness
+              "ctx-size", "n_ctx",  # of llama.cpp's servers
               "index-url"}  # of pip
     named = {flag for page in PAGES for flag in re.findall(r"(?<![\w-])--([A-Za-z][\w-]*)", page.read_text())}
     assert {"gamma", "oracle", "output_dir"} & named and named - ours - tools - others == set()

@@ -11,7 +11,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from labels.annotators import Waiting
-from labels.judge import coin
+from labels.judge import coin, judged
 from labels.ledger import Ledger
 from labels.reward_model import RewardModelJudge
 from runtime import toy
@@ -93,7 +93,8 @@ def test_the_chat_template_is_used_where_there_is_one(reward_model, reviews, led
     grader = RewardModelJudge(as_json({"r0": reviews["r0"], "messages": messages, "hh": dialogue}), folder)
     assert grader.rows("messages") == grader.rows("hh") == grader.rows("r0") == rendered
     grader.tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ValueError, match="chat template refuses pair r0: roles must alternate"):
+    grader.unanswerable = "stop"
+    with pytest.raises(Waiting, match="r0: the model's chat template refuses it: roles must alternate"):
         grader.answer([question("r0")], Ledger(tmp_path / "other.sqlite"))
 
 
@@ -133,19 +134,41 @@ def test_a_long_text_loses_its_beginning(reward_model, ledger):
     assert scores == pytest.approx(reference_scores(reward_model, kept), abs=1e-4) and scores[0] != scores[1]
 
 
-def test_where_scores_are_equal_the_coin_decides(reward_model, ledger):
+def test_where_scores_are_equal_the_key_decides(reward_model, ledger, tmp_path):
     same = {f"r{n}": ("the", " food", " food") for n in range(10)}
-    RewardModelJudge(as_json(same), reward_model, seed=5).answer([question(pair) for pair in same], ledger)
+    questions = [question(pair) for pair in same]
+    RewardModelJudge(as_json(same), reward_model).answer(questions, ledger)
+    assert answers(ledger) == dict.fromkeys(same, 0) and judged(ledger.details())["judge_ties"] == 10
+    ledger = Ledger(tmp_path / "coins.sqlite")
+    RewardModelJudge(as_json(same), reward_model, seed=5, disagreement="coin").answer(questions, ledger)
     assert answers(ledger) == {pair: coin(pair, 5) for pair in same}
-    assert annotators(ledger) == {f"{reward_model} (coin)"}
+    assert annotators(ledger) == {f"{reward_model} (coin)"} and judged(ledger.details())["judge_coins"] == 10
 
 
-def test_a_score_that_is_not_a_number_gives_no_label(reward_model, reviews, ledger):
+def nan_for(reviews, *pairs):
+    """Scores that are not numbers for these pairs, and the texts' lengths for the others."""
+    return lambda rows: [float("nan") if any(reviews[pair][1] in row[1] for pair in pairs) else float(len(row[1]))
+                         for row in rows]
+
+
+def test_a_score_that_is_not_a_number_gives_no_label_and_holds_up_no_other(reward_model, reviews, ledger, capsys):
+    grader, questions = RewardModelJudge(as_json(reviews), reward_model), [question(pair) for pair in reviews]
+    grader.scores, grader.unanswerable = nan_for(reviews, "r9"), "stop"
+    with pytest.raises(Waiting, match="1 pair cannot be judged; r9: its scores are nan and"):
+        grader.answer(questions, ledger)
+    assert set(answers(ledger)) == set(reviews) - {"r9"}
+    grader.unanswerable = "skip"
+    grader.answer(questions, ledger)
+    assert answers(ledger)["r9"] == 0 and judged(ledger.details())["judge_unanswerable"] == 1
+    assert "r9: its scores are nan and" in capsys.readouterr().out
+
+
+def test_a_model_that_scores_nothing_is_of_no_use(reward_model, reviews, ledger):
     grader = RewardModelJudge(as_json(reviews), reward_model)
-    grader.scores = lambda rows: [float("nan") if reviews["r9"][1] in row[1] else float(len(row[1])) for row in rows]
-    with pytest.raises(ValueError, match="pair r9 has the scores nan and"):
+    grader.scores = nan_for(reviews, *reviews)
+    with pytest.raises(ValueError, match="could not score any of the last 20 pairs .*take another model"):
         grader.answer([question(pair) for pair in reviews], ledger)
-    assert set(answers(ledger)) == {f"r{n}" for n in range(8)}  # those of the batch before
+    assert answers(ledger) == {}
 
 
 def test_a_reward_model_goes_on_where_it_was_interrupted(reward_model, reviews, ledger):
@@ -169,7 +192,7 @@ def test_a_reward_model_goes_on_where_it_was_interrupted(reward_model, reviews, 
 
 
 def test_what_is_not_a_reward_model_is_refused_by_name(reward_model, tiny, tmp_path):
-    with pytest.raises(ValueError, match="reward model .*/nowhere: cannot be loaded"):
+    with pytest.raises(ValueError, match="reward model .*/nowhere: cannot be loaded: there is no such folder"):
         RewardModelJudge(texts, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="has 2 outputs"):  # a language model
         RewardModelJudge(texts, tiny / "model")

@@ -237,6 +237,15 @@ def test_replay_takes_labelled_pairs_in_turn(tmp_path):
     assert threshold.rows_to_train(rows[4], 4) == [6]
 
 
+def test_an_answer_without_a_preference_is_neither_replayed_nor_fitted(tmp_path):
+    rows = [rows_of(0), rows_of(1)]
+    threshold = make(tmp_path, gate="calibrated", pseudo_labels="replay", rows=lambda step: rows[step])
+    buy(threshold, 0, {PAIRS[row]: (0.1, row % 2) for row in range(10)})  # the even ones have no preference
+    assert threshold.rows_to_train(rows[0], 0) == [1, 3, 5, 7, 9] == threshold.rows_to_train(rows[1], 1)
+    threshold.advance(2)
+    assert list(threshold.recent) == 5 * [(0.1, 1, 0)]
+
+
 def test_a_budget_follows_what_a_label_is_worth(tmp_path):
     """A step's share is in proportion to the learning rates of the steps that train on its labels."""
     def budget(kind, epochs=1, steps=-1, **keys):

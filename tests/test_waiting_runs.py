@@ -11,6 +11,7 @@ import pytest
 from helpers import Person, wait_until
 
 from labels.annotators import HumanAnnotator
+from labels.oracle import Oracle
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +62,26 @@ def test_a_run_that_nobody_answers_stops_and_the_same_command_goes_on(processes,
     assert f"at step {steps[10]} of 4" in run.stdout
     assert run.ledger() == by_dataset.ledger()
     assert run.losses() == pytest.approx(by_dataset.losses(), rel=1e-5)
+
+
+def test_a_pair_without_a_preference_releases_its_step_and_never_gets_a_label(train, unlabelled, tmp_path, monkeypatch):
+    """A third of the pairs, over two epochs: each is asked once, and has no loss, although the policy gets sure of it."""
+    used, note = [], Oracle.count_pseudo_labels
+    monkeypatch.setattr(Oracle, "count_pseudo_labels", lambda self, ids, labels, answers: used.extend(
+        zip(ids, labels.tolist())) or note(self, ids, labels, answers))
+    with Person(tmp_path / "run", undecided=lambda pair: int(pair, 16) % 3 == 0) as person:
+        run = train("undecided", output_dir=tmp_path / "run", oracle="human", dataset_mixer=f"{{{unlabelled}: 1.0}}",
+                    max_steps=-1, num_train_epochs=2)
+    labels = {pair: label for pair, label, _ in run.ledger()}
+    neither = {pair for pair, label in labels.items() if label == 0}
+    assert neither == {pair for pair in labels if int(pair, 16) % 3 == 0} and 3 < len(neither) < len(labels)
+    assert len(used) == 240 and person.answered == run.summary()["queries"] == len(labels)
+    assert all(label == labels.get(pair, label) for pair, label in used)
+    assert all(label for pair, label in used if pair not in neither)
+    assert run.summary()["queries_without_preference"] == run.rows()[-1]["queries_without_preference"] == len(neither)
+    assert f"{len(neither)} of them without a preference" in run.stdout
+    assert f"{len(neither)} without a preference" in run.stderr  # the progress bar
+    assert f"| of them without a preference | {len(neither)} |" in (run.output / "README.md").read_text()
 
 
 LONG = dict(max_steps=40, logging_steps=5)

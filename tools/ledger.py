@@ -25,13 +25,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, for the imports below
 
+from labels.judge import judge_text, judged  # noqa: E402
 from labels.ledger import Ledger, LedgerError, Question  # noqa: E402
 from labels.oracle import wilson  # noqa: E402
 from runtime.errors import UsageError  # noqa: E402
 from tools.exchange import replace_file  # noqa: E402
 
 PATIENCE = 10  # seconds to wait while another process holds the ledger
-NEEDED = {"answers": "pair, label, source, annotator, margin, step, audit, answered_at, seconds, cost, used",
+NEEDED = {"answers": "pair, label, source, annotator, margin, step, audit, answered_at, seconds, cost, used, detail",
           "questions": "pair, leased_to, leased_until", "verdicts": "pair, annotator, verdict, cost"}
 
 
@@ -51,6 +52,8 @@ def read_ledger(folder):
                                  timeout=PATIENCE, isolation_level=None)
             db.row_factory = sqlite3.Row
             db.execute("BEGIN")
+            if db.execute("PRAGMA user_version").fetchone()[0] == 2:  # nothing is written here, so it stays of version 2
+                db.execute("CREATE TEMP VIEW answers AS SELECT *, NULL AS detail FROM main.answers")
             tables = {name: db.execute(f"SELECT {columns} FROM {name}").fetchall() for name, columns in NEEDED.items()}
         except sqlite3.Error as error:
             if alone and any(file.exists() for file in beside):
@@ -79,17 +82,19 @@ def report(folder, now=None):
     """The report as text. now: seconds since 1970, to tell which leases have run out; default: the present."""
     tables = read_ledger(folder)
     answers, verdicts = tables["answers"], tables["verdicts"]
-    bought = [row for row in answers if row["step"] >= 0]
-    audited = [row for row in bought if row["audit"] and row["margin"] is not None]
+    bought, labelled = [row for row in answers if row["step"] >= 0], [row for row in answers if row["label"]]
+    audited = [row for row in bought if row["audit"] and row["label"] and row["margin"] is not None]
     answered = {row["pair"] for row in answers}
     questions = [row for row in tables["questions"] if row["pair"] not in answered]
     leased = [row for row in questions if row["leased_to"] is not None
               and row["leased_until"] > (time.time() if now is None else now)]
     lines = [
         ("answers", f"{len(answers):,}: {len(bought):,} bought by this run, {len(answers) - len(bought):,} reused"),
-        ("y1 preferred", share(sum(row["label"] > 0 for row in answers), len(answers))),
+        ("no preference", share(len(answers) - len(labelled), len(answers))),
+        ("y1 preferred", share(sum(row["label"] > 0 for row in labelled), len(labelled))),
         ("audited", share(sum((row["margin"] > 0) == (row["label"] > 0) for row in audited), len(audited))
          + (" have the label that the margin's sign predicts" if audited else "")),
+        ("judge", judge_text(judged([(row["detail"], 1) for row in bought if row["detail"]])) or "none"),
         ("open questions", f"{len(questions):,}, of which leased: {len(leased):,}"),
         ("cost", money(bought)),
         ("verdicts", f"{len(verdicts):,} on {len({row['pair'] for row in verdicts}):,} pairs, cost {money(verdicts)}"),
@@ -107,15 +112,18 @@ def report(folder, now=None):
     return "\n".join(line.rstrip() for line in out)
 
 
-HEAD = ("source", "answers", "y1 preferred", "median seconds", "labels an hour", "cost", "cost unknown")
+HEAD = ("source", "answers", "no preference", "y1 preferred", "median seconds", "labels an hour", "cost", "cost unknown")
 
 
 def figures(rows):
-    """A table row about some answers, without its first cell; see HEAD. Labels an hour count the annotators' own time."""
+    """A table row about some answers, without its first cell; see HEAD. Labels an hour count the annotators' own time; y1 is
+    preferred in a share of the answers that have a preference."""
+    labels = [row["label"] for row in rows if row["label"]]
     bought = [row for row in rows if row["step"] >= 0]
     seconds = [row["seconds"] for row in bought if row["seconds"] is not None]
     known = [row["cost"] for row in bought if row["cost"] is not None]
-    return (f"{len(rows):,}", f"{sum(row['label'] > 0 for row in rows) / len(rows):.1%}" if rows else "–",
+    return (f"{len(rows):,}", f"{len(rows) - len(labels):,}",
+            f"{sum(label > 0 for label in labels) / len(labels):.1%}" if labels else "–",
             f"{statistics.median(seconds):.1f}" if seconds else "–",
             f"{3600 * len(seconds) / sum(seconds):,.0f}" if sum(seconds) else "–",
             f"{sum(known):,.4f}" if known else "–", f"{len(bought) - len(known):,}")
@@ -211,8 +219,9 @@ def reuse(folder, old):
         with ledger.transaction():
             there = dict(ledger.db.execute("SELECT pair, label FROM answers"))
             new = [row for row in answers if row["pair"] not in there]
-            ledger.add("reused", [(Question(row["pair"], None, -1), row["label"], row["annotator"], None, None)
-                                  for row in new])
+            for (detail,), rows in groups(new, "detail"):
+                ledger.add("reused", [(Question(row["pair"], None, -1), row["label"], row["annotator"], None, None)
+                                      for row in rows], detail=detail)
     except sqlite3.Error as error:
         raise LedgerError(in_words(path, error))
     except OSError as error:
@@ -220,7 +229,7 @@ def reuse(folder, old):
     finally:
         if ledger:
             ledger.close()
-    contradict = sum(there.get(row["pair"], row["label"]) != row["label"] for row in answers)
+    contradict = sum(there.get(row["pair"], 0) * row["label"] < 0 for row in answers)
     return len(new), len(answers) - len(new), contradict
 
 
