@@ -45,7 +45,7 @@ from transformers import AutoConfig, GenerationConfig, LogitsProcessor, TopKLogi
 
 import data  # noqa: E402
 from runtime.config import Config  # noqa: E402
-from runtime.errors import DataError, UsageError, one_line  # noqa: E402
+from runtime.errors import DataError, Stopped, UsageError, one_line  # noqa: E402
 from runtime.formats import checked_text, text_or_messages  # noqa: E402
 from runtime.parse import convert, load_yaml, wants_empty_system  # noqa: E402
 from runtime.sources import hash_of, reading  # noqa: E402
@@ -358,13 +358,14 @@ class Model:
 def generate(options):
     """Answer the questions of the command line, from where an earlier run stopped."""
     from runtime.ranks import bar, say
-    format, name = FORMATS[options.format], options.name or Path(options.model).resolve().name
-    path = output_path(options.model, options.output, format.path(Path(options.model), name))
+    folder, = options.model
+    format, name = FORMATS[options.format], options.name or Path(folder).resolve().name
+    path = output_path(folder, options.output, format.path(Path(folder), name))
     questions = read_questions(format, options.questions)
     if options.temperature is not None:
         for question in questions:
             question.temperature = options.temperature
-    model = Model(options.model, options)
+    model = Model(folder, options)
     prompts = model.prompts
     settings = {"format": options.format, "name": name, **model.settings(), "temperature": options.temperature,
                 "top_p": options.top_p, "top_k": options.top_k}
@@ -471,44 +472,66 @@ def how_asked(prompts, questions):
 
 
 def main(argv=None):
+    from tools import pairs  # here, because it imports this file
     parser = argparse.ArgumentParser(prog="tools/generate.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", nargs="?", metavar="DIR", help="model folder or hub id")
+    parser.add_argument("model", nargs="*", default=[], metavar="DIR", help="model folder or hub id; for pairs one or two")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="print two answer files side by side")
     parser.add_argument("--questions", metavar="FILE", help="what to ask")
     parser.add_argument("--format", choices=FORMATS, default="jsonl", help="default: jsonl")
-    parser.add_argument("--output", metavar="FILE", help="where the answers go")
+    parser.add_argument("--pairs", action="store_true", help="write two responses a prompt, to label (tools/pairs.py)")
+    parser.add_argument("--prompts", metavar="FILE", help="of the pairs: rows with a prompt, a .txt with one a line, or toy")
+    parser.add_argument("--endpoint", metavar="URL", help="of the pairs: an OpenAI-compatible server that writes them")
+    parser.add_argument("--endpoint_model", nargs="+", metavar="NAME", help="its model, or two")
+    parser.add_argument("--endpoint_key_env", metavar="VARIABLE", default="OPENAI_API_KEY", help="environment variable with "
+                        "its API key, if it needs one; default: OPENAI_API_KEY")
+    parser.add_argument("--concurrency", type=int, default=8, help="pairs that it writes at the same time; default: 8")
+    parser.add_argument("--output", metavar="FILE", help="where the answers or pairs go")
     parser.add_argument("--name", help="the model's name in the file; default: the folder's")
     parser.add_argument("--max_new_tokens", type=int, help="of an answer; default: 1024, or half the model's positions")
-    parser.add_argument("--temperature", type=float, help="0: greedy; default: 0, for mt_bench that of the category")
+    parser.add_argument("--temperature", type=float, help="0: greedy; default: 0, for mt_bench that of the category, for "
+                                                          "pairs 1")
     parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this mass; default: 1")
     parser.add_argument("--top_k", type=int, default=0, help="draw from this many likeliest tokens; default: 0, from all")
     parser.add_argument("--batch_size", type=int, default=16, help="questions at a time; default: 16")
     for key in ("seed", "bf16", "chat_template", "auto_insert_empty_system_msg", "model_revision", "trust_remote_code"):
         parser.add_argument(f"--{key}", nargs="?", const="true", help="as in train.py"
                             + ("; default: true if there is a GPU" if key == "bf16" else ""))
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
+    wrong = misuse(options) or pairs.misuse(options, {name for name in vars(options)
+                                                      if getattr(options, name) != parser.get_default(name)})
+    if wrong:
+        parser.error(wrong)
     if options.compare:
         return compare.main(*options.compare, options.questions)
-    if not options.model or not options.questions:
-        parser.error("say DIR and --questions FILE, or --compare A B")
-    for flag, right, what in (("temperature", (options.temperature or 0) >= 0, "0 or more"),
-                              ("top_p", 0 < options.top_p <= 1, "more than 0 and at most 1"),
-                              ("top_k", options.top_k >= 0, "0 or more"),
-                              ("batch_size", options.batch_size > 0, "1 or more"),
-                              ("max_new_tokens", (options.max_new_tokens or 1) > 0, "1 or more")):
-        if not right:
-            parser.error(f"--{flag} {getattr(options, flag)}: expected {what}")
-    if options.name and not (options.name.isprintable() and "/" not in options.name):
-        parser.error(f"--name {options.name!r}: cannot be the name of a file")
     try:
-        generate(options)
+        (pairs.generate if options.pairs else generate)(options)
     except KeyboardInterrupt:
         print("tools/generate.py: stopped; the same command goes on with the answers that are there", file=sys.stderr)
+        return 75
+    except Stopped as stop:
+        print(f"tools/generate.py: {one_line(stop)}", file=sys.stderr)
         return 75
     except (UsageError, OSError) as error:
         print(f"tools/generate.py: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def misuse(options):
+    """What is wrong with the command line, or None."""
+    if not (options.compare or options.pairs or options.questions and len(options.model) == 1):
+        return "say DIR and --questions FILE, or DIR --pairs --prompts FILE, or --compare A B"
+    for flag, right, what in (("temperature", (options.temperature or 0) >= 0, "0 or more"),
+                              ("top_p", 0 < options.top_p <= 1, "more than 0 and at most 1"),
+                              ("top_k", options.top_k >= 0, "0 or more"),
+                              ("batch_size", options.batch_size > 0, "1 or more"),
+                              ("concurrency", options.concurrency > 0, "1 or more"),
+                              ("max_new_tokens", (options.max_new_tokens or 1) > 0, "1 or more")):
+        if not right:
+            return f"--{flag} {getattr(options, flag)}: expected {what}"
+    if options.name and not (options.name.isprintable() and "/" not in options.name):
+        return f"--name {options.name!r}: cannot be the name of a file"
+    return None
 
 
 if __name__ == "__main__":
