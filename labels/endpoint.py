@@ -1,0 +1,329 @@
+"""An OpenAI-compatible chat endpoint: a request with its retries, and many requests at once.
+
+    Endpoint(url, model, …).ask(text, stop, draw)     a Reply, or Refused, TextRefused, GaveUp
+    for request, reply in Exchange(send, 8): …        from eight threads, as the replies arrive
+
+What a failure means decides who pays for it:
+
+    Refused        wrong url, key or model: nothing will get through, so the caller should stop
+    TextRefused    the endpoint works, but does not take this text (content filter, context length)
+    GaveUp         it failed as often as it may; another time it could work
+
+An HTTP 400, 413 or 422 can mean either of the first two. So if nothing has got through yet, a short question of our own
+tells them apart. A field of ours that a server does not know (newer models want max_completion_tokens, and no temperature)
+is renamed or left out from then on.
+"""
+
+import email.utils
+import http.client
+import json
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from queue import SimpleQueue
+from urllib.parse import urlsplit, urlunsplit
+
+from runtime.errors import one_line
+
+
+class Refused(Exception):
+    """The endpoint will never answer: wrong key, model or address."""
+
+
+class TextRefused(Exception):
+    """The endpoint works, but refuses this text."""
+
+
+class GaveUp(Exception):
+    """A request failed as often as it may. started: when it was first sent."""
+
+    def __init__(self, message, started):
+        super().__init__(message)
+        self.started = started
+
+
+class Retry(Exception):
+    """A request failed and may be sent again. wait: seconds that the server asks us to wait, or None."""
+
+    def __init__(self, message, wait=None):
+        super().__init__(message)
+        self.wait = wait
+
+
+class Rejected(Exception):
+    """The server does not take a request. body: all that it said, to look for the names of fields."""
+
+    def __init__(self, message, body):
+        super().__init__(message)
+        self.body = body
+
+
+@dataclass
+class Reply:
+    """text: without the reasoning before it.  thought: the text may be reasoning that never came to its end.
+    tokens: (prompt, completion); None where the server does not say."""
+    text: str
+    finish: str | None
+    tokens: tuple
+    seconds: float
+    thought: bool = False
+
+
+class Exchange:
+    """Sends requests from several threads.
+
+    Iterate to get (request, Reply, Refused, TextRefused or GaveUp) as they arrive, until none is in flight or `stop` is set.
+    More requests may be put in the meantime. send: function called with a request and `stop`.
+
+    At most `concurrency` replies are ever paid for but not yet processed: a thread sends its next request only once the
+    consumer has asked for the next reply. So a kill cannot lose more than that, however slow the ledger's disk is.
+    The threads are daemons: those of a thread pool would keep the process alive after Ctrl-C until the slowest request ends.
+    """
+
+    def __init__(self, send, concurrency):
+        self.send, self.concurrency, self.threads, self.in_flight = send, concurrency, 0, 0
+        self.requests, self.replies, self.stop = SimpleQueue(), SimpleQueue(), threading.Event()
+        self.unprocessed = threading.Semaphore(concurrency)
+
+    def put(self, request):
+        self.requests.put(request)
+        self.in_flight += 1
+        if self.threads < min(self.concurrency, self.in_flight):
+            threading.Thread(target=self._work, daemon=True).start()
+            self.threads += 1
+
+    def _work(self):
+        while (request := self.requests.get()) and self.unprocessed.acquire() and not self.stop.is_set():
+            try:
+                self.replies.put((request, self.send(request, self.stop)))
+            except BaseException as error:  # __iter__ raises it in the main thread, unless it is one of the three
+                self.replies.put((request, error))
+
+    def __iter__(self):
+        while self.in_flight and not (self.stop.is_set() and self.replies.empty()):
+            request, reply = self.replies.get()
+            self.in_flight -= 1
+            if isinstance(reply, BaseException) and not isinstance(reply, (Refused, TextRefused, GaveUp)):
+                raise reply
+            yield request, reply
+            self.unprocessed.release()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop.set()
+        for _ in range(self.threads):
+            self.requests.put(None)
+            self.unprocessed.release()
+
+
+class Endpoint:
+    """Asks POST {url}/chat/completions, or the url itself if it already ends that way. Threads may share one.
+
+    api_key: sent as a bearer token, if given.  timeout: seconds per request.  retries: how often a failed request is sent
+    again.  max_tokens: of a reply.  extra: more fields of each request; they win over ours, and null takes a field out.
+    news: what it has learned about the server since somebody last looked, in words.
+    Raises ValueError, in one line, if an argument cannot work.
+    """
+
+    backoff_seconds, longest_wait = 2.0, 120.0  # retry after about 2, 4, 8 … s; give up on a server that asks for longer
+    largest_reply = 4_000_000  # bytes
+    # The length limit under its old and its new name; None: no limit.
+    length_fields = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None}
+
+    def __init__(self, url, model, api_key=None, timeout=60.0, retries=5, max_tokens=512, extra=None):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"judge url {url!r}: give one that begins with http:// or https:// and a host")
+        path = parts.path.rstrip("/")
+        path += "" if path.endswith("/chat/completions") else "/chat/completions"
+        self.url = urlunsplit(parts._replace(path=path, fragment=""))
+        self.where = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path}"  # for messages, without secrets
+        self.key = (api_key or "").strip()
+        if not (self.key.isascii() and self.key.isprintable()):
+            raise ValueError("judge API key: it contains characters that no key has; set the environment variable again")
+        self.model, self.timeout, self.retries = model, timeout, retries
+        self.max_tokens, self.extra = max_tokens, extra or {}
+        self.opener = urllib.request.build_opener(NoRedirect)
+        self.length_field, self.has_temperature, self.works, self.news = "max_tokens", True, False, []
+        self.lock = threading.Lock()
+
+    def ask(self, text, stop, draw, temperature=0):
+        """Send a text and return the Reply. A request that fails is sent again, with exponential back-off and jitter.
+
+        stop: an Event that ends the waiting.  draw: a random.Random for the jitter. Raises Refused, TextRefused or GaveUp.
+        """
+        started = time.monotonic()
+        for attempt in range(self.retries + 1):
+            try:
+                return self.post(text, temperature)
+            except Retry as failed:
+                if failed.wait is None:
+                    wait = min(self.backoff_seconds * 2 ** attempt * draw.uniform(0.5, 1.5), self.longest_wait)
+                else:  # with jitter here too, so that the threads do not all come back at once
+                    wait = failed.wait + self.backoff_seconds * draw.random()
+                    if failed.wait > self.longest_wait:
+                        raise GaveUp(f"{failed}, and asks to wait {failed.wait:.0f} s", started)
+                if attempt == self.retries or stop.wait(wait):
+                    raise GaveUp(f"{failed} ({attempt + 1} attempts)", started)
+
+    def post(self, text, temperature=0):
+        """Send a text once, or again with other fields as long as the server objects to one. Raises Retry, Refused or
+        TextRefused."""
+        while True:
+            body = self.body(text, temperature)
+            try:
+                reply = self.send(body)
+                self.works = True
+                return reply
+            except Rejected as error:
+                if not self.adapt(error, body):
+                    self.check_works()
+                    raise TextRefused(str(error))
+
+    def body(self, text, temperature):
+        """The fields of a request."""
+        body = {"model": self.model, "messages": [{"role": "user", "content": text}]}
+        if self.has_temperature:
+            body["temperature"] = temperature
+        if self.length_field:
+            body[self.length_field] = self.max_tokens
+        return {name: value for name, value in (body | self.extra).items() if value is not None}
+
+    def adapt(self, error, body):
+        """Leave out the temperature, or rename the length limit, if that is what the server objects to; whatever the user
+        has set stays. Returns whether the next request will differ from `body`."""
+        with self.lock:
+            if "temperature" in body and "temperature" not in self.extra and objects_to(error.body, "temperature"):
+                if self.has_temperature:
+                    self.has_temperature = False
+                    self.news.append("it takes no temperature, so none is sent any more")
+                return True
+            for name, instead in self.length_fields.items():
+                if name in body and name not in self.extra and objects_to(error.body, name):
+                    if self.length_field == name:
+                        self.length_field = instead
+                        self.news.append(f"it takes no {name}, so " + (f"{instead} is sent instead" if instead else
+                                                                       "the length of its replies is not limited"))
+                    return True
+        return False
+
+    def check_works(self):
+        """After a rejection: raise Refused if a question that nobody can object to is rejected too. Asked until something
+        has got through once."""
+        with self.lock:
+            if not self.works:
+                try:
+                    self.send(self.body("Reply with the word yes.", 0))
+                except Rejected as error:
+                    raise Refused(str(error))
+                self.works = True
+
+    def send(self, body):
+        """Send one HTTP request and return its Reply. Raises Retry, Refused or Rejected."""
+        headers = {"Content-Type": "application/json", "User-Agent": "active-dpo"}  # some servers reject Python's default
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        started = time.monotonic()
+        try:
+            http_request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
+            with self.opener.open(http_request, timeout=self.timeout) as response:
+                content = b""
+                while piece := response.read1(65536):
+                    content += piece
+                    # The timeout above only covers silence, and some servers send spaces while they think.
+                    if time.monotonic() > started + self.timeout or len(content) > self.largest_reply:
+                        raise TimeoutError(f"no whole reply after {self.timeout:g} s, {len(content):,} bytes")
+        except urllib.error.HTTPError as error:
+            raise self.failure(error)
+        except (OSError, http.client.HTTPException) as error:  # refused, closed, timed out, unknown host, cut short
+            raise Retry(one_line(getattr(error, "reason", "") or error, 300) or type(error).__name__)
+        return read_reply(content, time.monotonic() - started)
+
+    def failure(self, error):
+        """The Retry, Refused or Rejected for an HTTP error, with the server's own message but never the key."""
+        try:
+            with error:
+                body = said = error.read1(65536).decode(errors="replace")
+        except (OSError, http.client.HTTPException):
+            body = said = ""
+        try:
+            parsed = json.loads(said)
+            inner = parsed.get("error", parsed)
+            said = str(inner.get("message") or said if isinstance(inner, dict) else inner)
+        except (ValueError, AttributeError, RecursionError):
+            pass
+        if self.key:
+            said = said.replace(self.key, "(key)")
+        message = f"HTTP {error.code} {one_line(said or error.reason, 300)}"
+        if 300 <= error.code < 400:
+            return Refused(f"{message}: the endpoint has moved to {error.headers.get('Location')}; use that as the url")
+        if error.code in (408, 429) or error.code >= 500:
+            return Retry(message, retry_after(error.headers.get("Retry-After")))
+        return Rejected(message, body) if error.code in (400, 413, 422) else Refused(message)
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Refuses redirects: urllib would turn the POST into a GET and send the key to wherever the redirect leads."""
+
+    def redirect_request(self, *args):
+        return None
+
+
+def objects_to(body, field):
+    """Whether an error says that a field is not taken, rather than that its value does not fit (max_tokens is too large)."""
+    return re.search(rf"(?<!\w){field}(?!\w)", body) is not None and re.search(
+        r"unsupported|(not|n't) support|unrecogni[sz]ed|unknown|unexpected|deprecated|(not|n't) (permitted|allowed)", body,
+        re.IGNORECASE) is not None
+
+
+def retry_after(value):
+    """Seconds that a Retry-After header asks for, as a number or a date; None if it says neither."""
+    value = (value or "").strip()
+    if re.fullmatch(r"\d{1,9}(\.\d*)?", value, re.ASCII):
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def read_reply(content, seconds):
+    """Parse a response body into a Reply. Raises Retry if it is not one, such as an error sent with HTTP 200."""
+    try:
+        body = json.loads(content)
+        choice = body["choices"][0]
+        message, finish = choice["message"], choice.get("finish_reason")
+        text, thought = spoken(message, cut=finish == "length")
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise Retry(f"the reply is not a chat completion: {one_line(content[:300].decode(errors='replace'), 120)!r}")
+    usage = body.get("usage")
+    tokens = [usage.get(key) if isinstance(usage, dict) else None for key in ("prompt_tokens", "completion_tokens")]
+    tokens = tuple(count if isinstance(count, int) else None for count in tokens)
+    return Reply(text, finish, tokens, seconds, thought)
+
+
+TAG = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
+
+
+def spoken(message, cut):
+    """(what a message says, whether that may be unfinished reasoning). Reasoning comes in a field of its own, or in tags at
+    the beginning of the content.  cut: the reply was cut off at its maximum length."""
+    content = message.get("content")
+    if isinstance(content, list):  # in parts, of which some may be reasoning
+        content = "".join(part.get("text") or "" for part in content if part.get("type") == "text")
+    content = content if isinstance(content, str) else ""  # null for a refusal, a tool call, or reasoning alone
+    if not content.strip():
+        reasoning = message.get("reasoning_content") or message.get("reasoning")
+        if isinstance(reasoning, str):
+            return reasoning, True
+        return str(message.get("refusal") or ""), False
+    tags = list(TAG.finditer(content))
+    if not tags:
+        return content, False
+    # A reply that was cut off may have quoted the closing tag.
+    return content[tags[-1].end():], cut or not tags[-1][1]
