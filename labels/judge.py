@@ -353,18 +353,16 @@ class ChatJudge(Judge):
                 if attempt == self.retries or stop.wait(wait):
                     raise GaveUp(f"{failed} ({attempt + 1} attempts)", started)
 
-    def body(self, text):
-        return {"model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0,
-                "max_tokens": self.max_tokens}
-
     def post(self, text):
         """Send one HTTP request and return its Reply. Raises Retry or Refused."""
+        body = {"model": self.model, "messages": [{"role": "user", "content": text}], "temperature": 0,
+                "max_tokens": self.max_tokens}
         headers = {"Content-Type": "application/json", "User-Agent": "active-dpo"}  # some servers reject Python's default
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
         started = time.monotonic()
         try:
-            http_request = urllib.request.Request(self.url, json.dumps(self.body(text)).encode(), headers)
+            http_request = urllib.request.Request(self.url, json.dumps(body).encode(), headers)
             with self.opener.open(http_request, timeout=self.timeout) as response:
                 content = b""
                 while piece := response.read1(65536):

@@ -12,13 +12,26 @@ import time
 
 import pytest
 import torch
-from helpers import CHATML, ROOT, completion, load_source, renderer, reply, system, user, wait_until, write_folder
+from helpers import (
+    CHATML,
+    ROOT,
+    ULTRAFEEDBACK,
+    completion,
+    load_source,
+    renderer,
+    reply,
+    system,
+    user,
+    wait_until,
+    write_folder,
+)
 from test_generate import greedy, lines, one_line, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import data
-from labels.judge import ChatJudge
+from data import Renderer
+from labels.endpoint import Endpoint
 from runtime import toy
+from runtime.formats import parse_row
 from tools import generate, pairs
 
 SHORT = ("--max_new_tokens", "12")
@@ -52,7 +65,7 @@ def prompts(tmp_path):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(ChatJudge, "backoff_seconds", 0.02)
+    monkeypatch.setattr(Endpoint, "backoff_seconds", 0.02)
 
 
 def run(*argv, code=0):
@@ -69,7 +82,7 @@ def test_pairs_are_rows_that_training_takes(model, prompts, capsys):
     assert cut and (f"20 pairs in {model / 'pairs.jsonl'}; {cut} of 40 responses were cut off at their greatest length\n"
                     in capsys.readouterr().out)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    loaded, labels, _, said = load_source(model / "pairs.jsonl", made=data.Renderer(tokenizer, 32, 96))
+    loaded, labels, _, said = load_source(model / "pairs.jsonl", made=Renderer(tokenizer, 32, 96))
     assert said == "train: 20 rows read, 20 pairs" and labels == {}
     texts = [row[f"response_{side}"] for row in found for side in "ab"]
     assert all(text == " " + text.strip() for text in texts)  # as plain text: what follows the prompt, with its space
@@ -115,15 +128,18 @@ TALK = [system("the"), user("the bar"), reply("the food"), user("the view")]
 
 @pytest.mark.parametrize("row, as_text, as_chat", [
     ({"prompt": "the view"}, "the view", [user("the view")]),
-    ({"prompt": "the view", "chosen": "a", "rejected": "b", "label": "a", "messages": 3}, "the view", [user("the view")]),
+    ({"prompt": "the view", "chosen": "a", "rejected": "b", "label": "a", "id": 3}, "the view", [user("the view")]),
+    (ULTRAFEEDBACK, "Why?", [user("Why?")]),
     ({"prompt": HH}, HH, TALK[1:]),
-    ({"prompt": [{**message, "id": 3} for message in TALK]}, None, TALK)], ids=["text", "other fields", "hh", "messages"])
+    ({"prompt": "the view", "system": "the"}, None, [TALK[0], TALK[3]]),
+    ({"prompt": [{**message, "id": 3} for message in TALK]}, None, TALK)],
+    ids=["text", "other fields", "whole conversations", "hh", "system", "messages"])
 def test_prompts_become_messages_where_the_model_chats(model, chat_model, tmp_path, capsys, row, as_text, as_chat):
     prompts = write(tmp_path / "p.jsonl", [row])
     run(chat_model, "--prompts", prompts)
     made, = lines(chat_model / "pairs.jsonl")
     assert made["prompt"] == as_chat and made["response_a"] == made["response_a"].strip()
-    assert data.parse_row(made, "here")["responses"] == [[reply(made["response_a"])], [reply(made["response_b"])]]
+    assert parse_row(made, "here")["responses"] == [[reply(made["response_a"])], [reply(made["response_b"])]]
     run(model, "--prompts", prompts, code=0 if as_text else 2)
     if as_text:
         assert lines(model / "pairs.jsonl")[0]["prompt"] == as_text
@@ -146,6 +162,16 @@ def test_a_chat_model_reads_the_prompt_as_in_training(chat_model, tmp_path):
     row, = lines(chat_model / "pairs.jsonl")
     rendered = "<|im_start|>user\nthe view<|im_end|>\n<|im_start|>assistant\n"
     assert row["response_a"] == greedy(chat_model, rendered, ends=("</s>", "<|im_end|>"))
+
+
+def test_a_response_has_the_beginning_that_the_template_writes(chat_model, tmp_path):
+    """Training refuses a response without it."""
+    template = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+    run(chat_model, "--prompts", write(tmp_path / "p.jsonl", [{"prompt": "the view"}] * 3), "--chat_template", template)
+    found = lines(chat_model / "pairs.jsonl")
+    assert all(row["response_a"].startswith("<think>\n") and row["response_a"].count("<think>") == 1 for row in found)
+    _, _, _, said = load_source(write_folder(tmp_path / "set", found), made=renderer(template=template))
+    assert "3 rows read, 3 pairs" in said
 
 
 def test_a_text_file_has_a_prompt_a_line(model, tmp_path, capsys):
@@ -336,19 +362,49 @@ def test_a_prompt_that_a_server_refuses_is_left_out_and_never_asked_again(serve,
     assert lines(tmp_path / "pairs.left_out.jsonl") == [
         {"prompt": [user(PROMPTS[0])], "reason": "refused: HTTP 400 content filter", "number": 1}]
     assert "19 pairs in" in (said := capsys.readouterr().out) and "1 prompts left out (1 refused)" in said
-    count = len(server.bodies)
+    asked = [body["messages"][0]["content"] for body in server.bodies]
+    assert {prompt: asked.count(prompt) for prompt in PROMPTS} == {PROMPTS[0]: 1, **dict.fromkeys(PROMPTS[1:], 2)}
     ask(server, prompts, out)
-    assert len(server.bodies) == count == 39
+    assert len(server.bodies) == len(asked)
 
 
-@pytest.mark.parametrize("status", [400, 401, 404])
+@pytest.mark.parametrize("status", [400, 401, 403, 404])
 def test_a_server_that_refuses_everything_is_an_error_in_one_line(serve, prompts, tmp_path, capsys, status):
     server = serve(lambda prompt, n: (status, {}, {"error": {"message": "no model m"}}))
     ask(server, prompts, tmp_path / "pairs.jsonl", code=2)
-    said = one_line(capsys)
-    assert said.startswith(f"tools/generate.py: {server.url}/chat/completions refuses what it is asked; check the url, the "
-                           "model and the key (") and f"HTTP {status} no model m" in said
+    assert one_line(capsys) == (f"tools/generate.py: {server.url}/chat/completions: HTTP {status} no model m; check the url, "
+                                "the model and the key")
     assert list(tmp_path.glob("pairs*")) == [] and len(server.bodies) <= 20
+
+
+def test_many_refusals_in_a_row_stop_the_run_and_leave_nobody_out(serve, tiny, tmp_path, capsys):
+    server = serve(lambda prompt, n: written(prompt, n) if len(server.bodies) <= 20 else (403, {}, "no"))
+    out, prompts = tmp_path / "pairs.jsonl", tiny / "pairs" / "train.jsonl"
+    ask(server, prompts, out, "--concurrency", 1, code=2)
+    assert 'refuses 20 prompts in a row, the last with HTTP 403 "no"' in one_line(capsys)
+    assert len(lines(out)) == 10 and len(server.bodies) == 40 and not (tmp_path / "pairs.left_out.jsonl").exists()
+
+
+def test_a_server_of_newer_models_gets_the_fields_that_it_takes(serve, prompts, tmp_path, capsys):
+    def behave(prompt, n):
+        if "max_tokens" in server.bodies[-1]:
+            return 400, {}, {"error": {"message": "Unsupported parameter: 'max_tokens' is not supported."}}
+        return completion(f"{len(server.bodies)}")
+    server = serve(behave)
+    ask(server, prompts, tmp_path / "pairs.jsonl", "--concurrency", 1)
+    assert [set(body) for body in server.bodies[-40:]] == [{"model", "messages", "max_completion_tokens"}] * 40
+    assert "m: it takes no max_tokens, so max_completion_tokens is sent instead" in capsys.readouterr().out
+
+
+def test_a_response_is_the_content_as_it_is_and_thinking_alone_is_none(serve, tmp_path):
+    def behave(prompt, n):
+        status, headers, body = completion(f"use <think> and </think> {n}" if n else None, "length")
+        body["choices"][0]["message"]["reasoning_content"] = "so far"
+        return status, headers, body
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": "the view"}])
+    ask(serve(behave), prompts, tmp_path / "pairs.jsonl")
+    row, = lines(tmp_path / "pairs.jsonl")
+    assert [row["draws"], row["response_a"], row["response_b"]] == [2, *(f"use <think> and </think> {n}" for n in (2, 3))]
 
 
 def test_a_key_that_is_withdrawn_stops_the_run_and_leaves_nobody_out(serve, prompts, tmp_path, capsys):
@@ -362,7 +418,7 @@ def test_a_key_that_is_withdrawn_stops_the_run_and_leaves_nobody_out(serve, prom
 
 
 def test_a_server_that_goes_down_stops_with_75_and_the_same_command_goes_on(serve, prompts, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(ChatJudge, "longest_wait", 0.01)
+    monkeypatch.setattr(Endpoint, "longest_wait", 0.01)
     server = serve(lambda prompt, n: written(prompt, n) if len(server.bodies) <= 20 else (503, {}, "busy"))
     out = tmp_path / "pairs.jsonl"
     ask(server, prompts, out, "--concurrency", 2, code=75)
@@ -391,8 +447,7 @@ def test_a_kill_loses_at_most_the_pairs_in_flight(serve, prompts, tmp_path):
     process.communicate()
     before = lines(out)
     assert 5 <= len(before) < 20
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert generate.main(argv[2:]) == 0
     after = {row["number"]: row for row in lines(out)}
     assert list(after) == list(range(1, 21)) and all(after[row["number"]] == row for row in before)
     assert 40 <= len(slow.bodies) <= 40 + 2 * 2
@@ -426,14 +481,15 @@ def test_flags_that_do_not_go_together_are_refused(capsys, argv, words):
 
 @pytest.mark.parametrize("row, words", [
     ({"prompt": 3}, "row 2, field prompt: expected a string or a list of messages, found int"),
-    ({"chosen": "a"}, "row 2, field prompt: expected a string or a list of messages, found nothing"),
+    ({"text": "a"}, "row 2: needs a prompt; it has text"),
+    ({"prompt": "a", "context": "b"}, "row 2, field context: would be left out"),
     ({"prompt": " \n"}, "row 2, field prompt: is empty; remove the row"),
     ({"prompt": TALK[:3]}, "row 2, field prompt: ends with the assistant's message; leave that one to the model"),
     (["a"], "row 2: expected an object with fields, found list")], ids=str)
 def test_bad_prompts_are_refused_with_their_row_and_field(model, tmp_path, capsys, row, words):
     prompts = write(tmp_path / "p.jsonl", [{"prompt": "the view"}, row])
     run(model, "--prompts", prompts, code=2)
-    assert one_line(capsys) == f"tools/generate.py: {prompts}, {words}"
+    assert one_line(capsys).startswith(f"tools/generate.py: {prompts}, {words}")
     assert not (model / "pairs.jsonl").exists()
 
 

@@ -6,10 +6,10 @@
 MODEL is a model folder, a hub id or `toy`. With a second model, response_a comes from the first and response_b from the
 second. --endpoint asks an OpenAI-compatible server instead; its key is in the environment variable --endpoint_key_env.
 
-FILE has rows with a field "prompt", a text or messages (JSON Lines, a JSON list, csv or parquet; other fields are left
-alone), or is a .txt with one prompt a line; or it is `toy`, the training prompts of the built-in task. Where a model chats,
-a text becomes the user's message, and a dialogue of Anthropic's HH its messages. What train.py takes with --oracle human
-or --oracle judge is written to MODEL/pairs.jsonl, or to --output:
+FILE has rows with a prompt, a text or messages, as in training (runtime/formats.py; responses that a row has already are not
+read), in JSON Lines, a JSON list, csv or parquet; or it is a .txt with one prompt a line; or `toy`, the training prompts of
+the built-in task. Where a model chats, a text becomes the user's message, and a dialogue of Anthropic's HH its messages.
+What train.py takes with --oracle human or --oracle judge is written to MODEL/pairs.jsonl, or to --output:
 
     {"prompt", "response_a", "response_b", "finish_a", "finish_b", "draws", "number"}
 
@@ -29,20 +29,21 @@ The paper takes its pairs from UltraFeedback, and the official code does not gen
 import json
 import math
 import os
+import random
 import time
 from collections import Counter
 from pathlib import Path
 
 import torch
 
-import data
-from labels.judge import ChatJudge, Exchange, GaveUp, Refused, Request
+from labels.endpoint import Endpoint, Exchange, GaveUp, Refused, TextRefused
 from runtime import toy
 from runtime.config import Config
-from runtime.errors import Stopped, UsageError, one_line
+from runtime.errors import DataError, Stopped, UsageError, one_line
+from runtime.formats import hh_messages, parse_prompt, template_input
 from runtime.parse import convert
 from runtime.ranks import bar, say
-from runtime.sources import DataError, hash_of
+from runtime.sources import hash_of
 from tools.compare import rows_of
 from tools.exchange import replace_file
 from tools.generate import (
@@ -96,7 +97,7 @@ def read_prompts(path):
     if path == "toy":
         return [(f"toy, row {n}", prompt) for n, prompt in enumerate(toy.split_prompts(seed=0)[0], 1)]
     rows = lines_of(path) if Path(path).suffix == ".txt" else rows_of(path)
-    prompts = [(place, checked_prompt(row.get("prompt"), f"{place}, field prompt")) for place, row in rows]
+    prompts = [(place, parse_prompt(row, place)) for place, row in rows]
     if not prompts:
         raise DataError(f"{path}: has no prompts")
     return prompts
@@ -106,22 +107,13 @@ def lines_of(path):
     """[(place, {"prompt": line})] of a text file; blank lines are no prompts."""
     if not Path(path).is_file():
         raise DataError(f"{path}: there is no such file")
-    # Bytes that are not UTF-8 become surrogates, which checked_prompt refuses with their row.
+    # Bytes that are not UTF-8 become surrogates, which parse_prompt refuses with their row.
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         return [(f"{path}, row {n}", {"prompt": line.rstrip("\n")}) for n, line in enumerate(file, 1) if line.strip()]
 
 
-def checked_prompt(prompt, place):
-    prompt = data.text_or_messages(prompt, place)
-    if isinstance(prompt, str) and not prompt.strip():
-        raise DataError(f"{place}: is empty; remove the row")
-    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        raise DataError(f"{place}: ends with the assistant's message; leave that one to the model")
-    return prompt
-
-
 def as_messages(prompt):
-    return prompt if isinstance(prompt, list) else data.hh_messages(prompt) or [{"role": "user", "content": prompt}]
+    return prompt if isinstance(prompt, list) else hh_messages(prompt) or [{"role": "user", "content": prompt}]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -224,6 +216,8 @@ class Writers:
         self.chat = bool(with_template)
         if self.chat and len(with_template) < len(made):
             raise UsageError(f"{with_template[0].name} has a chat template, the other model has none: set --chat_template")
+        ask = [{"role": "user", "content": "a"}]
+        self.begun = {model: model.prompts.renderer.begun(ask) if self.chat else "" for model in self.distinct()}
 
     def distinct(self):
         """The models, each once."""
@@ -268,40 +262,41 @@ class Writers:
                            torch.stack(numbers).to(model.device), self.options.top_p, self.options.top_k)
             new = draw_tokens(model.lm, model.tokenizer, prompts, drawing, model.ends)
             for (n, side), prompt, (ids, ended) in zip(rows, prompts, new):
-                drawn[n][side] = self.text(model.tokenizer, prompt, ids), "stop" if ended else "length"
+                drawn[n][side] = self.text(model, prompt, ids), "stop" if ended else "length"
         return drawn
 
-    def text(self, tokenizer, prompt, ids):
-        """A response as text. As plain text it continues the prompt, so it keeps the space between the two."""
-        text = tokenizer.decode(ids, skip_special_tokens=True)
+    def text(self, model, prompt, ids):
+        """A response as text. As plain text it continues the prompt, so it keeps the space between the two. In a chat it
+        begins with what the template has written of it."""
+        text = model.tokenizer.decode(ids, skip_special_tokens=True)
         if self.chat:
-            return text.strip()
-        start, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, prompt + ids))
+            return (self.begun[model] + text).strip() if text.strip() else ""
+        start, whole = (model.tokenizer.decode(part, skip_special_tokens=True) for part in (prompt, prompt + ids))
         return whole[len(start):] if whole.startswith(start) else text
 
 
-class Server(ChatJudge):
-    """An OpenAI-compatible server as the writer of both responses. It sends requests, tries again and gives up as a judge
-    does; only what it asks for is different. A pair is one piece of work, so a kill loses at most --concurrency of them."""
+class Server(Endpoint):
+    """An OpenAI-compatible server as the writer of both responses. A pair is one piece of work, so a kill loses at most
+    --concurrency of them."""
 
     chat = True
-    about_a_prompt = (400, 403, 413, 422)  # statuses of a request that the server refuses for what is in it
-    patience = 20  # such refusals in a row before we stop asking
+    patience = 20  # prompts that may be refused in a row before we stop asking
 
     def __init__(self, options):
         try:
-            super().__init__(None, options.endpoint, " and ".join(options.endpoint_model),
-                             os.environ.get(options.endpoint_key_env), options.concurrency, timeout=600.0)
+            super().__init__(options.endpoint, " and ".join(options.endpoint_model),
+                             os.environ.get(options.endpoint_key_env), timeout=600.0, max_tokens=options.max_new_tokens,
+                             extra={} if options.top_p == 1 else {"top_p": options.top_p})
         except ValueError as error:
-            raise UsageError(f"--endpoint: {error}")
-        self.models, self.error = [options.endpoint_model[0], options.endpoint_model[-1]], ""
+            raise UsageError(f"--endpoint: {str(error).removeprefix('judge ')}")
+        self.models, self.concurrency = [options.endpoint_model[0], options.endpoint_model[-1]], options.concurrency
+        self.temperature, self.has_temperature = options.temperature, options.temperature is not None
+        self.length_field = "max_tokens" if options.max_new_tokens else None
         self.seed = None if options.seed is None else convert(options.seed, "seed", "command line, --seed")
-        given = {"temperature": options.temperature, "top_p": None if options.top_p == 1 else options.top_p,
-                 "max_tokens": options.max_new_tokens}
-        self.given = {name: value for name, value in given.items() if value is not None}
 
     def settings(self):
-        return {"endpoint_model": self.models, "seed": self.seed, **self.given}
+        return {"endpoint_model": self.models, "temperature": self.temperature, "max_new_tokens": self.max_tokens,
+                "seed": self.seed, **self.extra}
 
     def __str__(self):
         return f"{self.model} at {self.where}"
@@ -310,31 +305,30 @@ class Server(ChatJudge):
         return ""
 
     def pairs(self, questions, done):
-        """Yield rows as they arrive. Raises Stopped if the server does not answer, UsageError if it takes no request."""
-        todo = len(questions) - len(done)
-        last_reply_at, answers, refused, problem = -math.inf, bool(done), [], ""
+        """Yield rows as they arrive. Raises UsageError if the server takes no request, Stopped if it does not answer."""
+        todo, last_reply_at, refused, problem = len(questions) - len(done), -math.inf, [], ""
         with Exchange(self.write, self.concurrency) as exchange:
             for question in questions:
                 if question.key not in done:
                     exchange.put(question)
             for question, found in exchange:
-                if isinstance(found, Refused):  # this prompt's own failure, unless the server refuses whatever comes
+                while self.news:
+                    say(f"{self.model}: {self.news.pop(0)}")
+                if isinstance(found, Refused):
+                    raise UsageError(f"{self.where}: {found}; check the url, the model and the key")
+                elif isinstance(found, TextRefused):
                     refused.append({"prompt": question.turns[0], "reason": f"refused: {found}", "number": question.key})
-                    problem = f"{question.place}: {found}"
-                    if found.status not in self.about_a_prompt or len(refused) == self.patience:
-                        answers = False
-                        break
+                    if len(refused) == self.patience:
+                        raise UsageError(f"{self.where}: refuses {self.patience} prompts in a row, the last with {found}")
                 elif isinstance(found, GaveUp):
                     problem = f"{question.place}: {found}"
                     if last_reply_at < found.started:  # no other request got through either: the server is down
                         exchange.stop.set()
                 else:
-                    last_reply_at, answers = time.monotonic(), True
+                    last_reply_at = time.monotonic()
                     yield [found, *refused]
                     todo -= 1 + len(refused)
                     refused = []
-        if refused and not answers:
-            raise UsageError(f"{self.where} refuses what it is asked; check the url, the model and the key ({problem})")
         if refused:
             yield refused
         if todo > len(refused):
@@ -342,28 +336,27 @@ class Server(ChatJudge):
                           f"the server answers again ({problem})")
 
     def write(self, question, stop):
-        """The row of a question, in a thread of the Exchange. Raises Refused or GaveUp."""
+        """The row of a question, in a thread of the Exchange. Raises Refused, TextRefused or GaveUp."""
         for draw in range(1, DRAWS + 1):
-            replies = [self.ask(Request(f"{question.key} {draw}", side, self.request(question, side, draw)), stop)
-                       for side in (0, 1)]
-            row = outcome(question, [(reply.text.strip(), "length" if reply.finish == "length" else "stop")
+            replies = [self.ask(self.fields(question, side, draw), stop, random.Random(f"{question.key} {draw} {side}"),
+                                self.temperature) for side in (0, 1)]
+            row = outcome(question, [(reply.content.strip(), "length" if reply.finish == "length" else "stop")
                                      for reply in replies], draw)
             if "reason" not in row:
                 break
         return row
 
-    def request(self, question, side, draw):
-        """The body of a request as JSON. Each has a seed of its own, if the user gave one."""
-        seed = {} if self.seed is None else {"seed": int(hash_of(self.seed, question.key, side, draw)[:7], 16)}
-        return json.dumps({"model": self.models[side], "messages": question.turns[0], **self.given, **seed})
+    def fields(self, question, side, draw):
+        """What a request has of its own. Each has another seed, if the user gave one."""
+        messages, tools = template_input(question.turns[0])
+        seed = None if self.seed is None else int(hash_of(self.seed, question.key, side, draw)[:7], 16)
+        return {"model": self.models[side], "messages": messages, "tools": tools, "seed": seed}
 
-    def body(self, text):
-        return json.loads(text)
-
-    def failure(self, error):
-        failed = super().failure(error)
-        failed.status = error.code
-        return failed
+    def body(self, asked, temperature):
+        """The fields of a request.  asked: its own, or the text with which Endpoint tries whether the server works."""
+        if isinstance(asked, str):
+            return super().body(asked, self.temperature) | {"model": self.models[0]}
+        return {name: value for name, value in (super().body("", temperature) | asked).items() if value is not None}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
