@@ -280,7 +280,7 @@ class Server(Endpoint):
     --concurrency of them."""
 
     chat = True
-    patience = 20  # prompts that may be refused in a row before we stop asking
+    patience = 20  # prompts in a row that may stay without a pair before we stop asking
 
     def __init__(self, options):
         try:
@@ -305,8 +305,8 @@ class Server(Endpoint):
         return ""
 
     def pairs(self, questions, done):
-        """Yield rows as they arrive. Raises UsageError if the server takes no request, Stopped if it does not answer."""
-        todo, last_reply_at, refused, problem = len(questions) - len(done), -math.inf, [], ""
+        """Yield rows as they arrive. Raises UsageError if the server is of no use, Stopped if it does not answer."""
+        todo, last_reply_at, left_out, problem = len(questions) - len(done), -math.inf, [], ""
         with Exchange(self.write, self.concurrency) as exchange:
             for question in questions:
                 if question.key not in done:
@@ -316,23 +316,27 @@ class Server(Endpoint):
                     say(f"{self.model}: {self.news.pop(0)}")
                 if isinstance(found, Refused):
                     raise UsageError(f"{self.where}: {found}; check the url, the model and the key")
-                elif isinstance(found, TextRefused):
-                    refused.append({"prompt": question.turns[0], "reason": f"refused: {found}", "number": question.key})
-                    if len(refused) == self.patience:
-                        raise UsageError(f"{self.where}: refuses {self.patience} prompts in a row, the last with {found}")
-                elif isinstance(found, GaveUp):
+                if isinstance(found, GaveUp):
                     problem = f"{question.place}: {found}"
                     if last_reply_at < found.started:  # no other request got through either: the server is down
                         exchange.stop.set()
+                    continue
+                last_reply_at = time.monotonic()
+                if isinstance(found, TextRefused):
+                    found = {"prompt": question.turns[0], "reason": f"refused: {found}", "number": question.key}
+                if "reason" in found:  # kept back, as it may be the server's fault
+                    left_out.append(found)
+                    if len(left_out) == self.patience:
+                        raise UsageError(f"{self.where}: {self.patience} prompts in a row without a usable pair; the last, "
+                                         f"{question.place}: {found['reason']}")
                 else:
-                    last_reply_at = time.monotonic()
-                    yield [found, *refused]
-                    todo -= 1 + len(refused)
-                    refused = []
-        if refused:
-            yield refused
-        if todo > len(refused):
-            raise Stopped(f"{self.where}: {todo - len(refused):,} prompts have no pair yet; the same command goes on once "
+                    yield [found, *left_out]
+                    todo -= 1 + len(left_out)
+                    left_out = []
+        if left_out:
+            yield left_out
+        if todo > len(left_out):
+            raise Stopped(f"{self.where}: {todo - len(left_out):,} prompts have no pair yet; the same command goes on once "
                           f"the server answers again ({problem})")
 
     def write(self, question, stop):
