@@ -1,4 +1,4 @@
-"""Write a trained model's answers to files that evaluation harnesses read, or show two models' answers side by side.
+"""Write a model's answers, for evaluation harnesses or as pairs to label, or show two models' answers side by side.
 
     python tools/generate.py DIR --questions FILE                          {"prompt", "response"} lines
     python tools/generate.py DIR --questions FILE --format alpaca_eval     AlpacaEval's model_outputs.json
@@ -48,6 +48,7 @@ from runtime.config import Config  # noqa: E402
 from runtime.errors import DataError, Stopped, UsageError, one_line  # noqa: E402
 from runtime.formats import checked_text, text_or_messages  # noqa: E402
 from runtime.parse import convert, load_yaml, wants_empty_system  # noqa: E402
+from runtime.ranks import bar, say  # noqa: E402
 from runtime.sources import hash_of, reading  # noqa: E402
 from tools import compare  # noqa: E402
 from tools.compare import rows_of  # noqa: E402
@@ -357,7 +358,6 @@ class Model:
 
 def generate(options):
     """Answer the questions of the command line, from where an earlier run stopped."""
-    from runtime.ranks import bar, say
     folder, = options.model
     format, name = FORMATS[options.format], options.name or Path(folder).resolve().name
     path = output_path(folder, options.output, format.path(Path(folder), name))
@@ -404,7 +404,12 @@ def output_path(model, wanted, usual):
 
 def longest_first(questions, prompts):
     """Questions by their length, so that it shows at once if the longest do not fit into memory."""
-    return sorted(questions, key=lambda question: -len(prompts(question, [])))
+    lengths = {}
+    with bar(len(questions), "reading prompts", leave=False) as progress:
+        for question in questions:
+            lengths[question.key] = len(prompts(question, []))
+            progress.update()
+    return sorted(questions, key=lambda question: -lengths[question.key])
 
 
 def answer_batch(model, batch, options):

@@ -237,19 +237,24 @@ class Writers:
     def pairs(self, questions, done):
         """Yield the rows of a batch at a time. How prompts are put into batches does not depend on what is done, so that a
         resumed run rounds as an undisturbed one."""
-        for model in self.distinct():
-            plan = longest_first(questions, model.prompts)
+        plan, *_ = [longest_first(questions, model.prompts) for model in self.distinct()]  # each refuses what it cannot read
         if len(done) < len(questions):
             for model in self.distinct():
                 model.load()
         for start in range(0, len(plan), self.options.batch_size):
             batch = [question for question in plan[start:start + self.options.batch_size] if question.key not in done]
-            rows, left = {}, batch
-            for draw in range(1, DRAWS + 1):
-                if left:
-                    rows.update((q.key, outcome(q, pair, draw)) for q, pair in zip(left, self.draw(left, draw)))
-                    left = [question for question in left if "reason" in rows[question.key]]
-            yield list(rows.values())
+            if batch:
+                yield self.rows(batch)
+
+    def rows(self, questions):
+        """The rows of a batch. What gives no pair is drawn again, together."""
+        rows, left = {}, questions
+        for draw in range(1, DRAWS + 1):
+            rows |= {question.key: outcome(question, pair, draw) for question, pair in zip(left, self.draw(left, draw))}
+            left = [question for question in left if "reason" in rows[question.key]]
+            if not left:
+                break
+        return list(rows.values())
 
     def draw(self, questions, draw):
         """[[(text, finish), (text, finish)]]: both responses to each question."""
