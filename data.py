@@ -329,6 +329,13 @@ class Renderer:
         """(prompt_ids, [response_ids, response_ids]) of one pair."""
         return self.render([(prompt, responses)])[0][:2]
 
+    def begun(self, prompt):
+        """What the template writes of a reply when it asks for one (R1's "<think>"), or "".  prompt: messages."""
+        prompt, start, _ = self._prompt_text(prompt)
+        whole = self._rendered([*prompt, {"role": "assistant", "content": SENTINEL}])
+        begun = start[len(os.path.commonprefix([start, whole or start])):]
+        return begun if begun.strip() else ""
+
     def prompt_ids(self, prompt):
         """Token ids of a prompt as the model is given it at inference."""
         if not isinstance(prompt, str) or self.tokenizer.chat_template and hh_messages(prompt):

@@ -9,8 +9,8 @@ What a failure means decides who pays for it:
     TextRefused    the endpoint works, but does not take this text (content filter, context length)
     GaveUp         it failed as often as it may; another time it could work
 
-An HTTP 400, 413 or 422 can mean either of the first two. So if nothing has got through yet, a short question of our own
-tells them apart. A field of ours that a server does not know (newer models want max_completion_tokens, and no temperature)
+An HTTP 400, 403, 413 or 422 can mean either of the first two. So if nothing has got through yet, a short question of our
+own tells them apart. A field of ours that a server does not know (newer models want max_completion_tokens, and no temperature)
 is renamed or left out from then on.
 """
 
@@ -64,12 +64,13 @@ class Rejected(Exception):
 @dataclass
 class Reply:
     """text: without the reasoning before it.  thought: the text may be reasoning that never came to its end.
-    tokens: (prompt, completion); None where the server does not say."""
+    tokens: (prompt, completion); None where the server does not say.  content: as the server sent it, if it is a text."""
     text: str
     finish: str | None
     tokens: tuple
     seconds: float
     thought: bool = False
+    content: str = ""
 
 
 class Exchange:
@@ -259,7 +260,7 @@ class Endpoint:
             return Refused(f"{message}: the endpoint has moved to {error.headers.get('Location')}; use that as the url")
         if error.code in (408, 429) or error.code >= 500:
             return Retry(message, retry_after(error.headers.get("Retry-After")))
-        return Rejected(message, about) if error.code in (400, 413, 422) else Refused(message)
+        return Rejected(message, about) if error.code in (400, 403, 413, 422) else Refused(message)
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -314,7 +315,8 @@ def read_reply(content, seconds):
     usage = body.get("usage")
     tokens = [usage.get(key) if isinstance(usage, dict) else None for key in ("prompt_tokens", "completion_tokens")]
     tokens = tuple(count if isinstance(count, int) else None for count in tokens)
-    return Reply(text, finish, tokens, seconds, thought)
+    content = message.get("content")
+    return Reply(text, finish, tokens, seconds, thought, content if isinstance(content, str) else "")
 
 
 TAG = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>", re.IGNORECASE)

@@ -2,6 +2,7 @@
 
     preference row   → parse_row       prompt, two responses, and a label or none
     SFT row          → parse_example   prompts with one response each
+    any row          → parse_prompt    its prompt alone, for a model to answer
     HH dialogue      → hh_messages     the same text as messages
     message          → message_text    all that a reader has to see of it, for people and judges
     messages         → template_input  the same as a chat template takes them, and the tools
@@ -135,6 +136,29 @@ def parse_example(row, place):
     if not examples:
         raise DataError(f"{place}, field {field}: has no assistant message that answers another message")
     return examples
+
+
+def parse_prompt(row, place):
+    """The prompt of a row, a string or messages, for a model to answer. Responses that the row has already are not read.
+
+    It is in the first column of PROMPTS that the row has; `system` and `tools` are read as in parse_row. Raises DataError
+    with `place` and the field.
+    """
+    _check_is_object(row, place)
+    field = next((name for name in PROMPTS if row.get(name) not in (None, [])), None)
+    if field is None:
+        raise _unknown_columns(row, place, "a prompt")
+    prompt = text_or_messages(row[field], f"{place}, field {field}")
+    if isinstance(prompt, str) and not prompt.strip():
+        raise DataError(f"{place}, field {field}: is empty; remove the row")
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        raise DataError(f"{place}, field {field}: ends with the assistant's message; leave that one to the model")
+    if isinstance(prompt, str) and field != "prompt":
+        prompt = [{"role": "user", "content": prompt}]
+    prompt, _ = _with_system(row, prompt, [], place)
+    answered = {"conversations", "conversation", "messages"}  # beside a prompt: the same, with a response
+    _check_all_is_used({name: value for name, value in row.items() if name not in answered}, field, [prompt], place)
+    return _with_tools(row, prompt, place)
 
 
 def _check_is_object(row, place):

@@ -346,7 +346,7 @@ def test_models_that_cannot_answer_are_refused(model, tmp_path, capsys):
     run(model, questions, "--max_new_tokens", 128, code=2)
     assert "--max_new_tokens 128: the model has 128 positions" in one_line(capsys)
     run(model, questions, "--output", "answers.txt", code=2)
-    assert "--output answers.txt: a file in the format jsonl ends in .jsonl" in one_line(capsys)
+    assert "--output answers.txt: this command writes a file that ends in .jsonl" in one_line(capsys)
     run(model, questions, "--bf16", "perhaps", code=2)
     assert "command line, --bf16: expected true or false" in one_line(capsys)
     run(model, questions, "--output", "/proc/x/y.jsonl", code=2)

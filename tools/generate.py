@@ -1,9 +1,10 @@
-"""Write a trained model's answers to files that evaluation harnesses read, or show two models' answers side by side.
+"""Write a model's answers, for evaluation harnesses or as pairs to label, or show two models' answers side by side.
 
     python tools/generate.py DIR --questions FILE                          {"prompt", "response"} lines
     python tools/generate.py DIR --questions FILE --format alpaca_eval     AlpacaEval's model_outputs.json
     python tools/generate.py DIR --questions FILE --format mt_bench        FastChat's model_answer/NAME.jsonl
     python tools/generate.py --compare A B [--questions FILE]              two answer files (or folders with one)
+    python tools/generate.py DIR --pairs --prompts FILE                    two responses a prompt, to label: tools/pairs.py
 
 DIR is a model folder or hub id; only a hub id is downloaded. FILE is JSON Lines, a JSON list, csv or parquet. What its rows
 hold, and where the answers go unless --output says otherwise:
@@ -44,9 +45,10 @@ from transformers import AutoConfig, GenerationConfig, LogitsProcessor, TopKLogi
 
 import data  # noqa: E402
 from runtime.config import Config  # noqa: E402
-from runtime.errors import DataError, UsageError, one_line  # noqa: E402
+from runtime.errors import DataError, Stopped, UsageError, one_line  # noqa: E402
 from runtime.formats import checked_text, text_or_messages  # noqa: E402
 from runtime.parse import convert, load_yaml, wants_empty_system  # noqa: E402
+from runtime.ranks import bar, say  # noqa: E402
 from runtime.sources import hash_of, reading  # noqa: E402
 from tools import compare  # noqa: E402
 from tools.compare import rows_of  # noqa: E402
@@ -56,6 +58,7 @@ from tools.exchange import replace_file  # noqa: E402
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
                 "stem": 0.1, "humanities": 0.1, "arena-hard-200": 0.0}
 OTHER_TEMPERATURE = 0.7
+OTHER = "choose another --output, or delete it"  # what to do about a file that is in the way
 ALL = 10**9  # more tokens than any text has, so nothing is cut
 
 
@@ -189,25 +192,30 @@ def read_questions(format, path):
 
 def read_answers(format, path, settings, questions):
     """{key: row} of the answers that an earlier run left. Raises UsageError if they are of other settings or questions."""
-    beside, other = settings_path(path), "choose another --output, or delete it"
     if not path.exists():
         return {}
-    if not beside.is_file():
-        raise UsageError(f"{path} exists and was not made by this command ({beside.name} does not exist): {other}")
-    before = dict(row for _, line in rows_of(beside) for row in line.items())
-    for name in settings:
-        if before.get(name) != settings[name]:
-            raise UsageError(f"{path} holds answers made with another {name} ({one_line(before.get(name), 80)}; now "
-                             f"{one_line(settings[name], 80)}): {other}")
+    check_settings(path, settings)
     found, seen, known = {}, Counter(), {question.key for question in questions}
     for place, row in rows_of(path):
         key = format.key(row)
         key = key if isinstance(key, (str, int)) else None  # belongs to no question
         seen[key] += 1
         if (key, seen[key]) not in known:
-            raise UsageError(f"{place}: answers a question that is not asked: {other}")
+            raise UsageError(f"{place}: answers a question that is not asked: {OTHER}")
         found[key, seen[key]] = row
     return found
+
+
+def check_settings(path, settings):
+    """Raise UsageError unless the file that is there was made with these settings."""
+    beside = settings_path(path)
+    if not beside.is_file():
+        raise UsageError(f"{path} exists and was not made by this command ({beside.name} does not exist): {OTHER}")
+    before = dict(row for _, line in rows_of(beside) for row in line.items())
+    for name in settings:
+        if before.get(name) != settings[name]:
+            raise UsageError(f"{path} holds answers made with another {name} ({one_line(before.get(name), 80)}; now "
+                             f"{one_line(settings[name], 80)}): {OTHER}")
 
 
 def settings_path(path):
@@ -251,6 +259,9 @@ class Prompts:
             ids = first + ids[len(ids) - self.room + len(first):]
         return ids
 
+    def cut_in_words(self):
+        return f"; {len(self.cut):,} prompts were cut to their last {self.room:,} tokens" if self.cut else ""
+
     def ends(self, lm):
         """Ids of the tokens that end an answer: the model's EOS, and those that end a reply in training."""
         ends = lm.generation_config.eos_token_id
@@ -288,19 +299,58 @@ def uniforms(seed, key, turn, count):
     return torch.rand(count, generator=torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1))
 
 
-@torch.inference_mode()
 def respond(lm, tokenizer, prompts, draw, ends):
-    """Answer prompts of token ids, padded on the left. Returns [(text, whether it came to its end)]."""
+    """Answer prompts of token ids. Returns [(text, whether it came to its end)]."""
+    return [(tokenizer.decode(ids, skip_special_tokens=True).strip(), ended)
+            for ids, ended in draw_tokens(lm, tokenizer, prompts, draw, ends)]
+
+
+@torch.inference_mode()
+def draw_tokens(lm, tokenizer, prompts, draw, ends):
+    """Continue prompts of token ids, padded on the left. Returns [(new ids up to the end token, whether one came)]."""
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=lm.device)  # (B, T)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=lm.device)
     lm.generation_config = GenerationConfig(max_new_tokens=draw.uniforms.size(1), eos_token_id=ends, pad_token_id=pad)
-    answers = []
-    for new in lm.generate(input_ids=ids, attention_mask=mask, logits_processor=[draw])[:, width:].tolist():
-        end = next((n for n, id in enumerate(new) if id in ends), None)
-        answers.append((tokenizer.decode(new[:end], skip_special_tokens=True).strip(), end is not None))
-    return answers
+    try:
+        rows = lm.generate(input_ids=ids, attention_mask=mask, logits_processor=[draw])[:, width:].tolist()
+    except torch.OutOfMemoryError:
+        raise UsageError("out of memory: lower --batch_size, with which the same command goes on, or --max_new_tokens")
+    cuts = [next((n for n, id in enumerate(new) if id in ends), None) for new in rows]
+    return [(new[:cut], cut is not None) for new, cut in zip(rows, cuts)]
+
+
+class Model:
+    """A model on this machine that answers. Its weights are read only once they are needed, by `load`.
+
+    prompts: its Prompts.  new: most tokens of an answer.
+    """
+
+    def __init__(self, name, options):
+        # Here, because --compare does without DeepSpeed.
+        import runtime.launch  # noqa: F401  first: it sets what DeepSpeed reads when it is imported
+        from runtime.model import check_models, load_tokenizer  # isort: skip
+        self.name = name
+        self.device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        self.config = model_config(name, options, self.device)
+        self.tokenizer = load_tokenizer(self.config)
+        check_models(self.config, self.tokenizer)
+        longest, self.new = lengths(self.config, options.max_new_tokens)
+        self.prompts = Prompts(self.tokenizer, longest - self.new, self.config.auto_insert_empty_system_msg)
+
+    def load(self):
+        from runtime.model import load_policy
+        self.lm = load_policy(self.config).lm.eval().to(self.device)
+        self.ends = self.prompts.ends(self.lm)
+
+    def settings(self):
+        """What, besides the flags, decides what it answers."""
+        return {"weights": weights(self.config, Path(self.name)), "bf16": self.config.bf16,
+                "prompts": self.prompts.renderer.fingerprint(), "max_new_tokens": self.new, "seed": self.config.seed}
+
+    def __str__(self):
+        return f"{self.name} on {self.device} in {'bf16' if self.config.bf16 else 'fp32'}"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -308,94 +358,88 @@ def respond(lm, tokenizer, prompts, draw, ends):
 
 def generate(options):
     """Answer the questions of the command line, from where an earlier run stopped."""
-    # Here, because --compare does without DeepSpeed.
-    import runtime.launch  # noqa: F401  first: it sets what DeepSpeed reads when it is imported
-    from runtime.model import check_models, load_policy, load_tokenizer  # isort: skip
-    from runtime.ranks import bar, say
-    format, name = FORMATS[options.format], options.name or Path(options.model).resolve().name
-    folder, path = Path(options.model), output_path(options, format, name)
+    folder, = options.model
+    format, name = FORMATS[options.format], options.name or Path(folder).resolve().name
+    path = output_path(folder, options.output, format.path(Path(folder), name))
     questions = read_questions(format, options.questions)
     if options.temperature is not None:
         for question in questions:
             question.temperature = options.temperature
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    config = model_config(options, folder, device)
-    tokenizer = load_tokenizer(config)
-    check_models(config, tokenizer)
-    longest, new = lengths(config, options.max_new_tokens)
-    prompts = Prompts(tokenizer, longest - new, config.auto_insert_empty_system_msg)
-    settings = {"format": options.format, "name": name, "weights": weights(config, folder),
-                "bf16": config.bf16, "prompts": prompts.renderer.fingerprint(), "max_new_tokens": new,
-                "temperature": options.temperature, "top_p": options.top_p, "top_k": options.top_k, "seed": config.seed}
+    model = Model(folder, options)
+    prompts = model.prompts
+    settings = {"format": options.format, "name": name, **model.settings(), "temperature": options.temperature,
+                "top_p": options.top_p, "top_k": options.top_k}
     answers = read_answers(format, path, settings, questions)
     kept, todo = len(answers), [question for question in questions if question.key not in answers]
     if todo:
-        first = {question.key: len(prompts(question, [])) for question in todo}
-        todo.sort(key=lambda question: -first[question.key])  # if the longest do not fit into memory, that shows at once
+        todo = longest_first(todo, prompts)
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(settings_path(path), json.dumps(settings) + "\n")
-        lm = load_policy(config).lm.eval().to(device)
-        ends = prompts.ends(lm)
-        say(f"{len(todo):,} questions to {options.model} on {device} in {'bf16' if config.bf16 else 'fp32'}, "
-            f"{how_asked(prompts, questions)}")
+        model.load()
+        say(f"{len(todo):,} questions to {model}, {how_asked(prompts, questions)}")
     unfinished = 0
     with bar(len(questions), "answers", initial=kept) as progress:
         for start in range(0, len(todo), options.batch_size):
             batch = todo[start:start + options.batch_size]
-            for question, turns, open_ends in answer_batch(lm, tokenizer, prompts, batch, ends, new, options, config.seed):
+            for question, turns, open_ends in answer_batch(model, batch, options):
                 answers[question.key] = format.answer(question, turns, name)
                 unfinished += open_ends
             replace_file(path, format.text([answers[q.key] for q in questions if q.key in answers]))
             progress.update(len(batch))
     say(f"{len(answers):,} answers in {path}" + (f", {kept:,} of them from before" if kept else "")
-        + (f"; {unfinished:,} did not end within {new:,} tokens" if unfinished else "")
-        + (f"; {len(prompts.cut):,} prompts were cut to their last {prompts.room:,} tokens" if prompts.cut else ""))
+        + (f"; {unfinished:,} did not end within {model.new:,} tokens" if unfinished else "") + prompts.cut_in_words())
 
 
-def output_path(options, format, name):
-    """Where the answers go. Raises UsageError if it has to be said, or has the wrong ending."""
-    folder = Path(options.model)
-    if not folder.is_dir() and not options.output:
-        raise UsageError(f"{options.model}: there is no such folder here; for a model on the hub say --output FILE too")
-    usual = format.path(folder, name)
-    path = Path(options.output) if options.output else usual
+def output_path(model, wanted, usual):
+    """Where the answers go. Raises UsageError if it has to be said, or has the wrong ending.
+
+    wanted: what --output says, or None.  usual: the place in the model's folder."""
+    if not Path(model).is_dir() and not wanted:
+        raise UsageError(f"{model}: there is no such folder here; for a model on the hub say --output FILE too")
+    path = Path(wanted) if wanted else usual
     if path.suffix != usual.suffix:
-        raise UsageError(f"--output {path}: a file in the format {options.format} ends in {usual.suffix}")
+        raise UsageError(f"--output {path}: this command writes a file that ends in {usual.suffix}")
     return path
 
 
-def answer_batch(lm, tokenizer, prompts, batch, ends, new, options, seed):
+def longest_first(questions, prompts):
+    """Questions by their length, so that it shows at once if the longest do not fit into memory."""
+    lengths = {}
+    with bar(len(questions), "reading prompts", leave=False) as progress:
+        for question in questions:
+            lengths[question.key] = len(prompts(question, []))
+            progress.update()
+    return sorted(questions, key=lambda question: -lengths[question.key])
+
+
+def answer_batch(model, batch, options):
     """Answer a batch, turn by turn. Returns (question, its answers, how many of them did not come to their end) of each."""
     turns, open_ends = [[] for _ in batch], [0] * len(batch)
     for turn in range(max(len(question.turns) for question in batch)):
         rows = [n for n, question in enumerate(batch) if turn < len(question.turns)]
-        draw = Draw(torch.tensor([batch[n].temperature for n in rows], device=lm.device),
-                    torch.stack([uniforms(seed, batch[n].key, turn, new) for n in rows]).to(lm.device),
+        draw = Draw(torch.tensor([batch[n].temperature for n in rows], device=model.device),
+                    torch.stack([uniforms(model.config.seed, batch[n].key, turn, model.new) for n in rows]).to(model.device),
                     options.top_p, options.top_k)
-        try:
-            found = respond(lm, tokenizer, [prompts(batch[n], turns[n]) for n in rows], draw, ends)
-        except torch.OutOfMemoryError:
-            raise UsageError(f"out of memory at batch_size {options.batch_size}: lower --batch_size, with which the same "
-                             "command goes on, or --max_new_tokens")
-        for n, (text, ended) in zip(rows, found):
+        asked = [model.prompts(batch[n], turns[n]) for n in rows]
+        for n, (text, ended) in zip(rows, respond(model.lm, model.tokenizer, asked, draw, model.ends)):
             turns[n].append(text)
             open_ends[n] += not ended
     return zip(batch, turns, open_ends)
 
 
-def model_config(options, folder, device):
+def model_config(name, options, device):
     """The Config with which runtime/model.py loads the model. A key that is not given is as the training run had it."""
     keys = ("bf16", "seed", "chat_template", "auto_insert_empty_system_msg", "model_revision", "trust_remote_code")
     given = {key: convert(getattr(options, key), key, f"command line, --{key}") for key in keys
              if getattr(options, key) is not None}
-    saved, key = folder / "config.yaml", "auto_insert_empty_system_msg"
+    saved, key = Path(name) / "config.yaml", "auto_insert_empty_system_msg"
     if saved.is_file():
         with reading(saved):
             trained = load_yaml(saved.read_text(encoding="utf-8"), saved)
         if isinstance(trained, dict) and key in trained:
             given.setdefault(key, convert(trained[key], key, f"{saved}, {key}"))
-    given.setdefault(key, wants_empty_system(options.model))
-    return Config(model_name_or_path=options.model, **{"bf16": device.type != "cpu"} | given)
+    given.setdefault(key, wants_empty_system(name))
+    return Config(model_name_or_path=name, **{"bf16": device.type != "cpu"} | given)
 
 
 def lengths(config, wanted):
@@ -433,44 +477,66 @@ def how_asked(prompts, questions):
 
 
 def main(argv=None):
+    from tools import pairs  # here, because it imports this file
     parser = argparse.ArgumentParser(prog="tools/generate.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", nargs="?", metavar="DIR", help="model folder or hub id")
+    parser.add_argument("model", nargs="*", default=[], metavar="DIR", help="model folder or hub id; for pairs one or two")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="print two answer files side by side")
     parser.add_argument("--questions", metavar="FILE", help="what to ask")
     parser.add_argument("--format", choices=FORMATS, default="jsonl", help="default: jsonl")
-    parser.add_argument("--output", metavar="FILE", help="where the answers go")
+    parser.add_argument("--pairs", action="store_true", help="write two responses a prompt, to label (tools/pairs.py)")
+    parser.add_argument("--prompts", metavar="FILE", help="of the pairs: rows with a prompt, a .txt with one a line, or toy")
+    parser.add_argument("--endpoint", metavar="URL", help="of the pairs: an OpenAI-compatible server that writes them")
+    parser.add_argument("--endpoint_model", nargs="+", metavar="NAME", help="its model, or two")
+    parser.add_argument("--endpoint_key_env", metavar="VARIABLE", default="OPENAI_API_KEY", help="environment variable with "
+                        "its API key, if it needs one; default: OPENAI_API_KEY")
+    parser.add_argument("--concurrency", type=int, default=8, help="pairs that it writes at the same time; default: 8")
+    parser.add_argument("--output", metavar="FILE", help="where the answers or pairs go")
     parser.add_argument("--name", help="the model's name in the file; default: the folder's")
     parser.add_argument("--max_new_tokens", type=int, help="of an answer; default: 1024, or half the model's positions")
-    parser.add_argument("--temperature", type=float, help="0: greedy; default: 0, for mt_bench that of the category")
+    parser.add_argument("--temperature", type=float, help="0: greedy; default: 0, for mt_bench that of the category, for "
+                                                          "pairs 1")
     parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest tokens of this mass; default: 1")
     parser.add_argument("--top_k", type=int, default=0, help="draw from this many likeliest tokens; default: 0, from all")
     parser.add_argument("--batch_size", type=int, default=16, help="questions at a time; default: 16")
     for key in ("seed", "bf16", "chat_template", "auto_insert_empty_system_msg", "model_revision", "trust_remote_code"):
         parser.add_argument(f"--{key}", nargs="?", const="true", help="as in train.py"
                             + ("; default: true if there is a GPU" if key == "bf16" else ""))
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
+    wrong = misuse(options) or pairs.misuse(options, {name for name in vars(options)
+                                                      if getattr(options, name) != parser.get_default(name)})
+    if wrong:
+        parser.error(wrong)
     if options.compare:
         return compare.main(*options.compare, options.questions)
-    if not options.model or not options.questions:
-        parser.error("say DIR and --questions FILE, or --compare A B")
-    for flag, right, what in (("temperature", (options.temperature or 0) >= 0, "0 or more"),
-                              ("top_p", 0 < options.top_p <= 1, "more than 0 and at most 1"),
-                              ("top_k", options.top_k >= 0, "0 or more"),
-                              ("batch_size", options.batch_size > 0, "1 or more"),
-                              ("max_new_tokens", (options.max_new_tokens or 1) > 0, "1 or more")):
-        if not right:
-            parser.error(f"--{flag} {getattr(options, flag)}: expected {what}")
-    if options.name and not (options.name.isprintable() and "/" not in options.name):
-        parser.error(f"--name {options.name!r}: cannot be the name of a file")
     try:
-        generate(options)
+        (pairs.generate if options.pairs else generate)(options)
     except KeyboardInterrupt:
         print("tools/generate.py: stopped; the same command goes on with the answers that are there", file=sys.stderr)
+        return 75
+    except Stopped as stop:
+        print(f"tools/generate.py: {one_line(stop)}", file=sys.stderr)
         return 75
     except (UsageError, OSError) as error:
         print(f"tools/generate.py: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def misuse(options):
+    """What is wrong with the command line, or None."""
+    if not (options.compare or options.pairs or options.questions and len(options.model) == 1):
+        return "say DIR and --questions FILE, or DIR --pairs --prompts FILE, or --compare A B"
+    for flag, right, what in (("temperature", (options.temperature or 0) >= 0, "0 or more"),
+                              ("top_p", 0 < options.top_p <= 1, "more than 0 and at most 1"),
+                              ("top_k", options.top_k >= 0, "0 or more"),
+                              ("batch_size", options.batch_size > 0, "1 or more"),
+                              ("concurrency", options.concurrency > 0, "1 or more"),
+                              ("max_new_tokens", (options.max_new_tokens or 1) > 0, "1 or more")):
+        if not right:
+            return f"--{flag} {getattr(options, flag)}: expected {what}"
+    if options.name and not (options.name.isprintable() and "/" not in options.name):
+        return f"--name {options.name!r}: cannot be the name of a file"
+    return None
 
 
 if __name__ == "__main__":
