@@ -10,8 +10,8 @@ What a failure means decides who pays for it:
     GaveUp         it failed as often as it may; another time it could work
 
 An HTTP 400, 403, 413 or 422 can mean either of the first two. So if nothing has got through yet, a short question of our
-own tells them apart. A field of ours that a server does not know (newer models want max_completion_tokens, and no temperature)
-is renamed or left out from then on.
+own tells them apart. A field of ours that a server does not know (newer models want max_completion_tokens, and no
+temperature) is renamed or left out from then on.
 """
 
 import email.utils
