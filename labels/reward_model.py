@@ -43,7 +43,10 @@ class RewardModelJudge(Judge):
                  unanswerable="skip", wait_minutes=60.0):
         super().__init__(texts, str(name_or_path), seed, disagreement, unanswerable, wait_minutes)
         self.batch_size = batch_size
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError as error:
+            raise ValueError(f"judge_device {device}: {one_line(error, 100)}")
         self.tokenizer, self.lm = self._load(name_or_path)
         self.inputs = inspect.signature(self.lm.forward).parameters
         self.pads = self._set_padding()
@@ -53,8 +56,9 @@ class RewardModelJudge(Judge):
 
     @classmethod
     def configured(cls, config, texts):
-        return cls(texts, config.judge_model, seed=config.seed, disagreement=config.judge_disagreement,
-                   unanswerable=config.judge_unanswerable, wait_minutes=config.oracle_wait_minutes)
+        return cls(texts, config.judge_model, device=config.judge_device, seed=config.seed,
+                   disagreement=config.judge_disagreement, unanswerable=config.judge_unanswerable,
+                   wait_minutes=config.oracle_wait_minutes)
 
     def _load(self, name_or_path):
         """(tokenizer, model on the device)."""

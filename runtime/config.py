@@ -86,6 +86,8 @@ class Config:
     judge: str = key("chat", "kind of judge: chat (an OpenAI-compatible endpoint) or reward_model (a sequence classifier)")
     judge_url: str | None = key(None, "base URL of the endpoint, such as http://127.0.0.1:8000/v1")
     judge_model: str | None = key(None, "name of the judge at its endpoint, or hub id or folder of the reward model")
+    judge_device: str | None = key(None, "where the reward model runs, such as cpu or cuda:1; null: on the GPU of the first "
+                                         "process, whose memory it shares")
     judge_api_key_env: str = key("OPENAI_API_KEY", "environment variable with the endpoint's API key, if it needs one")
     judge_concurrency: int = key(8, "requests to send at the same time", low=1)
     judge_timeout: float = key(60.0, "seconds that a request may take", low=0.1, high=86400)
@@ -160,10 +162,11 @@ FREE_ON_RESUME = {"logging_steps", "logging_first_step", "log_level", "eval_stra
                   "do_eval", "max_eval_samples", "per_device_eval_batch_size", "save_strategy", "save_steps",
                   "save_total_limit", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id",
                   "hub_model_revision", "preprocessing_num_workers", "num_threads", "output_dir", "toy_dir",
-                  "oracle_wait_minutes", "price_per_label", "judge_url", "judge_api_key_env", "judge_concurrency",
-                  "judge_timeout", "judge_prompt", "judge_max_tokens", "judge_extra_body", "judge_disagreement",
-                  "judge_unanswerable", "judge_prompt_price", "judge_completion_price", "per_device_train_batch_size",
-                  "gradient_accumulation_steps", "micro_batch_tokens", "gradient_checkpointing", "deepspeed",
+                  "oracle_wait_minutes", "price_per_label", "judge_url", "judge_device", "judge_api_key_env",
+                  "judge_concurrency", "judge_timeout", "judge_prompt", "judge_max_tokens", "judge_extra_body",
+                  "judge_disagreement", "judge_unanswerable", "judge_prompt_price", "judge_completion_price",
+                  "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_tokens",
+                  "gradient_checkpointing", "deepspeed",
                   "max_queries"}  # a larger budget does not change what was computed under the old one, nor does another way
 #                                    to ask a judge; its rubric's content must stay (ChatJudge.check)
 

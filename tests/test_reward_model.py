@@ -1,5 +1,6 @@
 """labels/reward_model.py with a tiny reward model: `python -m pytest tests/test_reward_model.py`."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -15,6 +16,7 @@ from labels.judge import coin, judged
 from labels.ledger import Ledger
 from labels.reward_model import RewardModelJudge
 from runtime import toy
+from runtime.config import Config
 
 
 def answers(ledger):
@@ -122,6 +124,14 @@ def test_a_model_without_a_padding_token_scores_the_same(reward_model, reviews, 
     assert padded.pads and not single.pads
     rows = [row for pair in reviews for row in padded.rows(pair)]
     assert padded.scores(rows) == pytest.approx(single.scores(rows), abs=1e-4)
+
+
+def test_it_runs_where_the_key_says(reward_model, reviews):
+    """On the device "meta", which is there on any machine."""
+    config = Config(judge_model=str(reward_model), judge_device="meta")
+    assert RewardModelJudge.configured(config, as_json(reviews)).lm.device.type == "meta"
+    with pytest.raises(ValueError, match="^judge_device gpu: Expected one of cpu, cuda"):
+        RewardModelJudge.configured(dataclasses.replace(config, judge_device="gpu"), as_json(reviews))
 
 
 def test_a_long_text_loses_its_beginning(reward_model, ledger):
