@@ -9,9 +9,9 @@ What a failure means decides who pays for it:
     TextRefused    the endpoint works, but does not take this text (content filter, context length)
     GaveUp         it failed as often as it may; another time it could work
 
-An HTTP 400, 403, 413 or 422 can mean either of the first two. So if nothing has got through yet, a short question of our
-own tells them apart. A field of ours that a server does not know (newer models want max_completion_tokens, and no
-temperature) is renamed or left out from then on.
+An HTTP 400, 403, 413 or 422 can mean either of the first two: a short question of our own tells them apart. A field of
+ours that a server does not know (newer models want max_completion_tokens, and no temperature) is renamed or left out from
+then on.
 """
 
 import email.utils
@@ -150,7 +150,7 @@ class Endpoint:
         self.model, self.timeout, self.retries = model, timeout, retries
         self.max_tokens, self.extra = max_tokens, extra or {}
         self.opener = urllib.request.build_opener(NoRedirect)
-        self.length_field, self.has_temperature, self.works, self.news = "max_tokens", True, False, []
+        self.length_field, self.has_temperature, self.news = "max_tokens", True, []
         self.lock = threading.Lock()
 
     def ask(self, text, stop, draw, temperature=0):
@@ -178,9 +178,7 @@ class Endpoint:
         while True:
             body = self.body(text, temperature)
             try:
-                reply = self.send(body)
-                self.works = True
-                return reply
+                return self.send(body)
             except Rejected as error:
                 if not self.adapt(error, body):
                     self.check_works()
@@ -214,15 +212,12 @@ class Endpoint:
         return False
 
     def check_works(self):
-        """After a rejection: raise Refused if a question that nobody can object to is rejected too. Asked until something
-        has got through once."""
-        with self.lock:
-            if not self.works:
-                try:
-                    self.send(self.body("Reply with the word yes.", 0))
-                except Rejected as error:
-                    raise Refused(str(error))
-                self.works = True
+        """After a rejection: raise Refused if a question that nobody can object to is rejected too. It is asked each time: a
+        key can be revoked, or a model unloaded, in the middle of a run."""
+        try:
+            self.send(self.body("Reply with the word yes.", 0))
+        except Rejected as error:
+            raise Refused(str(error))
 
     def send(self, body):
         """Send one HTTP request and return its Reply. Raises Retry, Refused or Rejected."""

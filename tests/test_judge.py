@@ -437,7 +437,15 @@ def test_a_setup_that_refuses_every_pair_stops_and_gives_up_none(serve, ledger):
     questions = [question(f"p{n}") for n in range(64)]
     with pytest.raises(Waiting, match="64 of 64 .*the last 20 replies held no usable verdict: 20 × 'HTTP 400 filtered'"):
         chat(server, concurrency=4).answer(questions, ledger)
-    assert answers(ledger) == {} and len(server.bodies) <= 20 + 2 * 4
+    assert answers(ledger) == {} and len(server.bodies) <= 2 * (20 + 2 * 4)
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404])
+def test_a_key_that_is_revoked_in_the_middle_stops_at_once_and_gives_up_no_pair(serve, ledger, status):
+    server = serve(lambda prompt, n: right(prompt, n) if len(server.bodies) <= 6 else (status, {}, {"error": "revoked"}))
+    with pytest.raises(Waiting, match=f"HTTP {status} revoked; check the url, the model, the key"):
+        chat(server, concurrency=1).answer(QUESTIONS, ledger)
+    assert answers(ledger) == {pair: TRUTHS[pair] for pair in PAIRS[:3]} and len(server.bodies) <= 10
 
 
 def test_a_pair_that_the_judge_talks_nonsense_about_is_paid_for_once(serve, ledger):

@@ -378,9 +378,10 @@ def test_a_server_that_refuses_everything_is_an_error_in_one_line(serve, prompts
 
 
 @pytest.mark.parametrize("reply, requests, reason", [
-    ((403, {}, "no"), 1, 'refused: HTTP 403 "no"'), (completion("greedy"), 10, "equal responses, in draw 5 too")])
+    ((403, {}, "no"), 2, 'refused: HTTP 403 "no"'), (completion("greedy"), 10, "equal responses, in draw 5 too")])
 def test_a_server_that_is_of_no_use_stops_the_run_and_nobody_is_left_out(serve, tmp_path, capsys, reply, requests, reason):
-    server, prompts = serve(lambda prompt, n: written(prompt, n) if len(server.bodies) <= 20 else reply), tmp_path / "p.txt"
+    server = serve(lambda prompt, n: written(prompt, n) if len(server.bodies) <= 20 or "the word yes" in prompt else reply)
+    prompts = tmp_path / "p.txt"
     prompts.write_text("".join(f"prompt {n}\n" for n in range(99)))
     ask(server, prompts, tmp_path / "pairs.jsonl", "--concurrency", 1, code=2)
     assert f"20 prompts in a row without a usable pair; the last, {prompts}, row 30: {reason}" in one_line(capsys)
