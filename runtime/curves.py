@@ -106,7 +106,9 @@ def draw(runs):
             axis.set_title(title)
         if any(points(rows, None, "step", "audit_accuracy") for rows in runs.values()):
             axes[0, 3].set_title("pseudo-labels right; band: audit")
-        axes[0, 2].set_ylim(0, 1.05)
+        axes[0, 2].set_ylim(0, 1)
+        for axis in axes[0, [0, 3]]:  # the rows share their scales
+            axis.set_ylim(top=min(1, axis.get_ylim()[1]))  # no accuracy is above 1, where matplotlib's margin would go
         keys = [Line2D([], [], **look(n)) for n in range(len(runs))]
         figure.legend(keys, [literal(label) for label in runs], loc="outside upper center", ncols=min(4, len(runs)),
                       frameon=False, handlelength=3.2)
@@ -135,7 +137,7 @@ def draw_run(axis, rows, split, x, metric, style):
         axis.fill_between(at, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axis.plot(at, middle, color=style["color"], linewidth=0.7, linestyle=style["linestyle"])
     if curve:
-        axis.plot(*zip(*curve), **style, markevery=max(1, len(curve) // 9))
+        axis.plot(*zip(*curve), **style, markevery=max(1, len(curve) // 9), clip_on=False)  # a curve at 1 stays whole
     return bool(curve or band)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import datasets
@@ -130,3 +131,19 @@ def test_a_plan_follows_from_the_memory_of_the_table_and_from_what_is_assumed():
     assert found["least"] < found["most"] <= found["least"] + min(found["compute"], found["wire"]) + 1e-9
     once = fit.plan(config, 8, SimpleNamespace(**assumed | {"micro_steps": 1}))
     assert found["bytes on the wire"] == 2 * once["bytes on the wire"] and found["Adam"] == once["Adam"]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--tokens", "-5"), "--tokens -5: expected more than 0"), (("--gpus", "0"), "--gpus 0: expected more than 0"),
+    (("--plan", "--wire", "0"), "--wire 0.0: expected"), (("--plan", "--gpus-a-host", "0"), "--gpus-a-host 0: expected"),
+    (("--plan", "--tflops", "nan"), "--tflops nan: expected"), (("nowhere",), "nowhere: no config.json there")])
+def test_numbers_without_a_meaning_are_refused(flags, words):
+    done = subprocess.run([sys.executable, "tools/fit.py", *flags], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+def test_a_config_that_is_none(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{]")
+    assert fit.main(fit.parse([str(tmp_path)])) == 2
+    assert capsys.readouterr().err.startswith(f"tools/fit.py: {tmp_path}: config.json cannot be used (")

@@ -418,6 +418,15 @@ def test_every_format_is_compared_and_folders_are_looked_into(model, tmp_path, c
     assert "holds no responses.jsonl or model_outputs.json" in one_line(capsys)
 
 
+def test_compare_is_a_command_of_its_own(tmp_path):
+    a, b = sides(tmp_path, [("prompt", "one")], [("prompt", "two")])
+    done = subprocess.run([sys.executable, ROOT / "tools/compare.py", a, b], cwd="/", capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "1 questions in both, 0 answers the same" in done.stdout
+    done = subprocess.run([sys.executable, ROOT / "tools/compare.py", a, "nowhere"], cwd="/", capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "tools/compare.py: nowhere: there is no such file\n"
+
+
 def test_a_pipe_that_is_closed_early_is_not_an_error(tmp_path):
     a, b = sides(tmp_path, [(f"prompt {n}", "word " * 99) for n in range(999)], [(f"prompt {n}", "x") for n in range(999)])
     done = subprocess.run(f"{sys.executable} tools/generate.py --compare {a} {b} | head -n 2; exit ${{PIPESTATUS[0]}}",

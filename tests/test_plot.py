@@ -67,6 +67,16 @@ def test_an_audit_is_a_band_of_its_interval(tmp_path):
     assert not figure.axes[0].collections
 
 
+def test_the_axes_of_shares_end_at_1(tmp_path):
+    """Also where a curve reaches 1, and without stretching those of low accuracy."""
+    for last, top in ((1.0, 1.0), (0.52, None)):
+        rows = [row(0, 0, "eval"), row(1, 8, pseudo_label_accuracy=last), row(2, 12, "eval", **{"rewards/accuracies": last})]
+        figure = curves.draw({"run": curves.read_metrics(write(tmp_path / "run", rows))})
+        tops = [figure.axes[n].get_ylim()[1] for n in (0, 3, 4, 7)]
+        assert all(found == top if top else 0.52 < found < 0.6 for found in tops)
+        assert figure.axes[2].get_ylim() == figure.axes[6].get_ylim() == (0, 1)
+
+
 def test_names_are_drawn_as_they_are(tmp_path):
     rows = curves.read_metrics(write(tmp_path / "run", ROWS))
     figure = curves.draw({"_hidden": rows, r"$\nonsense$": rows, "two\nlines": rows})

@@ -1,15 +1,18 @@
-"""Two models' answers side by side in a terminal: tools/generate.py --compare.
+"""Two models' answers side by side in a terminal.
 
-    python tools/generate.py --compare A B [--questions FILE]
+    python tools/compare.py A B [--questions FILE]
+    python tools/generate.py --compare A B [--questions FILE]      the same
 
 A, B: files written by tools/generate.py (responses.jsonl, AlpacaEval's model_outputs.json, FastChat's NAME.jsonl), or
 folders that contain one. Answers are matched by their question. FastChat's files do not contain the questions:
 --questions question.jsonl adds them.
 
 In a terminal the text goes through $PAGER (or less). Into a pipe it is printed, as wide as $COLUMNS (default 80). Control
-characters are written out, as in \\x1b, so that an answer cannot control the terminal.
+characters are written out, as in \\x1b, so that an answer cannot control the terminal. Exit code 2: a file cannot be used;
+one line says why.
 """
 
+import argparse
 import os
 import pydoc
 import re
@@ -18,10 +21,12 @@ import sys
 import unicodedata
 from pathlib import Path
 
-from runtime.errors import DataError, UsageError
-from runtime.formats import text_or_messages
-from runtime.sources import find_file, read_file
-from tools.exchange import as_text
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, for the imports below
+
+from runtime.errors import DataError, UsageError  # noqa: E402
+from runtime.formats import text_or_messages  # noqa: E402
+from runtime.sources import find_file, read_file  # noqa: E402
+from tools.exchange import as_text  # noqa: E402
 
 FOLDER = ("responses.jsonl", "model_outputs.json", "data/mt_bench/model_answer/*.jsonl")  # where a folder keeps its answers
 
@@ -138,8 +143,9 @@ def side_by_side(a, b, width, questions=None):
     return lines
 
 
-def main(a, b, question_file=None):
-    """Print the comparison of two files or folders, or show it in a pager. Returns the exit code."""
+def main(a, b, question_file=None, command="tools/generate.py"):
+    """Print the comparison of two files or folders, or show it in a pager. Returns the exit code. command: who is named in an
+    error."""
     try:
         paths = [find(path) for path in (a, b)]
         sides = [read(path) for path in paths]
@@ -149,7 +155,7 @@ def main(a, b, question_file=None):
         if question_file:
             questions = {row.get("question_id"): row.get("turns") for _, row in rows_of(question_file)}
     except UsageError as error:
-        print(f"tools/generate.py: {error}", file=sys.stderr)
+        print(f"{command}: {error}", file=sys.stderr)
         return 2
     text = "\n".join(side_by_side(*sides, max(20, shutil.get_terminal_size().columns), questions))
     if sys.stdout.isatty():
@@ -160,3 +166,17 @@ def main(a, b, question_file=None):
     except BrokenPipeError:  # the reader has stopped reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(prog="tools/compare.py", description=__doc__.split("\n\n")[0])
+    parser.add_argument("a", metavar="A", help="a file written by tools/generate.py, or a folder that holds one")
+    parser.add_argument("b", metavar="B", help="the other model's")
+    parser.add_argument("--questions", metavar="FILE", help="FastChat's question.jsonl, for files without the questions")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show some letters shows ? instead
+    options = parse()
+    sys.exit(main(options.a, options.b, options.questions, "tools/compare.py"))

@@ -8,15 +8,21 @@
     python tools/fit.py MODEL_DIR --plan --gpus 16 --tflops 300 --wire 12.5
 
 The estimate is of what train.py holds at the peak of a step, from the shapes alone; benchmarks/results/speed.md compares it
-with measured peaks. It leaves out what the CUDA context, NCCL and fragmentation take, so keep 10 to 20 % free.
+with measured peaks. It leaves out what the CUDA context, NCCL and fragmentation take, so keep 10 to 20 % free. Exit code 2: there
+is no such model, or a number makes no sense; one line says which.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 import torch
 import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, for the import below
+
+from runtime.errors import one_line  # noqa: E402
 
 GB = 1e9
 # Rows of the table: name, and the keys of a Llama config.
@@ -170,24 +176,37 @@ def parse(argv=None):
     parser.add_argument("--wire", type=float, default=25, help="GB/s per GPU and direction, between hosts")
     parser.add_argument("--pcie", type=float, default=25, help="GB/s per GPU")
     parser.add_argument("--host-memory", type=float, default=200, help="GB/s per host")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    for name in ("gpus", "tokens", "micro_steps", "tflops", "gpus_a_host", "nvlink", "wire", "pcie", "host_memory"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {value}: expected more than 0")
+    return options
 
 
 def main(options):
     if not options.model:
         name = "Zephyr-7B"
-        return print(plan_table(name, transformers.LlamaConfig(**SHAPES[name]), options) if options.plan else table())
+        print(plan_table(name, transformers.LlamaConfig(**SHAPES[name]), options) if options.plan else table())
+        return 0
     if not (Path(options.model) / "config.json").is_file():
-        sys.exit(f"error: {options.model}: no config.json there; name a model folder")
-    config = transformers.AutoConfig.from_pretrained(options.model)
+        print(f"tools/fit.py: {options.model}: no config.json there; name a model folder", file=sys.stderr)
+        return 2
+    try:
+        config = transformers.AutoConfig.from_pretrained(options.model)
+    except (ValueError, OSError) as error:
+        print(f"tools/fit.py: {options.model}: config.json cannot be used ({one_line(error, 300)})", file=sys.stderr)
+        return 2
     if options.plan:
-        return print(plan_table(Path(options.model).name, config, options))
+        print(plan_table(Path(options.model).name, config, options))
+        return 0
     memory = rank_memory(config, options.gpus or 1, options.zero, not options.fp32, not options.no_checkpointing,
                          options.tokens, offload=options.offload)
     for part, size in memory.items():
         print(f"{part:>12} {size / GB:8.2f} GB")
     print(f"{'together':>12} {sum(memory.values()) / GB:8.2f} GB a GPU")
+    return 0
 
 
 if __name__ == "__main__":
-    main(parse())
+    sys.exit(main(parse()))
