@@ -144,8 +144,10 @@ def side_by_side(a, b, width, questions=None):
 
 
 def main(a, b, question_file=None, command="tools/generate.py"):
-    """Print the comparison of two files or folders, or show it in a pager. Returns the exit code. command: who is named in an
-    error."""
+    """Print the comparison of two files or folders, or show it in a pager. Returns the exit code.
+
+    command: named in errors.
+    """
     try:
         paths = [find(path) for path in (a, b)]
         sides = [read(path) for path in paths]

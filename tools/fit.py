@@ -8,8 +8,9 @@
     python tools/fit.py MODEL_DIR --plan --gpus 16 --tflops 300 --wire 12.5
 
 The estimate is of what train.py holds at the peak of a step, from the shapes alone; benchmarks/results/speed.md compares it
-with measured peaks. It leaves out what the CUDA context, NCCL and fragmentation take, so keep 10 to 20 % free. Exit code 2: there
-is no such model, or a number makes no sense; one line says which.
+with measured peaks. It leaves out what the CUDA context, NCCL and fragmentation take, so keep 10 to 20 % free.
+
+Exit code 2: there is no such model, or a number makes no sense; one line says which.
 """
 
 import argparse
