@@ -2,7 +2,7 @@
 
     Ledger.add(source, answers)     commit answers; a pair keeps its first one
     Ledger.take(ids)                the labels of these pairs, as far as they are answered; 0: without a preference
-    Ledger.put_questions, lease, answer_question, retract      what people and their tools use
+    Ledger.put_questions, lease, answer_question, retract      what people and their tools use; Panel says how many are asked
     Ledger.add_verdict              everything an annotator said, including what did not become the answer
 
 The run, the labelling page and the tools share this file and nothing else. The run uses a label only after the ledger
@@ -19,8 +19,10 @@ To look at a ledger: `python tools/ledger.py OUTPUT_DIR`.
 """
 
 import contextlib
+import json
 import sqlite3
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 from runtime.errors import UsageError
@@ -67,15 +69,23 @@ TABLES = """
         pair TEXT PRIMARY KEY,
         prompt TEXT NOT NULL, first TEXT NOT NULL, second TEXT NOT NULL,  -- JSON: a string or a list of messages
         margin REAL, step INTEGER NOT NULL, audit INTEGER NOT NULL, asked_at REAL NOT NULL,
-        leased_to TEXT, leased_until REAL                 -- who is looking at it, and until when
+        open INTEGER NOT NULL DEFAULT 1                   -- the pair has no answer; triggers keep it so
     ) WITHOUT ROWID;
+    CREATE INDEX IF NOT EXISTS open_questions ON questions (step, pair) WHERE open;
+    CREATE INDEX IF NOT EXISTS questions_by_step ON questions (step);
+    CREATE TABLE IF NOT EXISTS leases (                   -- who is looking at an open question, and until when
+        pair TEXT NOT NULL, annotator TEXT NOT NULL, until REAL NOT NULL, PRIMARY KEY (pair, annotator)
+    ) WITHOUT ROWID;
+    CREATE INDEX IF NOT EXISTS leases_by_annotator ON leases (annotator);
     CREATE TABLE IF NOT EXISTS verdicts (                 -- everything said: both orders of a judge, second opinions
         id INTEGER PRIMARY KEY,
         pair TEXT NOT NULL, annotator TEXT NOT NULL,
         verdict INTEGER NOT NULL CHECK (verdict IN (1, 0, -1)),           -- 0: no preference, or an unusable reply
-        seconds REAL, cost REAL, detail TEXT, at REAL NOT NULL
+        seconds REAL, cost REAL, detail TEXT, at REAL NOT NULL,
+        person INTEGER NOT NULL DEFAULT 0                 -- the opinion of a person, which counts towards the label
     );
     CREATE INDEX IF NOT EXISTS verdicts_by_pair ON verdicts (pair);
+    CREATE INDEX IF NOT EXISTS opinions_by_annotator ON verdicts (annotator) WHERE person;
 """
 
 # The run reports its queries and their cost at every step. Triggers keep both sums up to date, whichever process
@@ -109,9 +119,19 @@ TOTALS = """
         UPDATE money SET spent = spent - COALESCE(OLD.cost, 0)
             + (SELECT TOTAL(cost) FROM own_costs WHERE pair = OLD.pair);
     END;
+
+    CREATE TRIGGER IF NOT EXISTS question_closed AFTER INSERT ON answers
+        WHEN EXISTS (SELECT 1 FROM questions WHERE pair = NEW.pair) BEGIN
+        UPDATE questions SET open = 0 WHERE pair = NEW.pair;
+        DELETE FROM leases WHERE pair = NEW.pair;
+    END;
+    CREATE TRIGGER IF NOT EXISTS question_opened AFTER DELETE ON answers BEGIN
+        UPDATE questions SET open = 1 WHERE pair = OLD.pair;
+    END;
 """
 
-# From version 2, whose answers had to be 1 or -1, and had no details. The totals stay as they are: these rows are counted.
+# From version 2, whose answers had to be 1 or -1, and had no details; each question could be leased to one annotator, and only
+# people's verdicts had no detail. The totals stay as they are: these rows are counted.
 BEFORE_TABLES = """
     DROP TRIGGER answer_counted;
     DROP TRIGGER answer_uncounted;
@@ -121,14 +141,28 @@ BEFORE_TABLES = """
     DROP TRIGGER verdict_refunded;
     DROP VIEW own_costs;
     DROP INDEX audits;
+    DROP INDEX verdicts_by_pair;
     ALTER TABLE answers RENAME TO answers_2;
+    ALTER TABLE questions RENAME TO questions_2;
+    ALTER TABLE verdicts RENAME TO verdicts_2;
 """
 AFTER_TABLES = """
     INSERT INTO answers SELECT *, CASE WHEN source = 'judge' THEN
         CASE WHEN annotator LIKE '% (coin)' THEN '{"rubric": null, "coin": true}' ELSE '{"rubric": null}' END END
         FROM answers_2;
+    INSERT INTO questions SELECT pair, prompt, first, second, margin, step, audit, asked_at,
+        pair NOT IN (SELECT pair FROM answers) FROM questions_2;
+    INSERT INTO verdicts SELECT id, pair, annotator, verdict, seconds, cost, detail, at, detail IS NULL FROM verdicts_2;
     DROP TABLE answers_2;
+    DROP TABLE questions_2;
+    DROP TABLE verdicts_2;
 """
+
+
+# How many opinions on the question `asked` are given, or about to be given by others than `me`.
+SEATS = """SELECT COUNT(*) FROM (
+    SELECT annotator FROM verdicts WHERE pair = asked.pair AND person
+    UNION SELECT annotator FROM leases WHERE pair = asked.pair AND until >= :now AND annotator != :me)"""
 
 
 def statements(script):
@@ -140,6 +174,52 @@ def statements(script):
         if sqlite3.complete_statement(statement):
             yield statement
             statement = ""
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What one person said about a pair.
+
+    label: 1, −1, or 0 for no preference.  said: which kind of no preference (tools/exchange.THIRD_ANSWERS), else None.
+    adjudicates: whether it decides between the others.
+    """
+    label: int
+    said: str = None
+    comment: str = ""
+    adjudicates: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """How the opinions of people become the label of a pair.
+
+    needed: people that are asked about each pair.  adjudicator: who decides where they split; None: then the pair has no
+    preference.
+    """
+    needed: int = 1
+    adjudicator: str = None
+
+    def decide(self, opinions):
+        """(label, who says so, detail) for {annotator: Opinion}, or None while the pair is not settled.
+
+        The label is what more than half of them say. An opinion without a preference is one against both responses, so a
+        label always has more than half of the people behind it.
+        """
+        for who, opinion in opinions.items():
+            if opinion.adjudicates:
+                return opinion.label, who, {"adjudicated": True, **({"said": opinion.said} if opinion.said else {})}
+        if not opinions or len(opinions) < self.needed:
+            return None
+        votes = Counter(opinion.label for opinion in opinions.values())
+        label, most = votes.most_common(1)[0]
+        if 2 * most <= len(opinions):
+            return None if self.adjudicator else (0, ", ".join(sorted(opinions)), {"split": True})
+        agreeing = {who: opinion for who, opinion in opinions.items() if opinion.label == label}
+        detail = {"opinions": len(opinions), "agree": most} if len(opinions) > 1 else {}
+        kinds = Counter(opinion.said for opinion in agreeing.values() if opinion.said)
+        if kinds:
+            detail["said"] = max(kinds, key=lambda said: (kinds[said], said))
+        return label, ", ".join(sorted(agreeing)), detail
 
 
 class Ledger:
@@ -313,70 +393,154 @@ class Ledger:
     def put_questions(self, questions, texts):
         """Ask questions; those already asked stay as they are. texts: {pair id: (prompt, first, second) as JSON}."""
         now = time.time()
-        rows = [(q.pair, *texts[q.pair], q.margin, q.step, q.audit, now) for q in questions]
+        rows = [(q.pair, *texts[q.pair], q.margin, q.step, q.audit, now, q.pair) for q in questions]
         with self.transaction():
             self.db.executemany(
-                "INSERT OR IGNORE INTO questions (pair, prompt, first, second, margin, step, audit, asked_at) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+                "INSERT OR IGNORE INTO questions (pair, prompt, first, second, margin, step, audit, asked_at, open) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?, NOT EXISTS (SELECT 1 FROM answers WHERE pair = ?))", rows)
 
     def open_questions(self):
         """[(pair, prompt, first, second)], oldest first; the texts are JSON."""
-        return self.db.execute(
-            "SELECT pair, prompt, first, second FROM questions WHERE pair NOT IN (SELECT pair FROM answers) "
-            "ORDER BY step, pair").fetchall()
+        return self.db.execute("SELECT pair, prompt, first, second FROM questions WHERE open ORDER BY step, pair").fetchall()
 
-    def lease(self, annotator, seconds, not_these=()):
+    def progress(self):
+        """(open questions, all questions of the steps that still have an open one)."""
+        return tuple(self.db.execute(f"SELECT COUNT(*) FROM questions WHERE {which}").fetchone()[0] for which in (
+            "open", "step IN (SELECT DISTINCT step FROM questions WHERE open)"))
+
+    def lease(self, annotator, seconds, not_these=(), panel=Panel()):
         """Lease one open question to an annotator for some seconds: (pair, prompt, first, second), or None.
 
-        The annotator's own unexpired lease comes first (a reload shows the same question), then the oldest question that
-        nobody holds. not_these: pairs that the annotator has skipped; they return when nothing else is left.
+        The annotator's own unexpired lease comes first (a reload shows the same question), then, for the adjudicator, the
+        oldest split, then the oldest question that lacks an opinion, that nobody else is about to give, and on which this
+        annotator has given none. not_these: pairs that the annotator has skipped; they return when nothing else is left.
         """
-        now = time.time()
         with self.transaction():
-            pairs = [pair for pair, in self.db.execute(
-                "SELECT pair FROM questions WHERE pair NOT IN (SELECT pair FROM answers) "
-                "AND (leased_to IS NULL OR leased_until < ? OR leased_to = ?) "
-                "ORDER BY leased_to IS NOT ? OR leased_until < ?, step, pair", (now, annotator, annotator, now))]
-            wanted = [pair for pair in pairs if pair not in not_these] or pairs
-            if not wanted:
+            skipped = None
+            for pair in self._leasable(annotator, panel):
+                if pair not in not_these:
+                    break
+                skipped = skipped or pair
+            else:
+                pair = skipped
+            if pair is None:
                 return None
-            self.db.execute("UPDATE questions SET leased_to = ?, leased_until = ? WHERE pair = ?",
-                            (annotator, now + seconds, wanted[0]))
-            return self.db.execute("SELECT pair, prompt, first, second FROM questions WHERE pair = ?",
-                                   (wanted[0],)).fetchone()
+            self.hold(annotator, pair, seconds)
+            return self.db.execute("SELECT pair, prompt, first, second FROM questions WHERE pair = ?", (pair,)).fetchone()
+
+    def _leasable(self, annotator, panel):
+        """Yield the pairs that an annotator may look at, in the order in which they should."""
+        values = {"me": annotator, "now": time.time(), "needed": panel.needed}
+        yield from (pair for pair, in self.db.execute(
+            "SELECT pair FROM leases JOIN questions USING (pair) WHERE annotator = :me AND until >= :now AND open "
+            "ORDER BY step, pair", values))
+        if annotator == panel.adjudicator:
+            yield from (pair for pair, in self.db.execute(
+                "SELECT pair FROM questions AS asked WHERE open AND (SELECT COUNT(DISTINCT annotator) FROM verdicts "
+                "WHERE pair = asked.pair AND person) >= :needed ORDER BY step, pair", values))
+        yield from (pair for pair, in self.db.execute(
+            f"SELECT pair FROM questions AS asked WHERE open AND ({SEATS}) < :needed AND NOT EXISTS (SELECT 1 FROM verdicts "
+            "WHERE pair = asked.pair AND annotator = :me AND person) ORDER BY step, pair", values))
+
+    def hold(self, annotator, pair, seconds):
+        """Lease this question to an annotator, whoever else has it."""
+        self.db.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?)", (pair, annotator, time.time() + seconds))
+
+    def renew(self, annotator, pair, seconds, panel=Panel()):
+        """Make an annotator's lease of an open question last this many seconds from now. Returns False if it is not their
+        lease. A lease that has expired is still theirs until somebody else takes their place."""
+        now = time.time()
+        return self.db.execute(
+            "UPDATE leases SET until = :until WHERE pair = :pair AND annotator = :me AND EXISTS (SELECT 1 FROM questions AS "
+            f"asked WHERE pair = :pair AND open AND (leases.until >= :now OR ({SEATS}) < :needed))",
+            {"until": now + seconds, "pair": pair, "me": annotator, "now": now, "needed": panel.needed}).rowcount == 1
 
     def release(self, annotator, pair=None):
         """Give back an annotator's lease of a pair, or all of their leases."""
-        self.db.execute("UPDATE questions SET leased_to = NULL, leased_until = NULL WHERE leased_to = ? "
-                        "AND pair = COALESCE(?, pair)", (annotator, pair))
+        self.db.execute("DELETE FROM leases WHERE annotator = ? AND pair = COALESCE(?, pair)", (annotator, pair))
 
-    def answer_question(self, pair, label, annotator, seconds=None, cost=None, source="human"):
-        """Answer a question; label 0 means no preference. Returns True if this is now the pair's answer; False if it already
-        had one, and this label is kept as a second opinion, a verdict. Raises KeyError if the pair was never asked."""
+    def answer_question(self, pair, label, annotator, seconds=None, cost=None, panel=Panel(), detail=None):
+        """Keep what a person says about a question; label 0: without a preference. detail: {"said", "comment", "adjudicates"}
+        as in Opinion, each optional.
+
+        The answer is what the panel decides by all opinions, until the run has used it: a second opinion that comes before
+        that may change it. Returns whether this settled an open question. Raises KeyError if the pair was never asked.
+        """
         with self.transaction():
-            asked = self.db.execute("SELECT margin, step, audit FROM questions WHERE pair = ?", (pair,)).fetchone()
+            asked = self.db.execute("SELECT open FROM questions WHERE pair = ?", (pair,)).fetchone()
             if asked is None:
                 raise KeyError(pair)
-            self.add_verdict(pair, annotator, label, seconds, cost)
-            return self.add(source, [(Question(pair, *asked), label, annotator, seconds, cost)]) == 1
+            self.add_verdict(pair, annotator, label, seconds, cost, json.dumps(detail) if detail else None, person=True)
+            self.release(annotator, pair)
+            self._settle(pair, panel)
+            return bool(asked[0]) and pair not in self.unanswered([pair])
 
-    def retract(self, pair, annotator):
-        """Take back an annotator's own answer, which opens the question again. Returns False if the run has used it, or if
-        the annotator has no answer there."""
+    def retract(self, pair, annotator, panel=Panel()):
+        """Take back an annotator's own opinion, which may open the question again. Returns False if the run has used the
+        answer, or if the annotator has given no opinion."""
         with self.transaction():
-            done = self.db.execute("DELETE FROM answers WHERE pair = ? AND annotator = ? AND source = 'human' AND used = 0",
-                                   (pair, annotator))
+            if self.db.execute("SELECT 1 FROM answers WHERE pair = ? AND (used OR source != 'human')", (pair,)).fetchone():
+                return False
+            done = self.db.execute("DELETE FROM verdicts WHERE id = (SELECT MAX(id) FROM verdicts WHERE pair = ? "
+                                   "AND annotator = ? AND person)", (pair, annotator))
             if done.rowcount:
-                self.db.execute("DELETE FROM verdicts WHERE id = (SELECT MAX(id) FROM verdicts WHERE pair = ? "
-                                "AND annotator = ?)", (pair, annotator))
+                self._settle(pair, panel)
             return done.rowcount == 1
+
+    def _settle(self, pair, panel):
+        """Make the pair's answer what the panel decides, unless it comes from elsewhere or the run has used it."""
+        there = self.db.execute("SELECT label, annotator, detail, used OR source != 'human' FROM answers WHERE pair = ?",
+                                (pair,)).fetchone()
+        if there and there[3]:
+            return
+        decided = panel.decide(self.opinions(pair))
+        label, who, detail = decided or (None, None, None)
+        detail = json.dumps(detail, sort_keys=True) if detail else None
+        if there and decided and there[:3] == (label, who, detail):
+            return
+        if there:
+            self.db.execute("DELETE FROM answers WHERE pair = ?", (pair,))
+        if decided:
+            asked = self.db.execute("SELECT margin, step, audit FROM questions WHERE pair = ?", (pair,)).fetchone()
+            spent = self.db.execute("SELECT SUM(seconds), SUM(cost) FROM verdicts WHERE pair = ? AND person", (pair,)).fetchone()
+            self.add("human", [(Question(pair, *asked), label, who, *spent)], detail=detail)
+
+    def settle_all(self, panel):
+        """Settle the open questions that have opinions, as another panel may have left them. Returns how many it settled."""
+        with self.transaction():
+            pairs = [pair for pair, in self.db.execute("SELECT pair FROM questions AS asked WHERE open AND EXISTS (SELECT 1 "
+                                                       "FROM verdicts WHERE pair = asked.pair AND person)")]
+            for pair in pairs:
+                self._settle(pair, panel)
+            return len(pairs) - len(self.unanswered(pairs))
+
+    def opinions(self, pair):
+        """{annotator: Opinion} of the people who said something about a pair; of each, what they said last."""
+        found = {}
+        for who, label, detail in self.db.execute(
+                "SELECT annotator, verdict, detail FROM verdicts WHERE pair = ? AND person ORDER BY id", (pair,)):
+            found[who] = Opinion(label, **json.loads(detail or "{}"))
+        return found
+
+    def is_split(self, pair, panel):
+        """Whether a question waits for the adjudicator."""
+        return (panel.adjudicator is not None and bool(self.unanswered([pair]))
+                and len(self.opinions(pair)) >= panel.needed)
+
+    def given_by(self, annotator):
+        """(how many opinions a person has given, the pair of the last one or None)."""
+        mine = "FROM verdicts WHERE annotator = ? AND person"
+        last = self.db.execute(f"SELECT pair {mine} ORDER BY id DESC LIMIT 1", (annotator,)).fetchone()
+        return self.db.execute(f"SELECT COUNT(*) {mine}", (annotator,)).fetchone()[0], last and last[0]
 
     # Verdicts: what annotators said, whether or not it became the answer.
 
-    def add_verdict(self, pair, annotator, verdict, seconds=None, cost=None, detail=None):
-        """Keep what an annotator said: 1, −1, or 0 for no preference. detail: JSON with what led to it."""
-        self.db.execute("INSERT INTO verdicts (pair, annotator, verdict, seconds, cost, detail, at) "
-                        "VALUES (?, ?, ?, ?, ?, ?, ?)", (pair, annotator, verdict, seconds, cost, detail, time.time()))
+    def add_verdict(self, pair, annotator, verdict, seconds=None, cost=None, detail=None, person=False):
+        """Keep what an annotator said: 1, −1, or 0 for no preference. detail: JSON with what led to it.  person: whether it
+        is a person's opinion, which counts towards the label."""
+        self.db.execute("INSERT INTO verdicts (pair, annotator, verdict, seconds, cost, detail, at, person) "
+                        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                        (pair, annotator, verdict, seconds, cost, detail, time.time(), person))
 
     def verdicts(self, pair, annotator):
         """[(verdict, detail)] of an annotator's verdicts on a pair that have a detail, oldest first."""

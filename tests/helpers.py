@@ -541,9 +541,8 @@ class Site:
 
     def clear(self):
         """Remove all questions and answers."""
-        self.query("DELETE FROM questions")
-        self.query("DELETE FROM answers")
-        self.query("DELETE FROM verdicts")
+        for table in ("questions", "answers", "verdicts", "leases"):
+            self.query(f"DELETE FROM {table}")
 
     def put(self, texts, step=3):
         """Put questions. texts: {pair: (prompt, y1, y2)}, or the number of made-up ones."""

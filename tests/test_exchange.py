@@ -11,7 +11,7 @@ import xml.etree.ElementTree as ET
 import pytest
 from helpers import ROOT
 
-from labels.ledger import Ledger, Question
+from labels.ledger import Ledger, Panel, Question
 from tools import exchange
 from tools.exchange import ExchangeError, as_text, drawn_sides, export_questions, import_answers
 
@@ -30,9 +30,10 @@ def store(tmp_path):
 
 
 def ask(store, texts):
-    """Put questions. texts: {pair: (prompt, y1, y2)}."""
+    """Put questions, as if an hour ago. texts: {pair: (prompt, y1, y2)}."""
     store.put_questions([Question(pair, 0.1, 3) for pair in texts],
                         {pair: tuple(map(json.dumps, three)) for pair, three in texts.items()})
+    store.db.execute("UPDATE questions SET asked_at = asked_at - 3600")
 
 
 def simple(count):
@@ -151,7 +152,7 @@ def test_partial_import_and_second_opinions(store, tmp_path, format):
     assert counts(anns) == [2, 0, 0, 2]
     assert answers(store) == {"pair0": 1, "pair2": -1}
     assert counts(bobs) == [1, 1, 0, 2]
-    assert answers(store) == {"pair0": 1, "pair1": 1, "pair2": -1}
+    assert answers(store) == {"pair0": 0, "pair1": 1, "pair2": -1}  # ann and bob disagree, so the first has no preference
     assert counts(bobs) == counts(anns) == [0, 0, 2, 2]
     assert store.db.execute("SELECT annotator, verdict FROM verdicts WHERE pair = 'pair0' ORDER BY id").fetchall() == [
         ("ann", 1), ("bob", -1)]
@@ -159,7 +160,7 @@ def test_partial_import_and_second_opinions(store, tmp_path, format):
 
 
 def test_several_annotations_of_a_task(store, tmp_path):
-    """The oldest one answers and the others are second opinions. A cancelled one and one without a choice are skipped."""
+    """Each is an opinion. A cancelled one and one without a choice are skipped, and what is there twice counts once."""
     ask(store, simple(1))
     data = {"pair": "pair0", "response_a": "second 0", "response_b": "first 0"}
     path = tmp_path / "in.json"
@@ -170,9 +171,90 @@ def test_several_annotations_of_a_task(store, tmp_path):
     # the last has no time, so it counts as the oldest
     assert import_answers(store, path, "label-studio") == {
         "answered": 1, "second_opinions": 1, "already_there": 1, "skipped": 2}
-    assert store.db.execute("SELECT label, annotator FROM answers").fetchall() == [(1, "label-studio-2")]
+    assert store.db.execute("SELECT label, annotator FROM answers").fetchall() == [(0, "label-studio-2, label-studio-3")]
     assert store.db.execute("SELECT verdict, annotator FROM verdicts ORDER BY id").fetchall() == [
         (1, "label-studio-2"), (-1, "label-studio-3")]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("order", ["baa", "aba", "aab"])
+def test_the_majority_is_the_label_in_whatever_order_opinions_come(store, tmp_path, order, format):
+    ask(store, simple(2))
+    said = [("pair0", letter, f"p{n}") for n, letter in enumerate(order)] + [("pair1", "b", "p0")]
+    path = tmp_path / "in"
+    if format == "jsonl":
+        path.write_text("".join(json.dumps(dict(zip(("pair", "label", "annotator"), row))) + "\n" for row in said))
+    else:
+        path.write_text(json.dumps([{"data": {"pair": pair}, "annotations": [annotation(1, {"a": "left", "b": "right"}[letter],
+                                                                                        completed_by={"email": who})]}
+                                    for pair, letter, who in said]))
+    import_answers(store, path, format)
+    assert answers(store) == {"pair0": drawn_sides("pair0")[0], "pair1": drawn_sides("pair1")[1]}
+    voters = ", ".join(who for pair, letter, who in said if (pair, letter) == ("pair0", "a"))
+    assert store.db.execute("SELECT annotator, detail FROM answers WHERE pair = 'pair0'").fetchall() == [
+        (voters, '{"agree": 2, "opinions": 3}')]
+
+
+def test_an_answer_that_the_run_has_used_stays_whatever_comes_later(store, tmp_path):
+    ask(store, simple(1))
+    path = tmp_path / "in"
+    for who, letter in (("ann", "b"), ("bob", "a"), ("cleo", "a")):
+        path.write_text(json.dumps({"pair": "pair0", "label": letter, "annotator": who}))
+        import_answers(store, path, "jsonl")
+        store.take(["pair0"])
+    assert answers(store) == {"pair0": drawn_sides("pair0")[1]} and len(store.opinions("pair0")) == 3
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_third_answer_settles_a_pair_without_a_preference(store, tmp_path, format):
+    ask(store, simple(3))
+    path = tmp_path / "in"
+    thirds = {f"pair{n}": third for n, third in enumerate(exchange.THIRD_ANSWERS)}
+    if format == "jsonl":
+        path.write_text("".join(json.dumps({"pair": pair, "label": third, "comment": "why"}) + "\n"
+                                for pair, third in thirds.items()))
+    else:
+        export_questions(store, path, format)
+        choices = [choice.get("value") for choice in ET.fromstring((tmp_path / "in.xml").read_text()).iter("Choice")]
+        assert [choice.lower() for choice in choices] == list(thirds.values())
+        path.write_text(json.dumps([{"data": {"pair": pair}, "annotations": [annotation(1, "left")]} for pair in thirds]))
+        tasks = json.loads(path.read_text())
+        for task, choice in zip(tasks, choices):  # beside a click on a response, which cannot be taken back there
+            task["annotations"][0]["result"].append({"type": "choices", "value": {"choices": [choice]}})
+        path.write_text(json.dumps(tasks))
+    assert import_answers(store, path, format) == {"answered": 3, "second_opinions": 0, "already_there": 0, "skipped": 0}
+    assert answers(store) == dict.fromkeys(thirds, 0) and store.open_questions() == []
+    opinions = {pair: next(iter(store.opinions(pair).values())) for pair in thirds}
+    assert {pair: opinion.said for pair, opinion in opinions.items()} == thirds
+    assert {opinion.comment for opinion in opinions.values()} == {"why" if format == "jsonl" else ""}
+    assert [json.loads(detail) for detail, in store.db.execute("SELECT detail FROM answers ORDER BY pair")] == [
+        {"said": third} for third in thirds.values()]
+
+
+def test_opinions_until_there_are_enough(store, tmp_path):
+    ask(store, simple(1))
+    for n, expected in enumerate(({}, {}, {"pair0": drawn_sides("pair0")[0]})):
+        (tmp_path / "in").write_text(json.dumps({"pair": "pair0", "label": "aba"[n], "annotator": f"p{n}"}))
+        import_answers(store, tmp_path / "in", "jsonl", panel=Panel(3))
+        assert answers(store) == expected
+
+
+def test_one_person_has_one_name_and_impossible_times_are_unknown(store, tmp_path):
+    ask(store, simple(4))
+    people, path = ["Zoë Ann", "zoe\u0308  ANN", "ＺＯË Ann", "Zoe Ann"], tmp_path / "in"
+    path.write_text("".join(json.dumps({"pair": f"pair{n}", "label": "a", "annotator": who, "seconds": seconds}) + "\n"
+                            for n, (who, seconds) in enumerate(zip(people, (30, 9e11, 0, 4000)))))
+    import_answers(store, path, "jsonl")
+    assert store.db.execute("SELECT annotator, seconds FROM answers ORDER BY pair").fetchall() == [
+        ("Zoë Ann", 30), ("Zoë Ann", None), ("Zoë Ann", None), ("Zoe Ann", None)]  # the question is an hour old
+
+
+@pytest.mark.parametrize("format, words", [("label-studio", 'export from Label Studio as "JSON"'),
+                                           ("jsonl", "the format is JSON Lines")])
+def test_a_csv_file_gets_advice(store, tmp_path, format, words):
+    (tmp_path / "in.csv").write_text("annotation_id,annotator,pair\n1,1,pair0\n")
+    with pytest.raises(ExchangeError, match=f"in.csv.*: not JSON .*{words}"):
+        import_answers(store, tmp_path / "in.csv", format)
 
 
 def test_the_labelling_configuration_shows_what_the_tasks_have(store, tmp_path):
@@ -213,7 +295,8 @@ GOOD = '{"pair": "pair0", "label": "a"}\n'
     ('{"pair": "nowhere", "label": "a"}', "line 2, field pair: 'nowhere' was never asked"),
     ('{"pair": "\\ud800", "label": "a"}', "line 2, field pair: .* was never asked"),
     ('{"label": "a"}', "line 2, field pair: expected a pair's id, found None"),
-    ('{"pair": "pair1", "label": "A"}', "line 2, field label: expected \"a\", \"b\" or null, found 'A'"),
+    ('{"pair": "pair1", "label": "A"}', "line 2, field label: expected \"a\", \"b\", \"equal\", \"both bad\", "
+     "\"cannot judge\" or null, found 'A'"),
     ('{"pair": "pair1", "label": 1}', "line 2, field label"),
     ('{"pair": "pair1", "label": ["a"]}', "line 2, field label"),
     ('{"pair": "pair1", "label": "a", "annotator": 7}', "line 2, field annotator: expected a name, found 7"),
@@ -252,6 +335,8 @@ def test_a_line_that_is_wrong_is_named_and_nothing_is_imported(store, tmp_path, 
     ({"annotations": [annotation(1, "left", result=["x"])]}, "task 2, annotation 1, field result"),
     ({"annotations": [annotation(1, "left", lead_time="x")]}, "task 2, annotation 1, field lead_time"),
     ({"annotations": [annotation(1, "left", completed_by=[])]}, "task 2, annotation 1, field completed_by"),
+    ({"annotations": [{"result": [{"type": "choices", "value": {"choices": ["Maybe"]}}]}]},
+     "task 2, annotation 1, field choices: expected one \"Equal\", \"Both bad\" or \"Cannot judge\", found"),
     ({"annotations": [annotation(1, "left"), 3]}, "task 2, annotation 2: expected an object"),
 ])
 def test_a_task_that_is_wrong_is_named_and_nothing_is_imported(store, tmp_path, change, words):

@@ -36,7 +36,7 @@ def site(server):
 
 def choice(question, start):
     """What chooses the response that begins with `start`."""
-    return next(side["choice"] for side in question["sides"] if side["turns"][0]["content"].startswith(start))
+    return next(side["choice"] for side in question["sides"] if side["turns"][0]["text"].startswith(start))
 
 
 def test_a_label_means_the_chosen_response_and_is_committed_before_the_reply(site):
@@ -46,7 +46,7 @@ def test_a_label_means_the_chosen_response_and_is_committed_before_the_reply(sit
     while question := reply["question"]:
         word = random.choice(("first", "second"))
         chosen[question["pair"]] = 1 if word == "first" else -1
-        left.add(question["sides"][0]["turns"][0]["content"].split()[0])
+        left.add(question["sides"][0]["turns"][0]["text"].split()[0])
         status, reply = site.ask("answer", "ann", pair=question["pair"], choice=choice(question, word), seconds=1.5)
         assert status == 200 and site.answers() == chosen
     assert len(chosen) == 20 and left == {"first", "second"}
@@ -59,9 +59,9 @@ def test_the_draw_of_sides_differs_between_annotators(site):
     drawn = set()
     for n in range(40):
         _, reply = site.ask("next", f"viewer {n}")
-        drawn.add(reply["question"]["sides"][0]["turns"][0]["content"])
+        drawn.add(reply["question"]["sides"][0]["turns"][0]["text"])
         assert site.ask("next", f"viewer {n}")[1]["question"] == reply["question"]  # a second look shows the same
-        site.query("UPDATE questions SET leased_to = NULL")
+        site.query("DELETE FROM leases")
     assert drawn == {"first of p00", "second of p00"}
 
 
@@ -72,8 +72,8 @@ def test_prompts_are_shown_as_conversations(site):
     shown = {}
     for who in ("ann", "bob"):
         question = site.ask("next", who)[1]["question"]
-        shown[question["pair"]] = [(turn["role"], turn["content"]) for turn in question["prompt"]]
-        assert {side["turns"][0]["content"].strip() for side in question["sides"]} == {"Yes", "No"}
+        shown[question["pair"]] = [(turn["role"], turn["text"]) for turn in question["prompt"]]
+        assert {side["turns"][0]["text"].strip() for side in question["sides"]} == {"Yes", "No"}
     assert shown == {"a": [("user", "Hi"), ("assistant", "Hello"), ("user", "Tea?")],
                      "b": [("system", "Be kind."), ("user", "Tea?")]}
 
@@ -160,7 +160,7 @@ def test_a_lease_that_ran_out_goes_to_whoever_comes(site):
     site.put(1)
     question = site.ask("next", "slow")[1]["question"]
     assert site.ask("next", "quick")[1]["question"] is None
-    site.query("UPDATE questions SET leased_until = ?", time.time() - 1)
+    site.query("UPDATE leases SET until = ?", time.time() - 1)
     assert site.ask("next", "quick")[1]["question"]["pair"] == "p00"
     assert site.ask("answer", "slow", pair="p00", choice=choice(question, "first"))[0] == 409
     assert site.answers() == {}
@@ -182,7 +182,7 @@ def test_leaving_gives_back_unless_the_page_is_there_again(tmp_path, monkeypatch
         assert desk("leave", {"annotator": annotator, "view": view, "pair": "p00"}) == {}
 
     def given_back():
-        (until,), = ledger.db.execute("SELECT leased_until FROM questions")
+        (until,), = ledger.db.execute("SELECT until FROM leases")
         return until - time.time() < 1000
 
     assert come("lee", "one") == "p00"
@@ -203,9 +203,9 @@ def test_leaving_gives_back_unless_the_page_is_there_again(tmp_path, monkeypatch
 def test_leaving_over_http_shortens_the_lease(site):
     site.put(1)
     site.ask("next", "lee", view="one")
-    (before,), = site.query("SELECT leased_until FROM questions")
+    (before,), = site.query("SELECT until FROM leases")
     assert site.ask("leave", "lee", view="one", pair="p00") == (200, {})
-    (after,), = site.query("SELECT leased_until FROM questions")
+    (after,), = site.query("SELECT until FROM leases")
     assert after < before
 
 
@@ -220,8 +220,7 @@ def test_leaving_over_http_shortens_the_lease(site):
 def test_posts_from_elsewhere_are_refused(site, status, headers):
     site.put(1)
     assert site.ask("next", "ann", headers)[0] == status
-    leased = site.query("SELECT leased_to FROM questions") != [(None,)]
-    assert leased == (status == 200)
+    assert bool(site.query("SELECT * FROM leases")) == (status == 200)
 
 
 def test_posts_of_the_page_itself_are_not_refused(site):

@@ -11,7 +11,7 @@ import threading
 import pytest
 from helpers import ROOT, do_anything
 
-from labels.ledger import VERSION, Ledger, LedgerError, Question
+from labels.ledger import VERSION, Ledger, LedgerError, Opinion, Panel, Question
 
 
 def answers(**labels):
@@ -78,7 +78,11 @@ def test_an_old_ledger_is_brought_up_to_date_and_keeps_all_that_was_paid_for(old
               for table in ("answers", "questions", "verdicts", "totals", "money")}
     ledger = Ledger(old)
     after = {table: ledger.db.execute(f"SELECT * FROM {table}").fetchall() for table in before}
-    assert [row[:11] for row in after.pop("answers")] == before.pop("answers") and after == before
+    assert [row[:11] for row in after.pop("answers")] == before.pop("answers")
+    asked = [row[:8] for row in before.pop("questions")]
+    assert after.pop("questions") == [(*row, row[0] == "h2") for row in asked]
+    assert [row[:8] for row in after["verdicts"]] == before.pop("verdicts")
+    assert {row[1] for row in after.pop("verdicts") if row[8]} == {"h1"} and after == before
     assert schema(ledger) == schema(Ledger(tmp_path / "new.sqlite"))  # the tables of a new one, and nothing besides
     assert totals(ledger) == counted(ledger) and ledger.count() == 5 and ledger.cost() == (0.77, 2)
     assert dict(ledger.details()) == {'{"rubric": null}': 1, '{"rubric": null, "coin": true}': 1}
@@ -246,14 +250,78 @@ def test_what_an_annotator_skipped_comes_last(ledger):
     assert ledger.lease("ann", 60, not_these=["a", "b"])[0] == "a"
 
 
-def test_the_first_answer_is_kept_and_the_second_is_an_opinion(ledger):
-    ask(ledger, "a")
+def test_a_second_opinion_counts_until_the_run_has_used_the_answer(ledger):
+    ask(ledger, "a", "b")
     assert ledger.answer_question("a", -1, "ann", seconds=3.5) is True
-    assert ledger.answer_question("a", 1, "ben") is False
-    assert ledger.take(["a"]) == {"a": -1}
-    assert ledger.db.execute("SELECT annotator, verdict FROM verdicts ORDER BY id").fetchall() == [("ann", -1), ("ben", 1)]
+    assert ledger.answer_question("a", 1, "ben") is False  # it does not settle anything, but now nobody has more than half
+    assert ledger.db.execute("SELECT label, annotator, seconds, detail FROM answers").fetchall() == [
+        (0, "ann, ben", 3.5, '{"split": true}')]
+    assert ledger.take(["a"]) == {"a": 0}
+    assert ledger.answer_question("a", 1, "cat") is False and ledger.take(["a"]) == {"a": 0}
+    assert ledger.db.execute("SELECT annotator, verdict FROM verdicts ORDER BY id").fetchall() == [
+        ("ann", -1), ("ben", 1), ("cat", 1)]
     with pytest.raises(KeyError):
         ledger.answer_question("z", 1, "ann")
+
+
+def test_a_judges_verdicts_are_no_opinions_and_its_answer_stays(ledger):
+    ask(ledger, "a", "b")
+    for _ in range(2):
+        ledger.add_verdict("a", "model", -1, detail="{}")
+        ledger.add_verdict("b", "model", -1, detail="{}")
+    ledger.add("judge", [(Question("b", 0.1, 0), -1, "model", None, None)])
+    assert ledger.answer_question("a", 1, "ann") and not ledger.answer_question("b", 1, "ann")
+    assert ledger.take(["a", "b"]) == {"a": 1, "b": -1}
+
+
+OPINIONS = {"a": 1, "b": -1, "=": 0}
+
+
+@pytest.mark.parametrize("said, plain, adjudicated", [
+    ("a", None, None), ("ab", None, None), ("aab", 1, 1), ("baa", 1, 1), ("bb=", -1, -1), ("a==", 0, 0), ("===", 0, 0),
+    ("ab=", 0, None), ("aabb", 0, None), ("aab=", 0, None), ("aaab=", 1, 1), ("aabb=", 0, None)])
+def test_what_more_than_half_say_is_the_label(said, plain, adjudicated):
+    """Of panels of three people or more, without an adjudicator and with one. None: the question stays open."""
+    opinions = {f"p{n}": Opinion(OPINIONS[one], "equal" if one == "=" else None) for n, one in enumerate(said)}
+    for panel, expected in ((Panel(3), plain), (Panel(3, "eve"), adjudicated)):
+        decided = panel.decide(opinions)
+        assert (decided and decided[0]) == expected
+    decided = Panel(3, "eve").decide({**opinions, "eve": Opinion(-1, adjudicates=True)})
+    assert decided == (-1, "eve", {"adjudicated": True})
+
+
+def test_two_people_for_each_question_and_nobody_twice(ledger):
+    ask(ledger, "a", "b")
+    panel = Panel(2)
+
+    def lease(who):
+        row = ledger.lease(who, 60, panel=panel)
+        return row and row[0]
+
+    assert [lease(who) for who in ("ann", "ben", "cat", "dan", "eve")] == ["a", "a", "b", "b", None]
+    assert not ledger.answer_question("a", 1, "ann", panel=panel) and ledger.unanswered(["a"])
+    assert lease("ann") is None and lease("eve") is None  # ann has given hers, and ben is about to
+    ledger.release("ben")
+    assert lease("eve") == "a"
+    assert not ledger.renew("ben", "a", 60, panel)  # given back
+    assert ledger.answer_question("a", 1, "eve", panel=panel) and ledger.take(["a"]) == {"a": 1}
+    ledger.db.execute("UPDATE leases SET until = 0")
+    assert ledger.renew("cat", "b", 60, panel)  # run out, but nobody has taken the place
+    assert lease("ann") == "b" and not ledger.renew("dan", "b", 60, panel)  # somebody has
+
+
+def test_an_adjudicator_decides_where_people_split(ledger):
+    ask(ledger, "a", "b")
+    panel = Panel(2, "eve")
+    ledger.answer_question("b", 1, "ann", panel=panel)
+    assert not ledger.is_split("b", panel)
+    assert not ledger.answer_question("b", -1, "ben", panel=panel) and ledger.is_split("b", panel)
+    assert ledger.lease("cat", 60, panel=panel)[0] == "a" and ledger.lease("eve", 60, panel=panel)[0] == "b"
+    assert ledger.answer_question("b", 0, "eve", panel=panel, detail={"said": "equal", "adjudicates": True})
+    assert ledger.db.execute("SELECT pair, label, annotator, detail FROM answers").fetchall() == [
+        ("b", 0, "eve", '{"adjudicated": true, "said": "equal"}')]
+    assert ledger.retract("b", "eve", panel) and ledger.is_split("b", panel)
+    assert ledger.settle_all(Panel(2)) == 1 and ledger.take(["b"]) == {"b": 0}  # without an adjudicator
 
 
 def test_undo_works_until_the_run_has_used_the_answer(ledger):

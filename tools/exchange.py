@@ -8,22 +8,25 @@
 Format "jsonl": JSON Lines in UTF-8.
     Export: one open question per line, {"pair", "prompt", "response_a", "response_b"}. Each text has the form it has in
         the data, a string or a list of {"role", "content"}.
-    Import: {"pair", "label": "a" or "b", "annotator", "seconds"}, the last two optional. A label that is missing, null, ""
-        or "skip" skips the question. It is best to add `label` to the exported line: if the line contains response_a and
-        response_b, the label refers to them, even if they were swapped; otherwise it refers to the exported sides.
+    Import: {"pair", "label", "annotator", "seconds", "comment"}, the last three optional. The label is "a" or "b", or, for
+        no preference, "equal", "both bad" or "cannot judge". A label that is missing, null, "" or "skip" skips the question.
+        It is best to add `label` to the exported line: if the line contains response_a and response_b, the label refers to
+        them, even if they were swapped; otherwise it refers to the exported sides.
 
 Format "label-studio": the JSON of Label Studio 1.x (labelstud.io/guide/task_format, /tags/pairwise, and its template
 "Pairwise Classification").
     Export: a list of tasks {"data": {"pair", "prompt", "response_a", "response_b"}} in plain text, and the labelling
         configuration beside it in FILE.xml.
     Import: what Label Studio exports as "JSON" (not "JSON-MIN"). The label is in annotations[].result[] of type
-        "pairwise", with value {"selected": "left" or "right"}; left is response_a. completed_by is the annotator,
-        lead_time the seconds. If a task has several annotations, the oldest is the answer and the others are second
-        opinions. A cancelled annotation, one without a choice, and a task without annotations skip the question.
+        "pairwise", with value {"selected": "left" or "right"}; left is response_a. A choice of "Equal", "Both bad" or
+        "Cannot judge" is no preference, and counts where a response was clicked as well, which cannot be undone there.
+        completed_by is the annotator, lead_time the seconds. A cancelled annotation, one without a choice, and a task
+        without annotations skip the question.
 
 A hash of the pair's id decides which side a response is on, so neither y1 nor y2 is always on the left. An import writes
 everything or nothing: it checks the whole file first, then writes in one transaction. It does not repeat what the ledger
-already has, so importing a file twice changes nothing.
+already has, so importing a file twice changes nothing. If several people have an opinion on a pair, the label is what more
+than half of them say, in whatever order they come (labels/ledger.py, Panel).
 
 The paper and the official code ask nobody.
 """
@@ -34,7 +37,10 @@ import json
 import math
 import os
 import re
+import time
+import unicodedata
 
+from labels.ledger import Panel
 from runtime.errors import UsageError
 from runtime.files import replacing
 from runtime.formats import message_text
@@ -46,6 +52,11 @@ CONFIGURATION = """\
   <Text name="prompt" value="$prompt" valueType="text"/>
   <Header value="Click the better response"/>
   <Pairwise name="preference" toName="response_a,response_b"/>
+  <Choices name="no_preference" toName="prompt" choice="single" showInline="true">
+    <Choice value="Equal"/>
+    <Choice value="Both bad"/>
+    <Choice value="Cannot judge"/>
+  </Choices>
   <View style="display: grid; grid-template-columns: 1fr 1fr; column-gap: 1em">
     <Text name="response_a" value="$response_a" valueType="text"/>
     <Text name="response_b" value="$response_b" valueType="text"/>
@@ -53,6 +64,7 @@ CONFIGURATION = """\
 </View>
 """
 SKIPPED = (None, "", "skip")
+THIRD_ANSWERS = ("equal", "both bad", "cannot judge")  # no preference, label 0; the ledger keeps which it was
 
 
 class ExchangeError(UsageError):
@@ -119,12 +131,12 @@ def replace_file(path, text, ledger=None):
 
 # Import.
 
-def import_answers(ledger, path, format, annotator="import"):
+def import_answers(ledger, path, format, annotator="import", panel=Panel()):
     """Answer questions from a file.
 
-    format: "jsonl" or "label-studio".  annotator: the name for labels that come without one.
-    Returns counts: `answered`; `second_opinions` on pairs that already had an answer, kept as verdicts; `already_there`,
-    the same label by the same annotator; `skipped`, without a label.
+    format: "jsonl" or "label-studio".  annotator: the name for labels that come without one.  panel: how many opinions a
+    question needs. Returns counts: `answered`, first opinions; `second_opinions`, on pairs that already had one, which may
+    change the label; `already_there`, the same label by the same annotator; `skipped`, without a label.
     Raises ExchangeError if anything in the file is wrong; then nothing is imported.
     """
     if format not in READERS:
@@ -132,52 +144,82 @@ def import_answers(ledger, path, format, annotator="import"):
     questions = {pair: (first, second) for pair, first, second in
                  ledger.db.execute("SELECT pair, first, second FROM questions")}
     answers = list(READERS[format](path, questions, annotator))
+    asked_at, names = dict(ledger.db.execute("SELECT pair, asked_at FROM questions")), Names()
     counts = {"answered": 0, "second_opinions": 0, "already_there": 0, "skipped": 0}
     with ledger.transaction():
-        for pair, label, who, seconds in answers:
+        for pair, label, detail, who, seconds in answers:
             if label is None:
                 counts["skipped"] += 1
-            elif _already_there(ledger, pair, label, who):
+                continue
+            who = names.of(ledger, who)
+            if _already_there(ledger, pair, label, who):
                 counts["already_there"] += 1
-            elif ledger.answer_question(pair, label, who, seconds=seconds):
-                counts["answered"] += 1
-            else:
-                counts["second_opinions"] += 1
+                continue
+            first = not ledger.opinions(pair)
+            ledger.answer_question(pair, label, who, possible_seconds(seconds, asked_at[pair]), panel=panel, detail=detail)
+            counts["answered" if first else "second_opinions"] += 1
     return counts
 
 
 def _already_there(ledger, pair, label, annotator):
-    """Whether the ledger has this annotator's label, as the answer or as a second opinion."""
-    return ledger.db.execute(
-        "SELECT EXISTS (SELECT 1 FROM answers WHERE pair = :pair AND label = :label AND annotator = :annotator) OR "
-        "EXISTS (SELECT 1 FROM answers WHERE pair = :pair) AND "
-        "EXISTS (SELECT 1 FROM verdicts WHERE pair = :pair AND verdict = :label AND annotator = :annotator)",
-        {"pair": pair, "label": label, "annotator": annotator}).fetchone()[0]
+    """Whether this annotator has said that about the pair before."""
+    return ledger.db.execute("SELECT EXISTS (SELECT 1 FROM verdicts WHERE pair = ? AND verdict = ? AND annotator = ? AND person)",
+                             (pair, label, annotator)).fetchone()[0]
+
+
+# Who said it, and how long they took.
+
+def fold(name):
+    """A name without what does not tell people apart: case, spaces, and how Unicode writes a letter."""
+    return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).split())
+
+
+class Names:
+    """The names of the people in a ledger. One who comes as "ann" is the "Ann" that is there already."""
+
+    def __init__(self):
+        self.spelling = {}  # {folded: as first written}
+
+    def of(self, ledger, name):
+        if fold(name) not in self.spelling:
+            for there, in ledger.db.execute("SELECT DISTINCT annotator FROM verdicts WHERE person"):
+                self.spelling.setdefault(fold(there), there)
+        return self.spelling.setdefault(fold(name), unicodedata.normalize("NFKC", name).strip())
+
+
+def possible_seconds(seconds, asked_at):
+    """The time that an answer took, or None if it cannot be true: not more than 0, or longer than the question has been there.
+    Medians and labels an hour are then computed without it."""
+    return seconds if seconds is not None and 0 < seconds <= time.time() - asked_at + 1 else None
 
 
 def _from_jsonl(path, questions, annotator):
-    """Yield (pair, label or None, annotator, seconds) for each line."""
+    """Yield (pair, label or None, detail, annotator, seconds) for each line."""
     for n, line in enumerate(_read(path).split(b"\n"), 1):
         if not line.strip():
             continue
         place = f"{path}, line {n}"
-        row = _parse(line, place)
+        row = _parse(line, place, "; the format is JSON Lines, one {\"pair\", \"label\"} a line" if n == 1 else "")
         if not isinstance(row, dict):
             raise ExchangeError(f"{place}: expected an object, found {row!r:.80}")
         pair, (first, second) = _question(row, questions, place)
         sides = _sides(row, pair, (json.loads(first), json.loads(second)), place)
         label = row.get("label")
-        if label not in (*SKIPPED, "a", "b"):
-            raise ExchangeError(f"{place}, field label: expected \"a\", \"b\" or null, found {label!r:.80}")
-        who = row.get("annotator")
-        yield (pair, None if label in SKIPPED else sides["ab".index(label)],
+        if label not in (*SKIPPED, "a", "b", *THIRD_ANSWERS):
+            raise ExchangeError(f"{place}, field label: expected \"a\", \"b\", \"equal\", \"both bad\", \"cannot judge\" or "
+                                f"null, found {label!r:.80}")
+        who, comment = row.get("annotator"), row.get("comment")
+        if not isinstance(comment, str | None):
+            raise ExchangeError(f"{place}, field comment: expected a text, found {comment!r:.80}")
+        detail = {**({"said": label} if label in THIRD_ANSWERS else {}), **({"comment": comment} if comment else {})}
+        yield (pair, None if label in SKIPPED else 0 if label in THIRD_ANSWERS else sides["ab".index(label)], detail,
                annotator if who is None else _name(who, f"{place}, field annotator"),
                _seconds(row.get("seconds"), f"{place}, field seconds"))
 
 
 def _from_label_studio(path, questions, annotator):
-    """Yield (pair, label or None, annotator, seconds) for each annotation, and for each task without annotations."""
-    tasks = _parse(_read(path), path)
+    """Yield (pair, label or None, detail, annotator, seconds) for each annotation, and for each task without annotations."""
+    tasks = _parse(_read(path), path, "; export from Label Studio as \"JSON\"")
     if not isinstance(tasks, list):
         raise ExchangeError(f"{path}: expected a list of tasks, found {tasks!r:.80}")
     for n, task in enumerate(tasks, 1):
@@ -189,11 +231,13 @@ def _from_label_studio(path, questions, annotator):
         texts = as_text(json.loads(first)), as_text(json.loads(second))
         sides = _sides(task["data"], pair, texts, f"{place}, field data")
         if not task["annotations"]:
-            yield pair, None, annotator, None
+            yield pair, None, {}, annotator, None
         places = [f"{place}, annotation {k}" for k in range(1, len(task["annotations"]) + 1)]
         for annotation, place in sorted(zip(task["annotations"], places), key=lambda one: _created(*one)):
             side = _selected(annotation, place)
-            yield (pair, None if side is None else sides["left right".split().index(side)],
+            third = side in THIRD_ANSWERS
+            yield (pair, None if side is None else 0 if third else sides["left right".split().index(side)],
+                   {"said": side} if third else {},
                    _completed_by(annotation.get("completed_by"), f"{place}, field completed_by", annotator),
                    _seconds(annotation.get("lead_time"), f"{place}, field lead_time"))
 
@@ -209,16 +253,17 @@ def _read(path):
         raise ExchangeError(f"{path}: {error.strerror}")
 
 
-def _parse(text, place):
+def _parse(text, place, advice=""):
+    """advice: what to do where a text is not JSON."""
     try:
         return json.loads(text.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ExchangeError(f"{place}: not UTF-8 (at byte {error.start})")
+        raise ExchangeError(f"{place}: not UTF-8 (at byte {error.start}){advice}")
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise ExchangeError(f"{place}: not JSON ({line}column {error.colno}: {error.msg})")
+        raise ExchangeError(f"{place}: not JSON ({line}column {error.colno}: {error.msg}){advice}")
     except (ValueError, RecursionError) as error:  # a number with thousands of digits, or thousands of brackets
-        raise ExchangeError(f"{place}: not usable JSON ({error})")
+        raise ExchangeError(f"{place}: not usable JSON ({error}){advice}")
 
 
 def _question(row, questions, place):
@@ -268,12 +313,21 @@ def _created(annotation, place):
 
 
 def _selected(annotation, place):
-    """The chosen side, "left" or "right", or None if nothing was chosen."""
+    """The chosen side, "left" or "right", one of THIRD_ANSWERS, or None if nothing was chosen."""
     if annotation.get("was_cancelled"):
         return None
     results = annotation.get("result")
     if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
         raise ExchangeError(f"{place}, field result: expected a list of objects, found {results!r:.80}")
+    for result in results:
+        if result.get("type") == "choices":
+            value = result.get("value")
+            third = value.get("choices") if isinstance(value, dict) else None
+            third = third[0].lower() if isinstance(third, list) and len(third) == 1 and isinstance(third[0], str) else third
+            if third not in THIRD_ANSWERS:
+                raise ExchangeError(f"{place}, field choices: expected one \"Equal\", \"Both bad\" or \"Cannot judge\", found "
+                                    f"{value!r:.80}")
+            return third
     values = [result.get("value") for result in results if result.get("type") == "pairwise"]
     chosen = [value.get("selected") if isinstance(value, dict) else value for value in values]
     if not chosen:

@@ -146,7 +146,7 @@ class Desk:
             raise Refused(409, "You have answered that question already. Here is another.")
         if not asked[3]:
             raise Refused(409, "That question has been answered in the meantime. Here is another.")
-        if not ledger.renew(me, pair, LEASE):
+        if not ledger.renew(me, pair, LEASE, self.panel):
             raise Refused(409, "That question was given back while you were away. Please look again.")
         detail = {**said, **({"comment": comment} if comment else {}), **({"adjudicates": True} if adjudicates else {})}
         ledger.answer_question(pair, label, me, possible_seconds(seconds, asked[2]), panel=self.panel, detail=detail)
@@ -154,7 +154,7 @@ class Desk:
         return ""
 
     def skip(self, ledger, me, pair, message):
-        if not ledger.renew(me, pair, LEASE):  # the page sends it again, see answer
+        if not ledger.renew(me, pair, LEASE, self.panel):  # the page sends it again, see answer
             return ""
         ledger.release(me, pair)
         self.skipped.setdefault(me, []).append(pair)
@@ -162,7 +162,7 @@ class Desk:
 
     def undo(self, ledger, me, pair, message):
         if me not in ledger.opinions(pair):
-            if ledger.renew(me, pair, LEASE):  # the page sends it again, see answer
+            if ledger.renew(me, pair, LEASE, self.panel):  # the page sends it again, see answer
                 return "Undone. Here is the question again."
             raise Refused(409, "You have no answer to undo here.")
         if not ledger.retract(pair, me, self.panel):
@@ -177,7 +177,7 @@ class Desk:
     def leave(self, ledger, me, pair, message):
         """Give the question back soon, unless its annotator has another page open or has already reloaded this one."""
         if not self.views[me]:
-            ledger.renew(me, pair, LEAVING)
+            ledger.renew(me, pair, LEAVING, self.panel)
 
     def question(self, ledger, me):
         """(row, opinions) of the annotator's question, both None if there is none for them. The opinions are those that an
