@@ -13,6 +13,7 @@ Departure from the official code: there every batch carries its labels, and nobo
 """
 
 import abc
+import shlex
 import time
 
 from runtime.errors import Stopped
@@ -29,7 +30,8 @@ class Annotator(abc.ABC):
     asks_together = True  # ask all questions of an optimiser step at once, before training on it
     needs = ()  # config keys that have to be set
     about = {}  # what summary.json says about it
-    show = staticmethod(lambda missing: None)  # called with the number of missing answers; the run shows it
+    # Called with the number of missing answers, and for people with the command by which they answer; the run shows both.
+    show = staticmethod(lambda missing, how="": None)
     check = staticmethod(lambda ledger: None)  # raises LedgerError if its answers must not be mixed with those in the ledger
 
     @classmethod
@@ -86,18 +88,19 @@ class HumanAnnotator(Annotator):
     """People, who answer through the ledger (tools/label.py) whenever they get to it.
 
     texts: function from a pair id to (prompt, first, second) as JSON, for the page.  wait_minutes: how long to wait for
-    the next answer.
+    the next answer.  output_dir: the run's folder, for the command that opens the page.
     """
 
     name = "human"
     poll_seconds = 0.5
 
-    def __init__(self, texts, wait_minutes):
+    def __init__(self, texts, wait_minutes, output_dir="OUTPUT_DIR"):
         self.texts, self.wait_seconds = texts, 60 * wait_minutes
+        self.page = f"python tools/label.py {shlex.quote(str(output_dir))}"
 
     @classmethod
     def from_config(cls, config, pairs, labels, truths):
-        return cls(pairs.text_by_id(), config.oracle_wait_minutes)
+        return cls(pairs.text_by_id(), config.oracle_wait_minutes, config.output_dir)
 
     def answer(self, questions, ledger):
         """Put the questions and wait until all are answered. Raises Waiting after wait_minutes without a new answer, or on
@@ -109,10 +112,11 @@ class HumanAnnotator(Annotator):
             while missing := len(ledger.unanswered(ids)):
                 if missing != last:
                     last, since = missing, time.monotonic()
-                    self.show(missing)
+                    self.show(missing, self.page)
                 if time.monotonic() - since >= self.wait_seconds:
-                    raise Waiting(f"no answer for {self.wait_seconds / 60:g} minutes, {missing} of {len(ids)} are missing")
+                    raise Waiting(f"no answer for {self.wait_seconds / 60:g} minutes, {missing} of {len(ids)} are missing; "
+                                  f"people answer with `{self.page}`")
                 time.sleep(self.poll_seconds)
         except KeyboardInterrupt:
-            raise Waiting(f"interrupted, {missing} of {len(ids)} answers are missing")
+            raise Waiting(f"interrupted, {missing} of {len(ids)} answers are missing; people answer with `{self.page}`")
         self.show(0)

@@ -145,9 +145,10 @@ class Run:
             yield self.step
             self.progress.update()
 
-    def show_missing(self, missing):
-        """Tell in the progress bar how many answers are missing."""
-        self.progress.set_description_str(f"waiting for {missing} labels" if missing else "train")
+    def show_missing(self, missing, how=""):
+        """Tell in the progress bar how many answers are missing, and by which command people give them."""
+        answer = f" (answer with `{how}`)" if how else ""
+        self.progress.set_description_str(f"waiting for {missing} labels{answer}" if missing else "train")
 
     def add(self, sums):
         """Add the metric sums of a micro-batch.  sums: (columns,) fp64."""

@@ -146,7 +146,7 @@ def test_leaving_gives_the_question_back(site, person):
     other = person("Gil")
     other.wait_for_selector("#wait:not([hidden])")
     assert "with other people" in other.text_content("#why")
-    lease = "SELECT leased_to, leased_until FROM questions"
+    lease = "SELECT annotator, until FROM leases"
     (holder, until), = site.query(lease)
     assert holder == "Fay"
     page.close(run_before_unload=True)
@@ -176,7 +176,7 @@ def test_a_hostile_response_is_shown_as_text(site, person):
 
 
 def test_a_token_in_the_address_goes_into_a_cookie(tmp_path, browser):
-    site = Site(tmp_path, "--token", "secret-1")
+    site = Site(tmp_path, "--token", "secret-0123456789")
     site.put(2)
     context = browser.new_context()
     page = context.new_page()

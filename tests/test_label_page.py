@@ -299,9 +299,9 @@ def test_hosts_other_than_loopback_get_a_token(tmp_path):
 
 
 def test_a_token_can_be_chosen_and_ctrl_c_stops(tmp_path):
-    site = Site(tmp_path, "--token", "my-own_token")
+    site = Site(tmp_path, "--token", "my-own_token-0123")
     site.put(1)
-    check_token(site, "my-own_token")
+    check_token(site, "my-own_token-0123")
     code, errors = site.stop(signal.SIGINT)
     assert code == 0 and errors == ""
 

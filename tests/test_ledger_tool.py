@@ -5,6 +5,7 @@
 
 import contextlib
 import csv
+import json
 import os
 import signal
 import sqlite3
@@ -41,13 +42,14 @@ def run(tmp_path):
     store.put_questions(questions, {q.pair: ('"p"', '"a"', '"b"') for q in questions})
     assert store.answer_question("h1", 1, "ann", 10, 0.25) and store.answer_question("h2", 1, "ann", 20, 0.25)
     assert store.answer_question("h3", -1, "bob", 60)
+    store.take(["h1", "h2", "h3"])  # so that bob's second opinions leave these answers as they are
     assert not store.answer_question("h1", 1, "bob", 5) and not store.answer_question("h2", -1, "bob", 5)
     store.add("judge", [(Question("j1", 0.1, 5), -1, "model", 3, 0.01)])
     for pair, verdict in (("j1", -1), ("j1", -1), ("j2", 1), ("j2", -1), ("j3", 0), ("j3", 1)):
         store.add_verdict(pair, "model", verdict, cost=0.005)
     store.add("reused", [(Question("r1", None, -1), 1, "old\x1b[31m", None, None)])
     store.lease("eve", 1000)
-    store.db.execute("UPDATE questions SET leased_to = 'eve', leased_until = 5 WHERE pair = 'q2'")
+    store.db.execute("INSERT INTO leases VALUES ('q2', 'eve', 5)")
     store.close()
     return folder
 
@@ -209,10 +211,14 @@ def test_csv(run, tmp_path, capsys):
     store = Ledger(run / "labels.sqlite")
     columns = [row[1] for row in store.db.execute("PRAGMA table_info(answers)")]
     store.close()
-    assert list(rows["h1"]) == columns and len(rows) == 7
+    assert list(rows["h1"]) == [*columns, "prompt", "y1", "y2", "opinions"] and len(rows) == 7
     assert {name: rows["h1"][name] for name in columns if name != "answered_at"} == {
         "pair": "h1", "label": "1", "source": "human", "annotator": "ann", "margin": "1.5", "step": "2", "audit": "1",
-        "seconds": "10.0", "cost": "0.25", "used": "0", "detail": ""}
+        "seconds": "10.0", "cost": "0.25", "used": "1", "detail": ""}
+    assert [rows["h1"][name] for name in ("prompt", "y1", "y2")] == ["p", "a", "b"]
+    assert json.loads(rows["h2"]["opinions"]) == [{"annotator": "ann", "verdict": 1, "seconds": 20},
+                                                  {"annotator": "bob", "verdict": -1, "seconds": 5}]
+    assert [rows["j1"][name] for name in ("prompt", "opinions")] == ["", ""]  # nobody was shown it
     assert rows["r1"]["annotator"] == "old\x1b[31m" and rows["r1"]["margin"] == ""
     path.write_text("mine")
     fails(capsys, "--force", run, "--csv", path)

@@ -225,7 +225,7 @@ def test_several_ranks_ask_at_once(tmp_path):
 @pytest.fixture
 def run():
     """What the oracle uses of a Run."""
-    return types.SimpleNamespace(interrupt=Interrupt(), show_missing=lambda missing: None)
+    return types.SimpleNamespace(interrupt=Interrupt(), show_missing=lambda *missing: None)
 
 
 def test_ctrl_c_lets_an_annotator_who_answers_at_once_finish(run, tmp_path, monkeypatch, handlers):
@@ -267,7 +267,7 @@ def test_a_run_waits_for_people_and_gets_their_answers(tmp_path):
     annotator = HumanAnnotator(TEXTS.get, wait_minutes=60)
     annotator.poll_seconds = 0.02
     waiting = []
-    annotator.show = waiting.append
+    annotator.show = lambda missing, how="": waiting.append(missing)
     oracle = make(annotator, tmp_path, oracle="human")
 
     def person():
@@ -310,7 +310,7 @@ def test_without_an_answer_the_run_stops_and_the_questions_stay_open(tmp_path):
     annotator = HumanAnnotator(TEXTS.get, wait_minutes=0.001)
     annotator.poll_seconds = 0.01
     oracle = make(annotator, tmp_path, oracle="human")
-    with pytest.raises(Waiting, match="no answer for 0.001 minutes, 2 of 2 are missing"):
+    with pytest.raises(Waiting, match="no answer for 0.001 minutes, 2 of 2 are missing; people answer with `python tools/label.py OUTPUT_DIR`"):
         ask(oracle, ["a", "b"], [0.1, 0.1], [True, True])
     assert len(oracle.ledger.open_questions()) == 2 and oracle.queries() == 0
     for pair in "ab":

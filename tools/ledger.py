@@ -1,7 +1,9 @@
 """Look at a run's ledger, export it, or seed it with the labels of another run.
 
     python tools/ledger.py OUTPUT_DIR                        print it
-    python tools/ledger.py OUTPUT_DIR --csv FILE [--force]   one row per answer, all columns
+    python tools/ledger.py OUTPUT_DIR --disagreements        the pairs about which people disagree, and who says what
+    python tools/ledger.py OUTPUT_DIR --csv FILE [--force]   one row per answer: all columns, the texts that people were shown,
+                                                             and every person's opinion as JSON
     python tools/ledger.py OUTPUT_DIR --reuse OLD_OUTPUT_DIR
                                                              copy the old run's answers, best before the new run starts
 
@@ -9,13 +11,15 @@ A reused answer keeps its label and annotator. Its source becomes "reused" and i
 free and does not count it as a query. Its margin, time and cost stay in the old ledger. An answer that the new ledger
 already has is not replaced.
 
-Reading changes nothing in the run's folder and works during a run. Needs only requirements.txt. Exit code 2: there is no
+Reading changes nothing in the run's folder and works during a run. Needs only requirements.txt, and tools/requirements.txt for
+the agreement of people: Krippendorff's alpha, by the library of that name. Exit code 2: there is no
 ledger, or it cannot be read or written; one line says why. The paper and the official code keep no labels.
 """
 
 import argparse
 import csv
 import io
+import json
 import sqlite3
 import statistics
 import sys
@@ -29,15 +33,22 @@ from labels.judge import judge_text, judged  # noqa: E402
 from labels.ledger import Ledger, LedgerError, Question  # noqa: E402
 from labels.oracle import wilson  # noqa: E402
 from runtime.errors import UsageError  # noqa: E402
-from tools.exchange import replace_file  # noqa: E402
+from tools.exchange import as_text, replace_file  # noqa: E402
 
 PATIENCE = 10  # seconds to wait while another process holds the ledger
-NEEDED = {"answers": "pair, label, source, annotator, margin, step, audit, answered_at, seconds, cost, used, detail",
-          "questions": "pair, leased_to, leased_until", "verdicts": "pair, annotator, verdict, cost"}
+ANSWERS = "pair, label, source, annotator, margin, step, audit, answered_at, seconds, cost, used, detail"
+VERDICTS = "id, pair, annotator, verdict, seconds, cost, detail, person"
+NEEDED = {"answers": ANSWERS, "questions": "pair", "leases": "pair, until", "verdicts": VERDICTS}  # for the report
+WITH_TEXTS = {"answers": ANSWERS, "questions": "pair, prompt, first, second", "verdicts": VERDICTS}
+# A ledger of version 2, which is read as it is, because nothing is written here.
+AS_BEFORE = {"answers": "SELECT *, NULL AS detail FROM main.answers",
+             "verdicts": "SELECT *, detail IS NULL AS person FROM main.verdicts",
+             "leases": "SELECT pair, leased_until AS until FROM main.questions WHERE leased_to IS NOT NULL"}
 
 
-def read_ledger(folder):
-    """{table: its rows}, as of one moment, read through a connection that cannot write. Raises LedgerError."""
+def read_ledger(folder, needed=NEEDED):
+    """{table: its rows}, as of one moment, read through a connection that cannot write. needed: {table: its columns}. Raises
+    LedgerError."""
     path = Path(folder) / "labels.sqlite"
     if not path.is_file():
         raise LedgerError(f"no ledger: {path} does not exist")
@@ -52,9 +63,10 @@ def read_ledger(folder):
                                  timeout=PATIENCE, isolation_level=None)
             db.row_factory = sqlite3.Row
             db.execute("BEGIN")
-            if db.execute("PRAGMA user_version").fetchone()[0] == 2:  # nothing is written here, so it stays of version 2
-                db.execute("CREATE TEMP VIEW answers AS SELECT *, NULL AS detail FROM main.answers")
-            tables = {name: db.execute(f"SELECT {columns} FROM {name}").fetchall() for name, columns in NEEDED.items()}
+            if db.execute("PRAGMA user_version").fetchone()[0] == 2:
+                for name, view in AS_BEFORE.items():
+                    db.execute(f"CREATE TEMP VIEW {name} AS {view}")
+            tables = {name: db.execute(f"SELECT {columns} FROM {name}").fetchall() for name, columns in needed.items()}
         except sqlite3.Error as error:
             if alone and any(file.exists() for file in beside):
                 continue
@@ -85,9 +97,9 @@ def report(folder, now=None):
     bought, labelled = [row for row in answers if row["step"] >= 0], [row for row in answers if row["label"]]
     audited = [row for row in bought if row["audit"] and row["label"] and row["margin"] is not None]
     answered = {row["pair"] for row in answers}
-    questions = [row for row in tables["questions"] if row["pair"] not in answered]
-    leased = [row for row in questions if row["leased_to"] is not None
-              and row["leased_until"] > (time.time() if now is None else now)]
+    questions = {row["pair"] for row in tables["questions"]} - answered
+    leased = {row["pair"] for row in tables["leases"] if row["until"] > (time.time() if now is None else now)} & questions
+    opinions = opinions_of(verdicts)
     lines = [
         ("answers", f"{len(answers):,}: {len(bought):,} bought by this run, {len(answers) - len(bought):,} reused"),
         ("no preference", share(len(answers) - len(labelled), len(answers))),
@@ -98,14 +110,18 @@ def report(folder, now=None):
         ("open questions", f"{len(questions):,}, of which leased: {len(leased):,}"),
         ("cost", money(bought)),
         ("verdicts", f"{len(verdicts):,} on {len({row['pair'] for row in verdicts}):,} pairs, cost {money(verdicts)}"),
-        ("two annotators", agreement_between(verdicts))]
+        ("two annotators", agreement_between(verdicts)),
+        ("people", agreement_of_people(opinions))]
     out = [str(Path(folder) / "labels.sqlite"), ""]
     out += [f"{name:<16}{words}" for name, words in lines]
     out += ["", *table(HEAD, [(*key, *figures(rows)) for key, rows in groups(answers, "source")]
                        + [("all", *figures(answers))])]
     out += ["", *table(("source", "annotator", *HEAD[1:]),
                        [(*key, *figures(rows)) for key, rows in groups(answers, "source", "annotator")], words=2)]
-    twice = asked_twice(verdicts)
+    if any(len(said) > 1 for said in opinions.values()):
+        out += ["", "People, and whether they say what became the label, where several have an opinion",
+                *table(PEOPLE, people(opinions, {row["pair"]: row["label"] for row in answers}))]
+    twice = asked_twice([row for row in verdicts if not row["person"]])
     if twice:
         out += ["", "Pairs with two or more verdicts by the same annotator (for a judge: both orders)",
                 *table(("annotator", "pairs", "agree", "contradict", "no preference", "share that agrees"), twice)]
@@ -160,6 +176,71 @@ def agreement_between(verdicts):
     return share(sum(len(set(found)) == 1 for found in several), len(several)) + (" agree" if several else "")
 
 
+def opinions_of(verdicts):
+    """{pair: {person: the row of their last verdict}}."""
+    found = defaultdict(dict)
+    for row in sorted((row for row in verdicts if row["person"]), key=lambda row: row["id"]):
+        found[row["pair"]][row["annotator"]] = row
+    return found
+
+
+def said_by(row):
+    """What a person said, in words."""
+    return json.loads(row["detail"] or "{}").get("said") or {1: "y1", -1: "y2", 0: "no preference"}[row["verdict"]]
+
+
+def agreement_of_people(opinions):
+    """Krippendorff's alpha of people's opinions, with y1, y2 and no preference as three values; "cannot judge" is none."""
+    counts = [[sum(row["verdict"] == value for row in said.values() if said_by(row) != "cannot judge") for value in (1, 0, -1)]
+              for said in opinions.values()]
+    counts = [row for row in counts if sum(row) > 1]
+    if not counts:
+        return "no pair has two opinions"
+    split = sum(max(row) < sum(row) for row in counts)
+    words = f"{len(counts):,} pairs with two or more opinions, {split:,} with a disagreement"
+    if split:
+        words += " (--disagreements lists them)"
+    if sum(any(column) for column in zip(*counts)) < 2:
+        return f"{words}; all say the same, so alpha is undefined"
+    try:
+        import krippendorff
+    except ImportError:
+        return f"{words}; for Krippendorff's alpha, pip install -r tools/requirements.txt"
+    return f"{words}; Krippendorff's alpha {krippendorff.alpha(value_counts=counts, level_of_measurement='nominal'):.3f}"
+
+
+PEOPLE = ("person", "opinions", "no preference", "with others", "say the label", "median seconds", "an hour")
+
+
+def people(opinions, labels):
+    """Rows of the table PEOPLE. labels: {pair: label}."""
+    of = defaultdict(list)
+    for pair, said in opinions.items():
+        for who, row in said.items():
+            of[who].append((row, len(said) > 1 and pair in labels, row["verdict"] == labels.get(pair)))
+    for who, rows in sorted(of.items()):
+        shared = [right for _, several, right in rows if several]
+        seconds = [row["seconds"] for row, *_ in rows if row["seconds"] is not None]
+        yield (who, f"{len(rows):,}", f"{sum(row['verdict'] == 0 for row, *_ in rows):,}", f"{len(shared):,}",
+               f"{sum(shared) / len(shared):.1%}" if shared else "–", f"{statistics.median(seconds):.1f}" if seconds else "–",
+               f"{3600 * len(seconds) / sum(seconds):,.0f}" if sum(seconds) else "–")
+
+
+def disagreements(folder):
+    """The pairs about which people disagree as text: who says what, the label, and how the prompt begins."""
+    tables = read_ledger(folder, WITH_TEXTS)
+    labels = {row["pair"]: row["label"] for row in tables["answers"]}
+    prompts = {row["pair"]: as_text(json.loads(row["prompt"])) for row in tables["questions"]}
+    rows = []
+    for pair, said in sorted(opinions_of(tables["verdicts"]).items()):
+        if len({row["verdict"] for row in said.values()}) > 1:
+            label = {1: "y1", -1: "y2", 0: "no preference", None: "open"}[labels.get(pair)]
+            rows.append((pair, label, ", ".join(f"{who}: {said_by(row)}" for who, row in said.items()),
+                         " ".join(prompts.get(pair, "").split())[:60]))
+    return "\n".join(line.rstrip() for line in table(("pair", "label", "opinions", "prompt"), rows, words=4)) if rows else (
+        "nobody disagrees")
+
+
 def asked_twice(verdicts):
     """(annotator, pairs, agree, contradict, no preference, share that agrees) for each annotator with two or more verdicts
     on one pair. No preference: at least one verdict says so, and the others do not contradict each other."""
@@ -192,11 +273,18 @@ def export_csv(folder, path, force=False):
         raise LedgerError(f"{path} exists: say --force to replace it")
     if Path(path).exists() and Path(path).samefile(Path(folder) / "labels.sqlite"):
         raise LedgerError(f"{path} is the ledger: choose another file")
-    rows = sorted(read_ledger(folder)["answers"], key=lambda row: (row["answered_at"], row["step"], row["pair"]))
+    tables = read_ledger(folder, WITH_TEXTS)
+    texts = {row["pair"]: [as_text(json.loads(row[name])) for name in ("prompt", "first", "second")]
+             for row in tables["questions"]}
+    opinions = opinions_of(tables["verdicts"])
+    rows = sorted(tables["answers"], key=lambda row: (row["answered_at"], row["step"], row["pair"]))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(NEEDED["answers"].split(", "))
-    writer.writerows(rows)
+    writer.writerow([*ANSWERS.split(", "), "prompt", "y1", "y2", "opinions"])
+    for row in rows:
+        said = [{"annotator": who, "verdict": found["verdict"], "seconds": found["seconds"], **json.loads(found["detail"] or "{}")}
+                for who, found in opinions[row["pair"]].items()]
+        writer.writerow([*row, *texts.get(row["pair"], ("", "", "")), json.dumps(said, ensure_ascii=False) if said else ""])
     replace_file(path, text.getvalue())
     return len(rows)
 
@@ -236,6 +324,7 @@ def reuse(folder, old):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="tools/ledger.py", description="Look at a run's ledger of labels.")
     parser.add_argument("output_dir", help="the run's folder")
+    parser.add_argument("--disagreements", action="store_true", help="list the pairs about which people disagree")
     parser.add_argument("--csv", metavar="FILE", help="export one row per answer")
     parser.add_argument("--force", action="store_true", help="let --csv replace a file")
     parser.add_argument("--reuse", metavar="OLD_OUTPUT_DIR", help="copy another run's answers into this one's ledger")
@@ -247,7 +336,9 @@ def main(argv=None):
                   + (f", {contradict:,} of them with the other label (kept as they are)" if contradict else ""))
         if args.csv:
             print(f"{export_csv(args.output_dir, args.csv, args.force):,} answers written to {args.csv}")
-        if not args.reuse and not args.csv:
+        if args.disagreements:
+            print(disagreements(args.output_dir))
+        if not (args.reuse or args.csv or args.disagreements):
             print(report(args.output_dir))
     except UsageError as error:
         print(f"tools/ledger.py: {error}", file=sys.stderr)

@@ -14,6 +14,7 @@ import difflib
 import functools
 import html
 import json
+import os
 import re
 
 import nh3
@@ -96,7 +97,8 @@ def difference(a, b):
         return None
     sides = [], []
     for kind, *spans in difflib.SequenceMatcher(None, a, b, False).get_opcodes():
-        for side, words, (start, end) in zip(sides, (a, b), (spans[:2], spans[2:])):
-            if end > start:
-                side.append(["".join(words[start:end]), kind != "equal"])
+        changed = ["".join(words[start:end]) for words, (start, end) in zip((a, b), (spans[:2], spans[2:]))]
+        end = os.path.commonprefix([text[:len(text.rstrip()) - len(text) - 1:-1] for text in changed])[::-1]  # white space
+        for side, text in zip(sides, changed):
+            side += [[part, differs] for part, differs in ((text[:len(text) - len(end)], kind != "equal"), (end, False)) if part]
     return sides
