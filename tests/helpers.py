@@ -530,7 +530,7 @@ class Site:
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         line = self.process.stdout.readline()
         assert "http://" in line, line + self.process.stderr.read()
-        self.url = line.split()[2]
+        self.url = re.search(r"http\S+", line)[0]
         self.port = int(re.search(r":(\d+)/", self.url)[1])
 
     def stop(self, sign=signal.SIGKILL):

@@ -4,6 +4,7 @@ The browser is Debian's (`apt-get install chromium`), driven by Playwright for P
 skipped.
 """
 
+import json
 import random
 import signal
 import threading
@@ -59,7 +60,7 @@ def ready(page, after=None):
     """(pair, [left text, right text]) of the made-up question that the page shows, as soon as it takes a choice."""
     if after:
         page.locator("#prompt .content", has_not_text=after).wait_for()
-    page.wait_for_selector('#task:not([hidden]) .choose[aria-disabled="false"]')
+    page.wait_for_selector('#actions:not([hidden]) .choose[aria-disabled="false"]')
     pair = page.locator("#prompt").text_content().split()[-1]
     texts = page.locator(".side .text").all_text_contents()
     assert sorted(texts) == [f"first of {pair}", f"second of {pair}"]
@@ -146,7 +147,7 @@ def test_leaving_gives_the_question_back(site, person):
     other = person("Gil")
     other.wait_for_selector("#wait:not([hidden])")
     assert "with other people" in other.text_content("#why")
-    lease = "SELECT annotator, until FROM leases"
+    lease = "SELECT annotator, until FROM leases ORDER BY until DESC LIMIT 1"
     (holder, until), = site.query(lease)
     assert holder == "Fay"
     page.close(run_before_unload=True)
@@ -169,10 +170,190 @@ def test_a_hostile_response_is_shown_as_text(site, person):
     assert page.locator("main img, main script, main iframe, main a, header b:not([id])").count() == 0
     assert page.evaluate("window.owned") is None
     assert page.evaluate("getComputedStyle(document.querySelectorAll('#prompt .content')[1]).direction") == "rtl"
-    # Long texts scroll inside their cards, and the buttons stay in view on a small phone.
+    # On a small phone, prompt and responses scroll as one text, and the buttons stay in view.
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     assert page.locator(".choose").nth(0).bounding_box()["y"] < 600
-    assert page.evaluate("[...document.querySelectorAll('.text')].some(t => t.scrollHeight > t.clientHeight + 99)")
+    assert page.evaluate("(task => task.scrollHeight > task.clientHeight + 99)(document.getElementById('task'))")
+
+
+MARKDOWN = """Use **one** of [these](javascript:owned=1) &amp; ![that](https://example.org/x.png):
+
+1. one
+1. again
+
+```python <b>not bold</b>
+def f(x):
+    return "<i>" + x
+```
+
+| a | b |
+| --- | --: |
+| `1` | 2 |
+"""
+
+
+def test_markdown_is_rendered_and_can_be_seen_as_it_was_written(site, person):
+    hides = "| a |\n| --- |\n| 1 | this cell is beyond the table |"
+    site.put({"m": ("# Prompt", MARKDOWN, MARKDOWN.replace("**one**", "**two**")), "n": ("hides", hides, hides + "!")})
+    page = person("Lea", viewport={"width": 1280, "height": 900})
+    page.wait_for_selector("#task:not([hidden]) table")
+    assert page.evaluate("getComputedStyle(document.querySelector('pre code')).fontFamily").endswith("monospace")
+    assert page.locator("pre code").first.text_content() == 'def f(x):\n    return "<i>" + x\n'
+    assert page.locator("pre small").first.text_content() == "python <b>not bold</b>"
+    assert page.locator(".text").first.locator("td").all_text_contents() == ["1", "2"]
+    assert page.locator("li").first.get_attribute("value") == page.locator("li").nth(1).get_attribute("value") == "1"
+    assert page.locator("#task a, #task img, #task b, #task i").count() == 0  # a link stays as it is written
+    for words in ("[these](javascript:owned=1) &amp; ![that](https://example.org/x.png)",):
+        assert words in page.locator(".text p").first.text_content()
+    page.keyboard.press("r")
+    assert MARKDOWN.strip() in page.locator(".text").all_text_contents()
+    page.keyboard.press("d")  # the switch says that the two are nearly equal
+    page.wait_for_selector(".text mark")
+    assert sorted(page.locator(".text mark").all_text_contents()) == ["one", "two"]
+    assert MARKDOWN.strip() in page.locator(".text").all_text_contents()
+    assert "hint" in page.locator("[data-view=difference]").get_attribute("class")
+    page.keyboard.press("d")
+    page.wait_for_selector(".text table")
+    page.keyboard.press("ArrowLeft")  # what a table would drop is shown
+    page.locator("#prompt .content", has_text="hides").wait_for()
+    assert all("beyond the table" in text and "Markdown would hide" in text
+               for text in page.locator(".text").all_text_contents())
+
+
+def test_third_answers_and_comments(site, person):
+    site.put(4)
+    page = person("Mia")
+    for key, said in (("e", "equal"), ("x", "both bad"), ("c", "cannot judge")):
+        pair, _ = ready(page)
+        page.keyboard.press("m")
+        page.keyboard.type(f"seuxc {key}")  # none of these is a key here
+        page.keyboard.press("Enter")
+        page.keyboard.press(key)
+        ready(page, after=pair)
+        (label, detail), = site.query("SELECT verdict, detail FROM verdicts WHERE pair = ?", pair)
+        assert label == 0 and json.loads(detail) == {"said": said, "comment": f"seuxc {key}"}
+        assert page.input_value("#comment") == ""
+    page.click("text=Cannot judge")
+    page.wait_for_selector("#wait:not([hidden])")
+    assert set(site.answers().values()) == {0} and len(site.answers()) == 4
+
+
+def test_the_buttons_stay_and_the_keys_scroll(site, person):
+    long = "\n\n".join(f"Paragraph {n} of a long text, with some words." for n in range(90))
+    site.put({"a": (long, long, "short"), "b": ("prompt of b", "first of b", "second of b")})
+    page = person("Noa", viewport={"width": 1200, "height": 800})
+    page.locator("#prompt .content", has_text="Paragraph 0").wait_for()
+
+    def tops(*places):
+        return [page.evaluate("place => document.querySelector(place).scrollTop", place) for place in places]
+
+    def boxes():
+        return [button.bounding_box() for button in page.locator("#actions button").all()]
+
+    page.wait_for_selector('#actions:not([hidden]) .choose[aria-disabled="false"]')
+    before = boxes()
+    assert tops("#prompt") == [0] and page.locator(".asked .more").is_visible()
+    page.click("[data-view=written]")  # after a click on a button, space still scrolls
+    page.keyboard.press("Space")
+    page.keyboard.press("ArrowDown")
+    at, = tops("#prompt")
+    assert at > 100
+    page.keyboard.press("ArrowUp")
+    assert tops("#prompt")[0] == at - 60
+    while page.locator(".asked .more").is_visible():
+        page.keyboard.press("PageDown")
+    text = "#sides .text" if page.locator(".text").first.text_content() != "short" else "#sides .side:nth-child(2) .text"
+    assert tops(text) == [0]
+    page.keyboard.press("PageDown")  # the prompt has ended, so the responses follow
+    assert tops(text)[0] > 100
+    page.keyboard.press("Home")
+    assert tops("#prompt", text) == [0, 0]
+    assert site.answers() == {} and boxes() == before
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")  # too soon, or while the first is being stored: it has a sign and no effect
+    page.wait_for_selector("#note:not([hidden])")
+    assert page.text_content("#note").startswith(("Too soon", "Not yet"))
+    ready(page)
+    assert len(site.answers()) == 1 and boxes() == before
+
+
+def test_guidelines_statistics_and_a_hint_at_a_break(tmp_path, browser):
+    (tmp_path / "guide.md").write_text("# How to judge\n\nPrefer what is **right**. <script>owned=1</script>")
+    site = Site(tmp_path, "--guidelines", str(tmp_path / "guide.md"))
+    site.put(5)
+    context = browser.new_context(viewport={"width": 1400, "height": 900})
+    page = context.new_page()
+    page.clock.install()
+    page.goto(site.url)
+    page.fill("#name", "Oda")
+    page.click("text=Begin")
+    pair, texts = ready(page)
+    assert "<script>owned=1</script>" in page.text_content("#guide") and page.locator("#guide strong").count() == 1
+    right = page.locator(".side").nth(1).bounding_box()
+    assert right["x"] + right["width"] < page.locator("#guide").bounding_box()["x"]  # beside the task, not above it
+    page.keyboard.press("g")
+    assert not page.is_visible("#guide")
+    for n in range(4):
+        page.clock.fast_forward(240_000)
+        choose(page, 0, texts)
+        if n < 3:
+            page.clock.run_for(1000)
+            pair, texts = ready(page, after=pair)
+    page.locator("#session", has_text="session: 4 in 16 min").wait_for()
+    assert "A short break" not in page.text_content("#note")
+    for _ in range(9):
+        page.clock.fast_forward(240_000)
+    pair, texts = ready(page)
+    choose(page, 0, texts)
+    page.locator("#note", has_text="A short break").wait_for()
+    context.close()
+    site.stop()
+
+
+def test_a_personal_link_says_who_somebody_is(tmp_path, browser):
+    site = Site(tmp_path, "--annotator", "Ann", "--annotator", "Bob")
+    site.put(2)
+    urls = [site.url] + [site.process.stdout.readline().split()[-1]]
+    seen = []
+    for url in (urls[0].strip(), urls[1]):
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(url)
+        pair, texts = ready(page)
+        seen.append((page.text_content("#who"), pair))
+        page.click("#who")  # a name cannot be changed
+        assert page.is_visible("#task")
+        choose(page, 0, texts)
+        page.locator("#mine", has_text="1").wait_for()
+        context.close()
+    assert [who for who, _ in seen] == ["Ann", "Bob"]
+    assert sorted(site.query("SELECT annotator, pair FROM answers")) == sorted(seen)
+    site.stop()
+
+
+def test_an_adjudicator_sees_who_said_what(tmp_path, browser):
+    site = Site(tmp_path, "--annotators-per-pair", "2", "--adjudicator", "Eve")
+    site.put(1)
+    for who, said, comment in (("Ann", "first", "it is first"), ("Bob", None, "")):
+        question = site.ask("next", who)[1]["question"]
+        choice = next((side["choice"] for side in question["sides"] if said and side["turns"][0]["text"].startswith(said)),
+                      "both bad")
+        assert site.ask("answer", who, pair="p00", choice=choice, comment=comment)[0] == 200
+    assert site.answers() == {}
+    page = browser.new_page()
+    page.goto(site.url)
+    page.fill("#name", "eve")
+    page.click("text=Begin")
+    texts = ready(page)[1]
+    side = next(side for side, text in enumerate(texts) if text.startswith("first"))
+    assert page.locator(".side h2").nth(side).text_content().endswith("· Ann (“it is first”)")
+    assert page.locator(".side h2 span").nth(1 - side).text_content() == ""
+    assert page.locator(".third.hint").text_content().startswith("Both bad") and "disagree" in page.text_content("#note")
+    expected = choose(page, 1 - side, texts)
+    page.wait_for_selector("#wait:not([hidden])")
+    assert site.answers() == {"p00": expected}
+    page.close()
+    site.stop()
 
 
 def test_a_token_in_the_address_goes_into_a_cookie(tmp_path, browser):

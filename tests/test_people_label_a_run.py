@@ -21,7 +21,7 @@ HOSTILE = " the staff was perfect <img src=x onerror=\"window.owned=1\"><script>
 
 
 def ready(page):
-    return page.locator('#task:not([hidden]) .choose[aria-disabled="false"]').count() == 2
+    return page.locator('#actions:not([hidden]) .choose[aria-disabled="false"]').count() == 2
 
 
 def look(page):

@@ -61,17 +61,16 @@ LONGEST_GUIDELINES = 1_000_000  # bytes
 class Desk:
     """Hands out questions and takes answers. It can afford to lose whatever it keeps outside the ledger.
 
-    path: the ledger.  panel: how opinions become labels.  guidelines: Markdown, or None.
+    path: the ledger.  panel: how opinions become labels.  guidelines: Markdown, or None.  names: how people are spelled.
     skipped: {annotator: pairs}.  views: {annotator: {open page: time of its last request}}.  given: {annotator: times of
     their answers in the last hour}.
     """
 
     ACTIONS = ("hello", "difference", "next", "answer", "skip", "undo", "leave")
 
-    def __init__(self, path, panel=Panel(), guidelines=None):
-        self.path, self.panel, self.guidelines = path, panel, guidelines
+    def __init__(self, path, panel=Panel(), guidelines=None, names=None):
+        self.path, self.panel, self.guidelines, self.names = path, panel, guidelines, names or Names()
         self.skipped, self.views, self.given = {}, {}, collections.defaultdict(collections.deque)
-        self.names = Names()
         self.secret = secrets.token_bytes(16)  # seeds the draw of sides
 
     def __call__(self, action, message):
@@ -260,9 +259,8 @@ def tokens_of(args, folder, people, local):
     return {} if local and not args.public_url else {serving.token_for(serving.key_of(folder), None): None}
 
 
-def people_of(ledger, args):
+def people_of(ledger, args, names):
     """(the people with links of their own, the adjudicator), spelled as in the ledger. Raises UsageError."""
-    names = Names()
     for who in (*args.annotator, *filter(None, [args.adjudicator])):
         if not (who.isprintable() and 0 < len(who.strip()) <= LONGEST_NAME):
             raise UsageError(f"{who!r}: a name needs 1 to {LONGEST_NAME} printable characters")
@@ -289,13 +287,12 @@ def guidelines_of(path):
     return text
 
 
-def serve(path, args, panel, people):
+def serve(path, args, desk, people):
     """Serve the page until Ctrl-C. Raises UsageError if it cannot start."""
     local = serving.is_loopback(f"[{args.host}]" if ":" in args.host else args.host)
     public = args.public_url and serving.public_address(args.public_url)
     tokens = tokens_of(args, path.parent, people, local)
     page = (Path(__file__).parent / "label.html").read_text(encoding="utf-8")
-    desk = Desk(path, panel, guidelines_of(args.guidelines))
     try:
         desk.hello("")  # imports what shows the texts
         listening = serving.listen(args.host, args.port)
@@ -355,12 +352,13 @@ def main(argv=None):
         if not path.is_file():
             raise LedgerError(f"no ledger: {path} does not exist (a run with --oracle human creates it)")
         with contextlib.closing(Ledger(path, timeout=PATIENCE)) as ledger:
-            people, adjudicator = people_of(ledger, args)
+            names = Names()
+            people, adjudicator = people_of(ledger, args, names)
             panel = Panel(args.annotators_per_pair, adjudicator)
             exchange(ledger, args, panel)
             ledger.settle_all(panel)  # the panel may ask for fewer opinions than the page before did
         if not args.import_ and not args.export:
-            serve(path, args, panel, people)
+            serve(path, args, Desk(path, panel, guidelines_of(args.guidelines), names), people)
     except (UsageError, sqlite3.Error) as error:
         print(f"tools/label.py: {error}", file=sys.stderr)
         return 2

@@ -55,7 +55,7 @@ def rendered(text):
         return None
     safe = nh3.clean(PARSER.render(text), tags=TAGS, attributes={"li": {"value"}}, link_rel=None)
     shown = html.unescape(re.sub(r"<[^>]*>", " ", re.sub(r'<li value="(\d+)">', r"\1", safe)))
-    return safe if letters(shown) == letters(text) else None
+    return safe.strip() if letters(shown) == letters(text) else None
 
 
 def letters(text):
