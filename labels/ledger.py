@@ -130,8 +130,8 @@ TOTALS = """
     END;
 """
 
-# From version 2, whose answers had to be 1 or -1, and had no details; each question could be leased to one annotator, and only
-# people's verdicts had no detail. The totals stay as they are: these rows are counted.
+# From version 2, whose answers had to be 1 or -1, and had no details. Each question could be leased to one annotator, and
+# only people's verdicts had no detail. The totals stay as they are: these rows are counted.
 BEFORE_TABLES = """
     DROP TRIGGER answer_counted;
     DROP TRIGGER answer_uncounted;
@@ -460,8 +460,8 @@ class Ledger:
         self.db.execute("DELETE FROM leases WHERE annotator = ? AND pair = COALESCE(?, pair)", (annotator, pair))
 
     def answer_question(self, pair, label, annotator, seconds=None, cost=None, panel=Panel(), detail=None):
-        """Keep what a person says about a question; label 0: without a preference. detail: {"said", "comment", "adjudicates"}
-        as in Opinion, each optional.
+        """Keep what a person says about a question; label 0: without a preference. detail: "said", "comment" and
+        "adjudicates" as in Opinion, each optional.
 
         The answer is what the panel decides by all opinions, until the run has used it: a second opinion that comes before
         that may change it. Returns whether this settled an open question. Raises KeyError if the pair was never asked.
@@ -502,7 +502,8 @@ class Ledger:
             self.db.execute("DELETE FROM answers WHERE pair = ?", (pair,))
         if decided:
             asked = self.db.execute("SELECT margin, step, audit FROM questions WHERE pair = ?", (pair,)).fetchone()
-            spent = self.db.execute("SELECT SUM(seconds), SUM(cost) FROM verdicts WHERE pair = ? AND person", (pair,)).fetchone()
+            spent = self.db.execute("SELECT SUM(seconds), SUM(cost) FROM verdicts WHERE pair = ? AND person",
+                                    (pair,)).fetchone()
             self.add("human", [(Question(pair, *asked), label, who, *spent)], detail=detail)
 
     def settle_all(self, panel):

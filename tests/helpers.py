@@ -519,19 +519,19 @@ JSON = {"Content-Type": "application/json"}
 class Site:
     """A labelling page (tools/label.py) in a process of its own, over a ledger in `folder`."""
 
-    def __init__(self, folder, *flags, port=0):
-        self.folder, self.flags, self.port = folder, flags, port
+    def __init__(self, folder, *flags, port=0, program="tools/label.py"):
+        self.folder, self.flags, self.port, self.program = folder, flags, port, str(program)
         Ledger(folder / "labels.sqlite").close()
         self.start()
 
     def start(self):
         self.process = subprocess.Popen(
-            [sys.executable, "tools/label.py", str(self.folder), "--port", str(self.port), *self.flags], cwd=ROOT,
+            [sys.executable, self.program, str(self.folder), "--port", str(self.port), *self.flags], cwd=ROOT,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        line = self.process.stdout.readline()
-        assert "http://" in line, line + self.process.stderr.read()
-        self.url = re.search(r"http\S+", line)[0]
-        self.port = int(re.search(r":(\d+)/", self.url)[1])
+        self.first = self.process.stdout.readline()
+        assert "http" in self.first, self.first + self.process.stderr.read()
+        self.url = re.search(r"http\S+", self.first)[0]
+        self.port = int((re.search(r"listening on port (\d+)", self.first) or re.search(r":(\d+)/", self.url))[1])
 
     def stop(self, sign=signal.SIGKILL):
         """(exit code, stderr)."""

@@ -185,9 +185,9 @@ def test_the_majority_is_the_label_in_whatever_order_opinions_come(store, tmp_pa
     if format == "jsonl":
         path.write_text("".join(json.dumps(dict(zip(("pair", "label", "annotator"), row))) + "\n" for row in said))
     else:
-        path.write_text(json.dumps([{"data": {"pair": pair}, "annotations": [annotation(1, {"a": "left", "b": "right"}[letter],
-                                                                                        completed_by={"email": who})]}
-                                    for pair, letter, who in said]))
+        sides = {"a": "left", "b": "right"}
+        path.write_text(json.dumps([{"data": {"pair": pair}, "annotations": [
+            annotation(1, sides[letter], completed_by={"email": who})]} for pair, letter, who in said]))
     import_answers(store, path, format)
     assert answers(store) == {"pair0": drawn_sides("pair0")[0], "pair1": drawn_sides("pair1")[1]}
     voters = ", ".join(who for pair, letter, who in said if (pair, letter) == ("pair0", "a"))

@@ -1,6 +1,8 @@
 """tools/label.py over HTTP: `python -m pytest tests/test_label_page.py -n 0`. test_label_browser.py uses it in a browser."""
 
+import asyncio
 import base64
+import contextlib
 import hashlib
 import json
 import random
@@ -12,13 +14,14 @@ import threading
 import time
 
 import pytest
-from helpers import JSON, Site
+from helpers import JSON, ROOT, Site
 
 from labels.ledger import Ledger, Question
 
 pytest.importorskip("fastapi", reason="needs tests/requirements.txt")
 
-from tools import label  # noqa: E402
+from tools import label, serving  # noqa: E402
+from tools.serving import Refused  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -241,12 +244,117 @@ def test_bodies_that_make_no_sense_are_refused(site, status, message):
     assert site.answers() == {}
 
 
-@pytest.mark.parametrize("seconds", [-1, "9", True, 1e30, 10**400, float("nan"), [1]])
+@pytest.mark.parametrize("seconds", ["9", True, 1e30, 10**400, float("nan"), [1]])
 def test_seconds_must_be_a_number(site, seconds):
     site.put(1)
     question = site.ask("next", "ann")[1]["question"]
     assert site.ask("answer", "ann", pair="p00", choice=choice(question, "first"), seconds=seconds)[0] == 400
     assert site.answers() == {}
+
+
+@pytest.mark.parametrize("seconds, kept", [(3599, 3599), (-1, None), (0, None), (4000, None), (1e8, None), (None, None)])
+def test_times_that_cannot_be_are_unknown(site, seconds, kept):
+    site.put(1)  # asked an hour ago
+    question = site.ask("next", "ann")[1]["question"]
+    assert site.ask("answer", "ann", pair="p00", choice=choice(question, "first"), seconds=seconds)[0] == 200
+    assert site.query("SELECT seconds FROM answers") == [(kept,)]
+
+
+def test_third_answers_settle_a_question(site):
+    site.put(3)
+    _, reply = site.ask("next", "ann")
+    for said in ("equal", "both bad", "cannot judge"):
+        pair = reply["question"]["pair"]
+        for _ in range(2):  # sent again, it counts once
+            status, reply = site.ask("answer", "ann", pair=pair, choice=said, comment="because")
+            assert status == 200
+        assert site.ask("answer", "ann", pair=pair, choice="equal" if said != "equal" else "both bad")[0] == 409
+    assert reply["question"] is None and site.answers() == dict.fromkeys(("p00", "p01", "p02"), 0)
+    details = [json.loads(detail) for detail, in site.query("SELECT detail FROM verdicts ORDER BY id")]
+    assert details == [{"said": said, "comment": "because"} for said in ("equal", "both bad", "cannot judge")]
+    assert site.ask("undo", "ann", pair="p02")[1]["question"]["pair"] == "p02" and len(site.answers()) == 2
+
+
+@pytest.mark.parametrize("comment", ["x" * 2001, "a\nb", 3])
+def test_comments_are_a_line_of_text(site, comment):
+    site.put(1)
+    site.ask("next", "ann")
+    assert site.ask("answer", "ann", pair="p00", choice="equal", comment=comment)[0] == 400 and site.answers() == {}
+
+
+def test_one_person_has_one_name(site):
+    site.put(3)
+    question = site.ask("next", "Zoë Ann")[1]["question"]
+    site.ask("answer", "Zoë Ann", pair="p00", choice=choice(question, "first"))
+    status, reply = site.ask("next", "zoe\u0308  ANN")
+    assert reply["mine"] == 1 and reply["last"] == "p00" and reply["question"]["pair"] == "p01"
+    assert site.ask("undo", "ＺＯË ann", pair="p00")[1]["question"]["pair"] == "p00" and site.answers() == {}
+
+
+def test_each_question_goes_to_as_many_people_as_asked(tmp_path):
+    site = Site(tmp_path, "--annotators-per-pair", "3")
+    site.put({f"q{n:02}": ("p", f"first {n}", f"second {n}") for n in range(20)})
+    people = [f"person {n}" for n in range(7)]
+    votes, left = {}, set(people)
+    wish = {pair: random.Random(pair).choice(("first", "second")) for pair, in site.query("SELECT pair FROM questions")}
+
+    def work(who):
+        _, reply = site.ask("next", who)
+        while question := reply["question"]:
+            pair = question["pair"]
+            word = wish[pair] if who[-1] in "0246" else ("first" if wish[pair] == "second" else "second")
+            assert (pair, who) not in votes
+            votes[pair, who] = 1 if word == "first" else -1
+            status, reply = site.ask("answer", who, pair=pair, choice=choice(question, word))
+            assert status == 200
+
+    threads = [threading.Thread(target=work, args=(who,)) for who in people]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for who in people:  # what was leased to somebody else when they looked
+        work(who)
+    assert left and len(votes) == 60 and site.query("SELECT COUNT(*) FROM verdicts") == [(60,)]
+    for pair, answer in site.answers().items():
+        of_pair = [vote for (asked, _), vote in votes.items() if asked == pair]
+        assert len(of_pair) == 3 and answer == (1 if sum(of_pair) > 0 else -1)
+    assert len(site.answers()) == 20
+    last = site.ask("next", people[0])[1]["last"]
+    before = site.answers()
+    reply = site.ask("undo", people[0], pair=last)[1]
+    assert reply["question"]["pair"] == last and last not in site.answers()
+    word = "first" if votes[last, people[0]] == 1 else "second"
+    site.ask("answer", people[0], pair=last, choice=choice(reply["question"], word))
+    assert site.answers() == before
+    site.stop()
+
+
+def test_a_page_for_fewer_people_settles_what_is_there(tmp_path):
+    site = Site(tmp_path, "--annotators-per-pair", "2")
+    site.put(2)
+    question = site.ask("next", "ann")[1]["question"]
+    site.ask("answer", "ann", pair="p00", choice=choice(question, "second"))
+    assert site.answers() == {}
+    site.stop()
+    site.flags = ()
+    site.start()
+    assert site.answers() == {"p00": -1}
+    site.stop()
+
+
+def test_the_same_words_in_both_responses_are_not_said_to_differ(site):
+    site.put({"d": ("p", "one two three four five six", "one two THREE four five six")})
+    question = site.ask("next", "ann")[1]["question"]
+    assert question["nearly_equal"]
+    sides = site.ask("difference", "ann", pair="d")[1]["sides"]
+    shown = {side["turns"][0]["text"]: sides[side["choice"]] for side in question["sides"]}
+    for text, parts in shown.items():
+        assert "".join(part for part, _ in parts) == text
+        assert [part for part, differs in parts if differs] == ["THREE" if "THREE" in text else "three"]
+    assert site.ask("difference", "ann", pair="nothing")[0] == 409
+    site.put({"e": ("p", "word " * 4000, "other " * 4000)})
+    assert site.ask("difference", "ann", pair="e")[0] == 413
 
 
 @pytest.mark.parametrize("path", ["/labels.sqlite", "/label.html", "/../train.py", "/%2e%2e/train.py", "/ask", "//",
@@ -271,6 +379,7 @@ def test_every_reply_has_the_security_headers(site):
     assert "//" not in addresses  # nothing is loaded from elsewhere
     for path in ("/", "/nothing"):
         headers = site.request("GET", path)[1]
+        assert headers["X-Frame-Options"] == "DENY"
         assert headers["X-Content-Type-Options"] == "nosniff" and headers["Referrer-Policy"] == "no-referrer"
         assert headers["Cache-Control"] == "no-store" and headers["Content-Security-Policy"] == policy
 
@@ -306,6 +415,151 @@ def test_a_token_can_be_chosen_and_ctrl_c_stops(tmp_path):
     assert code == 0 and errors == ""
 
 
+def links(site, count):
+    """{person: token} that a page printed."""
+    lines = [site.first] + [site.process.stdout.readline() for _ in range(count - 1)]
+    return dict(re.match(r"(.+) labels at http://\S+\?token=([\w-]{22})", line).groups() for line in lines)
+
+
+def test_a_link_for_each_person_says_who_they_are(tmp_path):
+    site = Site(tmp_path, "--annotator", "Ann", "--annotator", "Bob", "--adjudicator", "Eve")
+    tokens = links(site, 3)
+    assert set(tokens) == {"Ann", "Bob", "Eve"} and len(set(tokens.values())) == 3
+    assert (tmp_path / "label.key").stat().st_mode & 0o777 == 0o600
+    cookies = {who: {"Cookie": f"label-{site.port}={token}"} for who, token in tokens.items()}
+    assert site.ask("next", "Ann")[0] == 401
+    site.put(3)
+    for who, pair in (("Ann", "p00"), ("Bob", "p02")):  # Ann has p01 by then
+        assert site.ask("hello", "", cookies[who])[1]["you"] == who
+        question = site.ask("next", "Somebody else", cookies[who])[1]["question"]  # whatever name they give
+        site.ask("answer", "Ann", cookies[who], pair=question["pair"], choice=choice(question, "first"))
+        assert site.query("SELECT annotator FROM answers WHERE pair = ?", pair) == [(who,)]
+    assert site.ask("undo", "Ann", cookies["Bob"], pair="p00")[0] == 409  # another's answer
+    assert len(site.answers()) == 2
+    port, site.port = site.port, 0
+    site.stop()
+    site.flags, site.port = ("--annotator", "ANN"), port
+    site.start()
+    assert links(site, 1) == {"Ann": tokens["Ann"]}  # the same after a restart, and whoever is not named cannot come in
+    assert site.ask("next", "", cookies["Ann"])[0] == 200 and site.ask("next", "", cookies["Bob"])[0] == 401
+    site.stop()
+    (tmp_path / "label.key").unlink()
+    site.start()
+    assert links(site, 1)["Ann"] != tokens["Ann"]
+    site.stop()
+
+
+def test_guesses_are_limited_and_cost_others_nothing(tmp_path):
+    site = Site(tmp_path, "--token", "correct-horse-battery")
+    site.put(1)
+    cookie = {"Cookie": f"label-{site.port}=correct-horse-battery"}
+    assert site.ask("next", "ann", cookie)[0] == 200  # has come in before
+    said = [site.request("GET", f"/?token=guess-number-{n:04}")[0] for n in range(serving.GUESSES + 3)]
+    assert said == [401] * serving.GUESSES + [429] * 3
+    assert site.ask("next", "ann", cookie)[0] == 200
+    site.stop()
+    door = serving.Door({"right": None})
+    for n in range(serving.GUESSES):
+        with pytest.raises(Refused):
+            door.enter(f"wrong {n}", "10.0.0.1")
+    with pytest.raises(Refused) as refused:  # even the right one, which would tell a guesser
+        door.enter("right", "10.0.0.1")
+    assert refused.value.args[0] == 429 and door.enter("right", "10.0.0.2") is None
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--token", "short-token"), "at least 16"), (("--token", "0123456789abcde!"), "letters, digits"),
+    (("--token", "0123456789abcdef", "--annotator", "Ann"), "say one of them"),
+    (("--annotators-per-pair", "0"), "expected 1 to 100")])
+def test_flags_that_make_no_sense_are_refused(flags, words, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        label.main([str(tmp_path), *flags])
+    assert ended.value.code == 2 and words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_behind_a_proxy_with_tls(tmp_path):
+    site = Site(tmp_path, "--public-url", "https://label.example.org:8443/team/")
+    site.put(1)
+    assert site.first.startswith("label at https://label.example.org:8443/team/?token=")
+    token = re.search(r"token=([\w-]{22})", site.first)[1]
+    for host in ("label.example.org:8443", f"localhost:{site.port}"):  # proxies pass the host on, or not
+        status, headers, _ = site.request("GET", f"/?token={token}", headers={"Host": host})
+        assert status == 200 and "; secure" in headers["Set-Cookie"].lower()
+        cookie = {"Cookie": headers["Set-Cookie"].split(";")[0], "Host": host}
+        assert site.ask("next", "ann", {**cookie, "Origin": "https://label.example.org:8443"})[0] == 200
+        for origin in ("https://label.example.org", "http://label.example.org:8443", "https://evil.example"):
+            expected = 200 if origin.partition("//")[2] == host else 403
+            assert site.ask("next", "ann", {**cookie, "Origin": origin})[0] == expected
+    assert site.request("GET", f"/?token={token}", headers={"Host": "evil.example"})[0] == 403
+    assert site.request("GET", "/")[0] == 401  # nobody comes in without a token, also on loopback
+    site.stop()
+
+
+def test_replies_on_a_connection_are_not_held_back():
+    """Nagle's algorithm would hold the second part of a reply until the first is acknowledged, 40 ms later."""
+    listening = serving.listen("127.0.0.1", 0)
+    seen = []
+
+    class Look(asyncio.Protocol):
+        def connection_made(self, transport):
+            seen.append(transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            transport.close()
+
+    async def one():
+        server = await asyncio.get_running_loop().create_server(Look, sock=listening)
+        reader, writer = await asyncio.open_connection(*listening.getsockname())
+        await reader.read()
+        writer.close()
+        server.close()
+    asyncio.run(one())
+    assert seen == [1]
+
+
+SHORT = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, ({files}, {files}))
+sys.path.insert(0, {root!r})
+from tools import label, serving
+serving.REQUEST_SECONDS = serving.BODY_SECONDS = {seconds}
+sys.exit(label.main(sys.argv[1:]))
+"""
+
+
+def half_sent(site, text):
+    link = socket.create_connection(("127.0.0.1", site.port))
+    link.sendall(text.encode())
+    return link
+
+
+def test_a_request_has_to_arrive_in_time(tmp_path):
+    (tmp_path / "short.py").write_text(SHORT.format(root=str(ROOT), seconds=1, files=1024))
+    site = Site(tmp_path, program=tmp_path / "short.py")
+    links = [half_sent(site, text) for text in (
+        "", "GET / HT", "GET / HTTP/1.1\r\nHost: local", "POST /ask/next HTTP/1.1\r\nHost: localhost\r\n"
+        "Content-Type: application/json\r\nContent-Length: 50\r\n\r\n{")]
+    for link in links:
+        link.settimeout(60)
+        reply = b""
+        with contextlib.suppress(ConnectionResetError):  # closed without a word
+            while part := link.recv(4096):
+                reply += part
+        assert (b" 408 " in reply) == (link is links[-1])
+        link.close()
+    assert site.request("GET", "/")[0] == 200
+    site.stop()
+
+
+def test_half_sent_requests_do_not_make_the_page_unreachable(tmp_path):
+    (tmp_path / "short.py").write_text(SHORT.format(root=str(ROOT), seconds=600, files=128))
+    site = Site(tmp_path, program=tmp_path / "short.py")
+    site.put(1)
+    links = [half_sent(site, "GET / HTTP/1.1\r\nHost: local") for _ in range(200)]
+    assert site.request("GET", "/")[0] == 200 and site.ask("next", "ann")[1]["question"]["pair"] == "p00"
+    for link in links:
+        link.close()
+    site.stop()
+
+
 def test_one_line_says_why_it_cannot_start(tmp_path, capsys, monkeypatch):
     def said(*flags):
         assert label.main([str(tmp_path), *flags]) == 2
@@ -321,6 +575,14 @@ def test_one_line_says_why_it_cannot_start(tmp_path, capsys, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "in use" in said("--port", str(taken.getsockname()[1]))
     assert "cannot listen" in said("--host", "203.0.113.7") and "cannot listen" in said("--port", "70000")
+    assert "No such file" in said("--guidelines", str(tmp_path / "absent"))
+    (tmp_path / "guide").write_bytes(b"\xff")
+    assert "is not UTF-8" in said("--guidelines", str(tmp_path / "guide"))
+    assert "expected an address" in said("--public-url", "label.example.org")
+    assert "is named twice" in said("--annotator", "Ann", "--annotator", "ann ")
+    assert "a name needs" in said("--annotator", "a\nb")
+    (tmp_path / "label.key").write_text("mine")
+    assert "label.key: is damaged" in said("--annotator", "Ann")
     monkeypatch.setitem(sys.modules, "fastapi", None)
     assert "pip install -r tools/requirements.txt" in said("--port", "0")
 
@@ -336,5 +598,11 @@ def test_questions_and_answers_go_through_files(site, tmp_path, capsys):
     assert label.main([str(site.folder), "--import", str(file)]) == 0
     assert capsys.readouterr().out.startswith(f"{file}: 3 answered")
     assert site.answers() == {"p00": 1, "p01": 1, "p02": 1}
+    studio = str(tmp_path / "tasks.json")
+    site.put({"p03": ("prompt of p03", "first of p03", "second of p03")})
+    assert label.main([str(site.folder), "--export", studio, "--format", "label-studio"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"1 open questions written to {studio}"
+    assert f"{studio}.xml" in said[1] and "Labeling Interface, Code" in said[1] and (tmp_path / "tasks.json.xml").exists()
     assert label.main([str(site.folder), "--import", str(tmp_path / "absent")]) == 2
     assert str(tmp_path / "absent") in capsys.readouterr().err

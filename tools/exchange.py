@@ -163,8 +163,8 @@ def import_answers(ledger, path, format, annotator="import", panel=Panel()):
 
 def _already_there(ledger, pair, label, annotator):
     """Whether this annotator has said that about the pair before."""
-    return ledger.db.execute("SELECT EXISTS (SELECT 1 FROM verdicts WHERE pair = ? AND verdict = ? AND annotator = ? AND person)",
-                             (pair, label, annotator)).fetchone()[0]
+    return ledger.db.execute("SELECT 1 FROM verdicts WHERE pair = ? AND verdict = ? AND annotator = ? AND person",
+                             (pair, label, annotator)).fetchone() is not None
 
 
 # Who said it, and how long they took.
@@ -188,8 +188,8 @@ class Names:
 
 
 def possible_seconds(seconds, asked_at):
-    """The time that an answer took, or None if it cannot be true: not more than 0, or longer than the question has been there.
-    Medians and labels an hour are then computed without it."""
+    """The time that an answer took, or None if it cannot be true: not more than 0, or longer than the question has been
+    there. Medians and labels an hour are then computed without it."""
     return seconds if seconds is not None and 0 < seconds <= time.time() - asked_at + 1 else None
 
 
@@ -325,8 +325,8 @@ def _selected(annotation, place):
             third = value.get("choices") if isinstance(value, dict) else None
             third = third[0].lower() if isinstance(third, list) and len(third) == 1 and isinstance(third[0], str) else third
             if third not in THIRD_ANSWERS:
-                raise ExchangeError(f"{place}, field choices: expected one \"Equal\", \"Both bad\" or \"Cannot judge\", found "
-                                    f"{value!r:.80}")
+                raise ExchangeError(f"{place}, field choices: expected one \"Equal\", \"Both bad\" or \"Cannot judge\", "
+                                    f"found {value!r:.80}")
             return third
     values = [result.get("value") for result in results if result.get("type") == "pairwise"]
     chosen = [value.get("selected") if isinstance(value, dict) else value for value in values]

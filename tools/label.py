@@ -1,24 +1,25 @@
 """A page on which people answer a run's open questions.
 
-    python tools/label.py OUTPUT_DIR [--host 127.0.0.1] [--port 8642]          serve it, until Ctrl-C
-    python tools/label.py OUTPUT_DIR --annotator Ann --annotator Bob           a link of their own for each person
-    python tools/label.py OUTPUT_DIR --annotators-per-pair 3 [--adjudicator Ann]
-                                                                               three opinions a question; the majority is the label
-    python tools/label.py OUTPUT_DIR --export FILE [--format label-studio]     open questions, for another tool
-    python tools/label.py OUTPUT_DIR --import FILE [--format label-studio]     answers from there
+    python tools/label.py OUTPUT_DIR [--host 127.0.0.1] [--port 8642]              serve it, until Ctrl-C
+    python tools/label.py OUTPUT_DIR --annotator Ann --annotator Bob               a link of their own for each person
+    python tools/label.py OUTPUT_DIR --annotators-per-pair 3 [--adjudicator Ann]   three opinions a question
+    python tools/label.py OUTPUT_DIR --export FILE [--format label-studio]         open questions, for another tool
+    python tools/label.py OUTPUT_DIR --import FILE [--format label-studio]         answers from there
 
 The page and the run share only OUTPUT_DIR/labels.sqlite. An answer is committed before the page shows the next question,
 either program can be killed and restarted, and the page waits while the run asks nothing. Each open question is leased
 to as many annotators as it needs opinions. Which response is on the left is drawn at random for each annotator and
 question. A choice is sent as the digest of the chosen response, so its meaning does not depend on the side or on this
-process. "Equal", "both bad" and "cannot judge" settle a question without a preference: it has no loss, and is not asked again.
+process. "Equal", "both bad" and "cannot judge" settle a question without a preference: the pair has no loss, and is not asked
+again.
 
 A label needs more than half of the opinions. Where no response has that (a split), the pair has no preference, or, with
 --adjudicator NAME, that person sees the opinions and decides.
 
 On loopback, everybody on this machine may label, under a name of their choice. On any other host, or with --public-url, a
 token is required, and --annotator gives each person one of their own, so that nobody can label under another's name. The
-printed links contain the tokens. They stay the same after a restart; whoever deletes OUTPUT_DIR/label.key makes them invalid.
+printed links contain the tokens. They stay the same after a restart; without the file OUTPUT_DIR/label.key, the page makes
+new ones.
 
 Serving needs tools/requirements.txt. Exit code 2: it cannot start, or a file cannot be used; one line says why. The
 paper and the official code ask nobody.
@@ -29,7 +30,6 @@ import collections
 import contextlib
 import hashlib
 import hmac
-import json
 import re
 import secrets
 import signal
@@ -241,11 +241,13 @@ def digest(text):
 
 def links(args, port, public, tokens):
     """The lines that say where to label."""
-    host = socket.gethostname() if args.host in ("", "0.0.0.0", "::") else f"[{args.host}]" if ":" in args.host else args.host
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    host = socket.gethostname() if args.host in ("", "0.0.0.0", "::") else host
     address = f"{public[0]}{public[2]}/" if public else f"http://{host}:{port}/"
+    stops = f" (listening on port {port}; Ctrl-C stops)" if public else " (Ctrl-C stops)"
     if not tokens:
-        return [f"label at {address} (Ctrl-C stops)"]
-    return [f"{f'{who} labels' if who else 'label'} at {address}?token={token}{'' if n else ' (Ctrl-C stops)'}"
+        return [f"label at {address}{stops}"]
+    return [f"{f'{who} labels' if who else 'label'} at {address}?token={token}{'' if n else stops}"
             for n, (token, who) in enumerate(tokens.items())]
 
 
@@ -312,8 +314,8 @@ def exchange(ledger, args, panel):
     if args.export:
         print(f"{export_questions(ledger, args.export, args.format):,} open questions written to {args.export}")
         if args.format == "label-studio":
-            print(f"the labelling interface written to {args.export}.xml: in a Label Studio project, paste it under Settings, "
-                  f"Labeling Interface, Code; then import {args.export}")
+            print(f"the labelling interface written to {args.export}.xml: in a Label Studio project, paste it under "
+                  f"Settings, Labeling Interface, Code; then import {args.export}")
 
 
 def parser_of():

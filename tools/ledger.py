@@ -2,8 +2,8 @@
 
     python tools/ledger.py OUTPUT_DIR                        print it
     python tools/ledger.py OUTPUT_DIR --disagreements        the pairs about which people disagree, and who says what
-    python tools/ledger.py OUTPUT_DIR --csv FILE [--force]   one row per answer: all columns, the texts that people were shown,
-                                                             and every person's opinion as JSON
+    python tools/ledger.py OUTPUT_DIR --csv FILE [--force]   one row per answer: all columns, the texts that people were
+                                                             shown, and every person's opinion as JSON
     python tools/ledger.py OUTPUT_DIR --reuse OLD_OUTPUT_DIR
                                                              copy the old run's answers, best before the new run starts
 
@@ -11,9 +11,9 @@ A reused answer keeps its label and annotator. Its source becomes "reused" and i
 free and does not count it as a query. Its margin, time and cost stay in the old ledger. An answer that the new ledger
 already has is not replaced.
 
-Reading changes nothing in the run's folder and works during a run. Needs only requirements.txt, and tools/requirements.txt for
-the agreement of people: Krippendorff's alpha, by the library of that name. Exit code 2: there is no
-ledger, or it cannot be read or written; one line says why. The paper and the official code keep no labels.
+Reading changes nothing in the run's folder and works during a run. Needs only requirements.txt; Krippendorff's alpha of
+people's opinions needs tools/requirements.txt. Exit code 2: there is no ledger, or it cannot be read or written; one line
+says why. The paper and the official code keep no labels.
 """
 
 import argparse
@@ -191,9 +191,8 @@ def said_by(row):
 
 def agreement_of_people(opinions):
     """Krippendorff's alpha of people's opinions, with y1, y2 and no preference as three values; "cannot judge" is none."""
-    counts = [[sum(row["verdict"] == value for row in said.values() if said_by(row) != "cannot judge") for value in (1, 0, -1)]
-              for said in opinions.values()]
-    counts = [row for row in counts if sum(row) > 1]
+    views = [[row["verdict"] for row in said.values() if said_by(row) != "cannot judge"] for said in opinions.values()]
+    counts = [[found.count(value) for value in (1, 0, -1)] for found in views if len(found) > 1]
     if not counts:
         return "no pair has two opinions"
     split = sum(max(row) < sum(row) for row in counts)
@@ -222,7 +221,8 @@ def people(opinions, labels):
         shared = [right for _, several, right in rows if several]
         seconds = [row["seconds"] for row, *_ in rows if row["seconds"] is not None]
         yield (who, f"{len(rows):,}", f"{sum(row['verdict'] == 0 for row, *_ in rows):,}", f"{len(shared):,}",
-               f"{sum(shared) / len(shared):.1%}" if shared else "–", f"{statistics.median(seconds):.1f}" if seconds else "–",
+               f"{sum(shared) / len(shared):.1%}" if shared else "–",
+               f"{statistics.median(seconds):.1f}" if seconds else "–",
                f"{3600 * len(seconds) / sum(seconds):,.0f}" if sum(seconds) else "–")
 
 
@@ -282,8 +282,8 @@ def export_csv(folder, path, force=False):
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*ANSWERS.split(", "), "prompt", "y1", "y2", "opinions"])
     for row in rows:
-        said = [{"annotator": who, "verdict": found["verdict"], "seconds": found["seconds"], **json.loads(found["detail"] or "{}")}
-                for who, found in opinions[row["pair"]].items()]
+        said = [{"annotator": who, "verdict": found["verdict"], "seconds": found["seconds"],
+                 **json.loads(found["detail"] or "{}")} for who, found in opinions[row["pair"]].items()]
         writer.writerow([*row, *texts.get(row["pair"], ("", "", "")), json.dumps(said, ensure_ascii=False) if said else ""])
     replace_file(path, text.getvalue())
     return len(rows)

@@ -20,8 +20,7 @@ import re
 import nh3
 from markdown_it import MarkdownIt
 
-TAGS = {"p", "br", "hr", "em", "strong", "s", "code", "pre", "blockquote", "ul", "ol", "li", "table", "thead", "tbody", "tr", "th",
-        "td", "h1", "h2", "h3", "h4", "h5", "h6", "small"}
+TAGS = set("p br hr em strong s code pre small blockquote ul ol li table thead tbody tr th td h1 h2 h3 h4 h5 h6".split())
 LONGEST = 200_000  # characters that are rendered; a longer text is shown as it was written
 MOST_WORDS = 3_000  # of a response whose difference is shown: difflib's time grows with their square
 NEARLY = 0.8  # responses that share this much of their words are called nearly equal
@@ -100,5 +99,6 @@ def difference(a, b):
         changed = ["".join(words[start:end]) for words, (start, end) in zip((a, b), (spans[:2], spans[2:]))]
         end = os.path.commonprefix([text[:len(text.rstrip()) - len(text) - 1:-1] for text in changed])[::-1]  # white space
         for side, text in zip(sides, changed):
-            side += [[part, differs] for part, differs in ((text[:len(text) - len(end)], kind != "equal"), (end, False)) if part]
+            parts = (text[:len(text) - len(end)], kind != "equal"), (end, False)
+            side += [[part, differs] for part, differs in parts if part]
     return sides

@@ -20,6 +20,7 @@ import ipaddress
 import json
 import os
 import re
+import resource
 import secrets
 import socket
 import time
@@ -30,7 +31,9 @@ from runtime.errors import UsageError
 BODY_LIMIT = 16 * 1024  # bytes of a request
 BODY_SECONDS = 10  # for the body of a request to arrive
 REQUEST_SECONDS = 10  # for a request to arrive on a connection, from its beginning or from the reply before
-CONNECTIONS = 400  # open at once; one more, and the one that has waited longest without a request is closed
+# Connections at once, at most a third of the files that the process may open. One more, and the connection that has waited
+# longest without a request is closed.
+CONNECTIONS = 300
 GUESSES, GUESS_SECONDS = 10, 60  # wrong tokens from one address in so many seconds, before it has to wait as long
 SHORTEST_TOKEN = 16  # characters of a token that somebody chooses; ours have 22
 
@@ -51,7 +54,7 @@ def key_of(folder):
                 file.write(secrets.token_hex(32))
         key = path.read_text(encoding="ascii").strip()
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be used as the secret of the page's links ({error}): make it readable, or delete it")
+        raise UsageError(f"{path}: cannot be used as the secret of the links ({error}): make it readable, or delete it")
     if not re.fullmatch("[0-9a-f]{64}", key):
         raise UsageError(f"{path}: is damaged: delete it, and the page makes new links")
     return bytes.fromhex(key)
@@ -218,9 +221,9 @@ async def json_of(request):
 
 # Connections.
 
-def patient_protocol():
-    """uvicorn's HTTP protocol with two limits that it lacks: a request has to arrive in time, and there is always room for
-    the next connection. Without them, some hundred half-sent requests make the page unreachable."""
+def patient_protocol(most):
+    """uvicorn's HTTP protocol with two limits that it lacks: a request has to arrive in time, and there are at most so many
+    connections, with room for the next one. Without them, some hundred half-sent requests make the page unreachable."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class PatientProtocol(H11Protocol):
@@ -229,7 +232,7 @@ def patient_protocol():
         def connection_made(self, transport):
             super().connection_made(transport)
             self.wait()
-            if len(self.connections) > CONNECTIONS and self.waiting:
+            if len(self.connections) > most and self.waiting:
                 next(iter(self.waiting)).hang_up()
 
         def wait(self):
@@ -265,7 +268,7 @@ def patient_protocol():
 def listen(host, port):
     """A listening socket. Raises UsageError."""
     try:
-        made = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=1024)
+        made = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
         raise UsageError(f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}")
     # asyncio sets TCP_NODELAY on sockets whose protocol says TCP. create_server leaves it at 0; a socket that is made from a
@@ -276,6 +279,8 @@ def listen(host, port):
 def serve(app, listening):
     """Serve the application until Ctrl-C."""
     import uvicorn
+    most = min(CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 3)
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none",
-                            http=patient_protocol(), proxy_headers=False, backlog=1024, timeout_graceful_shutdown=5)
+                            http=patient_protocol(most), proxy_headers=False, timeout_graceful_shutdown=5,
+                            backlog=most // 4)  # asyncio accepts as many in one go, before any of them can be closed
     uvicorn.Server(config).run(sockets=[listening])
