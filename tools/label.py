@@ -10,8 +10,8 @@ The page and the run share only OUTPUT_DIR/labels.sqlite. An answer is committed
 either program can be killed and restarted, and the page waits while the run asks nothing. Each open question is leased
 to as many annotators as it needs opinions. Which response is on the left is drawn at random for each annotator and
 question. A choice is sent as the digest of the chosen response, so its meaning does not depend on the side or on this
-process. "Equal", "both bad" and "cannot judge" settle a question without a preference: the pair has no loss, and is not asked
-again.
+process. "Equal", "both bad" and "cannot judge" settle a question without a preference: the pair has no loss, and is not
+asked again.
 
 A label needs more than half of the opinions. Where no response has that (a split), the pair has no preference, or, with
 --adjudicator NAME, that person sees the opinions and decides.
@@ -36,6 +36,7 @@ import signal
 import socket
 import sqlite3
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -72,6 +73,7 @@ class Desk:
         self.path, self.panel, self.guidelines, self.names = path, panel, guidelines, names or Names()
         self.skipped, self.views, self.given = {}, {}, collections.defaultdict(collections.deque)
         self.secret = secrets.token_bytes(16)  # seeds the draw of sides
+        self.one_at_a_time = threading.Lock()  # SQLite lets one write; who waits for it there sleeps longer than needed
 
     def __call__(self, action, message):
         """Carry out a page's action. Returns what the page should show next."""
@@ -85,7 +87,7 @@ class Desk:
         if not self.path.is_file():  # opening it would create an empty ledger
             raise Refused(503, f"The ledger {self.path} is gone.")
         try:
-            with contextlib.closing(Ledger(self.path, timeout=PATIENCE)) as ledger:
+            with self.one_at_a_time, contextlib.closing(Ledger(self.path, timeout=PATIENCE)) as ledger:
                 me = self.names.of(ledger, me)
                 if action == "difference":
                     return {"sides": self.difference(ledger, pair)}
