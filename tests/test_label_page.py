@@ -343,6 +343,23 @@ def test_a_page_for_fewer_people_settles_what_is_there(tmp_path):
     site.stop()
 
 
+def test_an_opinion_can_be_taken_back_also_where_an_adjudicator_has_decided(tmp_path):
+    site = Site(tmp_path, "--annotators-per-pair", "2", "--adjudicator", "Eve")
+    site.put(2)
+    for who, word in (("ann", "first"), ("bob", "second"), ("EVE", "second")):
+        question = site.ask("next", who)[1]["question"]
+        assert question["pair"] == "p00" and len(question["opinions"]) == (2 if who == "EVE" else 0)
+        assert site.answers() == {}
+        assert site.ask("answer", who, pair="p00", choice=choice(question, word))[0] == 200
+    assert site.query("SELECT pair, label, annotator FROM answers") == [("p00", -1, "Eve")]
+    status, reply = site.ask("undo", "ann", pair="p00")
+    assert status == 200 and "without you" in reply["note"] and reply["question"]["pair"] == "p01"
+    assert site.answers() == {"p00": -1} and site.query("SELECT COUNT(*) FROM verdicts") == [(2,)]
+    status, reply = site.ask("undo", "eve", pair="p00")  # now only bob's opinion is left, and ann may give hers again
+    assert status == 200 and site.answers() == {} and reply["question"]["pair"] == "p00"
+    site.stop()
+
+
 def test_the_same_words_in_both_responses_are_not_said_to_differ(site):
     site.put({"d": ("p", "one two three four five six", "one two THREE four five six")})
     question = site.ask("next", "ann")[1]["question"]

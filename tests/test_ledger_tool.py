@@ -17,7 +17,7 @@ import torch
 from helpers import ROOT
 
 from labels.annotators import DatasetAnnotator
-from labels.ledger import Ledger, Question
+from labels.ledger import Ledger, Panel, Question
 from labels.oracle import Oracle, wilson
 from runtime.config import Config
 from tools import ledger
@@ -264,3 +264,82 @@ def test_reuse_leaves_what_is_there(run, tmp_path, capsys):
     assert (run / "labels.sqlite").read_bytes() == before
     assert [path.name for path in run.iterdir()] == ["labels.sqlite"]
     fails(capsys, "is the same run", run, "--reuse", run)
+
+
+def alpha(units):
+    """Krippendorff's alpha for nominal values, by its definition: 1 − observed / expected disagreement.  units: lists of
+    values, two or more each."""
+    values = [value for unit in units for value in unit]
+    observed = sum(sum(a != b for a in unit for b in unit) / (len(unit) - 1) for unit in units) / len(values)
+    expected = sum(a != b for a in values for b in values) / (len(values) * (len(values) - 1))
+    return 1 - observed / expected
+
+
+@pytest.fixture
+def panel(tmp_path):
+    """A folder whose questions have several opinions, and {pair: {person: what they said}}."""
+    pytest.importorskip("krippendorff", reason="needs tools/requirements.txt")
+    said = {"a": {"ann": 1, "bob": 1, "cat": 1}, "b": {"ann": 1, "bob": -1, "cat": 1}, "c": {"ann": -1, "bob": -1, "cat": "equal"},
+            "d": {"ann": "both bad", "bob": "equal", "cat": 1}, "e": {"ann": 1, "bob": "cannot judge", "cat": -1},
+            "f": {"ann": 1}, "g": {"ann": 1, "bob": "cannot judge"}}
+    store = Ledger(tmp_path / "labels.sqlite")
+    texts = (json.dumps([{"role": "user", "content": "Why\nis =1+1 so?"}]), '"yes, \\"so\\""', '"no"')
+    store.put_questions([Question(pair, 0.1, 0) for pair in said], dict.fromkeys(said, texts))
+    for pair, opinions in said.items():
+        for who, one in opinions.items():
+            third = isinstance(one, str)
+            store.answer_question(pair, 0 if third else one, who, 5.0, panel=Panel(3),
+                                  detail={"said": one} if third else {"comment": "x"} if pair == "b" else None)
+    store.add_verdict("a", "model", -1, detail="{}")  # a judge is not one of the people
+    store.close()
+    return tmp_path, said
+
+
+def test_the_agreement_of_people(panel, capsys):
+    folder, said = panel
+    units = [[0 if isinstance(one, str) else one for one in opinions.values() if one != "cannot judge"]
+             for opinions in said.values()]
+    units = [unit for unit in units if len(unit) > 1]
+    text = main(capsys, folder)[1]
+    assert words_of(text, "people") == (f"5 pairs with two or more opinions, 4 with a disagreement (--disagreements lists "
+                                        f"them); Krippendorff's alpha {alpha(units):.3f}")
+    people = text[text.index("People, and"):]
+    # opinions, no preference, on pairs with others that are settled, of which they say the label, median seconds, an hour.
+    # The labels are y1, y1, y2, 0, 0 (a split); f and g are open.
+    assert words_of(people, "ann") == "7 1 5 80.0% 5.0 720" and words_of(people, "bob") == "6 3 5 80.0% 5.0 720"
+    assert words_of(people, "cat") == "5 1 5 40.0% 5.0 720"
+
+
+def test_disagreements_are_listed(panel, capsys):
+    code, out, _ = main(capsys, panel[0], "--disagreements")
+    lines = out.splitlines()
+    assert code == 0 and [line.split()[0] for line in lines[1:]] == ["b", "c", "d", "e", "g"]
+    assert " ".join(lines[1].split()) == "b y1 ann: y1, bob: y2, cat: y1 user: Why is =1+1 so?"
+    assert "no preference" in lines[4] and "bob: cannot judge" in lines[4] and lines[5].split()[1] == "open"
+
+
+def test_the_csv_has_texts_and_opinions(panel, tmp_path, capsys):
+    main(capsys, panel[0], "--csv", tmp_path / "out.csv")
+    with open(tmp_path / "out.csv", newline="", encoding="utf-8") as file:
+        rows = {row["pair"]: row for row in csv.DictReader(file)}
+    assert [rows["b"][name] for name in ("prompt", "y1", "y2")] == ["user:\nWhy\nis =1+1 so?", 'yes, "so"', "no"]
+    opinions = json.loads(rows["b"]["opinions"])
+    assert [(one["annotator"], one["verdict"], one["comment"]) for one in opinions] == [
+        ("ann", 1, "x"), ("bob", -1, "x"), ("cat", 1, "x")]
+    assert json.loads(rows["e"]["opinions"])[1]["said"] == "cannot judge" and rows["e"]["label"] == "0"
+
+
+def test_a_ledger_of_version_2_is_read_as_it_is(tmp_path, capsys):
+    db = sqlite3.connect(tmp_path / "labels.sqlite")
+    db.executescript((ROOT / "tests" / "ledger_2.sql").read_text())
+    db.execute("UPDATE questions SET leased_to = 'eve', leased_until = 9e12 WHERE pair = 'h2'")
+    db.execute("PRAGMA user_version = 2")
+    db.commit()
+    db.close()
+    before = (tmp_path / "labels.sqlite").read_bytes()
+    text = main(capsys, tmp_path)[1]
+    assert words_of(text, "answers  ") == "6: 5 bought by this run, 1 reused"
+    assert words_of(text, "open questions") == "1, of which leased: 1"
+    assert words_of(text, "people") == "no pair has two opinions"
+    assert main(capsys, tmp_path, "--csv", tmp_path / "out.csv")[0] == main(capsys, tmp_path, "--disagreements")[0] == 0
+    assert (tmp_path / "labels.sqlite").read_bytes() == before

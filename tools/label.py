@@ -172,6 +172,8 @@ class Desk:
         self.skipped[me] = [other for other in self.skipped.get(me, []) if other != pair]
         if self.given[me]:
             self.given[me].pop()
+        if not ledger.unanswered([pair]):
+            return "Undone. The others have settled that question without you."
         ledger.hold(me, pair, LEASE)
         return "Undone. Here is the question again."
 
