@@ -1,15 +1,15 @@
 """Fifty people at the labelling page: a live run that is labelled while the page is killed, and 10,000 labels in a row.
 
-    python benchmarks/labelling.py [--before OTHER_CHECKOUT]      some ten minutes on two cores
+    python benchmarks/labelling.py [--before OTHER_CHECKOUT]      two minutes on two cores; --before may take twenty
     python benchmarks/labelling.py --people N --labels N --outputs DIR --results FILE
 
-The people are threads of one process. Each keeps one connection to the page (tools/label.py in a process of its own) and sends
-what the page's script would send: the same request again where there is no reply.
+The people are threads of one process. Each keeps one connection to the page (tools/label.py in a process of its own) and
+sends what the page's script would send: the same request again where there is no reply.
 
 1. A live run (the built-in task without labels, --oracle human) asks 64 questions a step, two people answer each
-   (--annotators-per-pair 2), and the page is killed with SIGKILL twice and started again. People wait between 0.2 and 1 s, so
-   that the page and not the people is the bottleneck. Afterwards every opinion that was acknowledged has to be in the ledger
-   once, every question must have two of two different people, and every label must be what the opinions say.
+   (--annotators-per-pair 2), and the page is killed with SIGKILL twice and started again. People think for 0.2 to 1 s, which
+   is far less than real ones. Afterwards every opinion that was acknowledged has to be in the ledger once, every question
+   must have two of two different people, and every label must be what the opinions say.
 2. 10,000 labels without a pause for thought, for as many questions that are open at once: the latency of a request at the
    beginning and at the end, and what a run would wait for the ledger meanwhile.
 3. Rows a second of the ledger: a run's commits of 64 labels, and people's answers.
@@ -196,7 +196,8 @@ def check(path, people, opinions):
     each = [len(person.given) for person in people]
     left = sum(sum(person.sides) for person in people)
     expected = math.sqrt(sum(each)) / 2
-    return {"opinions": len(kept), "labels": len(labels), "without a preference": sum(not label for label in labels.values()),
+    return {"opinions": len(kept), "labels": len(labels),
+            "without a preference": sum(not label for label in labels.values()),
             "fewest of one person": min(each), "most of one person": max(each), "left": left / sum(each),
             "left z": (left - sum(each) / 2) / expected, "sent again": sum(person.again for person in people),
             "refused": sum(person.refused for person in people), "requests": sum(len(person.took) for person in people),
@@ -254,7 +255,8 @@ def rows(folder):
     for size in (64, 128):
         best = 0
         for turn in range(3):
-            batches = [[(Question(os.urandom(16).hex(), 0.1, n), 1, "", None, None) for _ in range(size)] for n in range(300)]
+            batches = [[(Question(os.urandom(16).hex(), 0.1, n), 1, "", None, None) for _ in range(size)]
+                       for n in range(300)]
             start = time.perf_counter()
             for batch in batches:
                 ledger.add("dataset", batch)
@@ -297,21 +299,23 @@ def write(options, live, checkouts, flags):
         "## A live run, two opinions a pair, the page killed twice", "",
         f"{options.people} people answered {live['questions']:,} questions of {live['steps']} optimiser steps in "
         f"{live['seconds']:,.0f} s. Every opinion that the page had acknowledged was in the ledger once "
-        f"({live['opinions']:,} opinions); every question had two, of different people; every label was what the opinions say "
-        f"({live['labels']:,} labels, {live['without a preference']:,} of them without a preference, because the two "
+        f"({live['opinions']:,} opinions); every question had two, of different people; every label was what the opinions "
+        f"say ({live['labels']:,} labels, {live['without a preference']:,} of them without a preference, because the two "
         "disagreed, as people who choose at random do half of the time). The run ended by itself.", "",
         "| | |", "| --- | --: |", f"| a request, p50 / p95 | {live['p50']:,.0f} / {live['p95']:,.0f} ms |",
         f"| requests | {live['requests']:,} |", f"| sent again, because the page was down | {live['sent again']:,} |",
         f"| answers refused | {live['refused']:,} |",
         f"| opinions of one person, fewest and most | {live['fewest of one person']:,} and {live['most of one person']:,} |",
-        f"| a fixed one of the two responses was on the left | {live['left']:.1%} ({live['left z']:+.1f} standard deviations) |",
+        f"| a fixed one of the two responses was on the left | {live['left']:.1%} ({live['left z']:+.1f} standard deviations) "
+        "|",
         "", f"## {options.labels:,} labels without a pause for thought", "",
-        "As many questions are open at once, and every person answers at once: the page is always busy, so a request waits for "
-        f"those of the {options.people - 1} others. Milliseconds, p50 / p95.", "",
+        "As many questions are open at once, and every person answers at once: the page is always busy, so a request waits "
+        f"for those of the {options.people - 1} others. Milliseconds, p50 / p95.", "",
         "| | labels a second | first tenth | last tenth | all requests | a run's look at the ledger | refused |",
         "| --- | --: | --: | --: | --: | --: | --: |"]
-    lines += [f"| {name} | {row['labels'] / row['seconds']:,.0f} | {ms(row['first'])} | {ms(row['last'])} | {ms(row['all'])} | "
-              f"{row['looks'][0]:,.1f} / {row['looks'][1]:,.1f} | {row['refused']:,} |" for name, (row, _) in checkouts.items()]
+    lines += [f"| {name} | {row['labels'] / row['seconds']:,.0f} | {ms(row['first'])} | {ms(row['last'])} | "
+              f"{ms(row['all'])} | {row['looks'][0]:,.1f} / {row['looks'][1]:,.1f} | {row['refused']:,} |"
+              for name, (row, _) in checkouts.items()]
     kinds = list(next(iter(checkouts.values()))[1])
     lines += ["", "## The ledger, rows a second (the best of three)", "", "| | " + " | ".join(kinds) + " |",
               "| --- |" + " --: |" * len(kinds)]
@@ -338,7 +342,8 @@ def main(options):
             print(name, json.dumps(checkouts[name]), flush=True)
     shutil.rmtree(folder)
     flags = "".join(f" --{name} {getattr(options, name)}" for name in ("people", "labels", "steps")
-                    if getattr(options, name) != parser.get_default(name)) + (" --before OTHER_CHECKOUT" * bool(options.before))
+                    if getattr(options, name) != parser.get_default(name))
+    flags += " --before OTHER_CHECKOUT" * bool(options.before)
     write(options, live, checkouts, flags)
 
 

@@ -279,7 +279,8 @@ def alpha(units):
 def panel(tmp_path):
     """A folder whose questions have several opinions, and {pair: {person: what they said}}."""
     pytest.importorskip("krippendorff", reason="needs tools/requirements.txt")
-    said = {"a": {"ann": 1, "bob": 1, "cat": 1}, "b": {"ann": 1, "bob": -1, "cat": 1}, "c": {"ann": -1, "bob": -1, "cat": "equal"},
+    said = {"a": {"ann": 1, "bob": 1, "cat": 1}, "b": {"ann": 1, "bob": -1, "cat": 1},
+            "c": {"ann": -1, "bob": -1, "cat": "equal"},
             "d": {"ann": "both bad", "bob": "equal", "cat": 1}, "e": {"ann": 1, "bob": "cannot judge", "cat": -1},
             "f": {"ann": 1}, "g": {"ann": 1, "bob": "cannot judge"}}
     store = Ledger(tmp_path / "labels.sqlite")

@@ -20,6 +20,8 @@ import re
 import nh3
 from markdown_it import MarkdownIt
 
+from runtime.formats import hh_messages, message_text
+
 TAGS = set("p br hr em strong s code pre small blockquote ul ol li table thead tbody tr th td h1 h2 h3 h4 h5 h6".split())
 LONGEST = 200_000  # characters that are rendered; a longer text is shown as it was written
 MOST_WORDS = 3_000  # of a response whose difference is shown: difflib's time grows with their square
@@ -61,18 +63,11 @@ def letters(text):
     return "".join(filter(str.isalnum, text))
 
 
-def message_text(message):
-    """Everything of a message that a reader has to see."""
-    return message["content"]
-
-
 def turns(text):
     """A prompt or a response, from JSON, as [{"role", "text", "html"}]. The role of a plain string is ""; html is None for a
     text that can only be shown as it was written."""
     value = json.loads(text)
-    if isinstance(value, str) and value.lstrip().startswith("Human:"):
-        from data import hh_messages  # here, because it loads datasets, which is slow
-        value = hh_messages(value) or value
+    value = hh_messages(value) or value
     messages = [{"role": "", "content": value}] if isinstance(value, str) else value
     shown = [(message["role"], message_text(message).strip()) for message in messages]
     return [{"role": role, "text": words, "html": rendered(words)} for role, words in shown]
