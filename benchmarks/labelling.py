@@ -293,9 +293,9 @@ def write(options, live, checkouts, flags):
         return f"{pair[0]:,.0f} / {pair[1]:,.0f}"
     lines = [
         "# Fifty people at the labelling page", "",
-        f"Made by `python benchmarks/labelling.py{flags}` on {os.cpu_count()} cores ({platform.machine()}), Python "
-        f"{platform.python_version()}, SQLite {sqlite3.sqlite_version}; the annotators, the page and the run share them. Load "
-        f"of the machine at the end: {os.getloadavg()[1]:.1f}.", "",
+        f"Made by `python benchmarks/labelling.py{flags}` on {os.cpu_count()} cores ({platform.machine()}), "
+        f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}; the annotators, the page and the run share "
+        f"them. Load of the machine at the end: {os.getloadavg()[1]:.1f}.", "",
         "## A live run, two opinions a pair, the page killed twice", "",
         f"{options.people} people answered {live['questions']:,} questions of {live['steps']} optimiser steps in "
         f"{live['seconds']:,.0f} s. Every opinion that the page had acknowledged was in the ledger once "
@@ -306,8 +306,7 @@ def write(options, live, checkouts, flags):
         f"| requests | {live['requests']:,} |", f"| sent again, because the page was down | {live['sent again']:,} |",
         f"| answers refused | {live['refused']:,} |",
         f"| opinions of one person, fewest and most | {live['fewest of one person']:,} and {live['most of one person']:,} |",
-        f"| a fixed one of the two responses was on the left | {live['left']:.1%} ({live['left z']:+.1f} standard deviations) "
-        "|",
+        f"| a fixed one of the two responses was on the left | {live['left']:.1%}, {live['left z']:+.1f} standard deviations |",
         "", f"## {options.labels:,} labels without a pause for thought", "",
         "As many questions are open at once, and every person answers at once: the page is always busy, so a request waits "
         f"for those of the {options.people - 1} others. Milliseconds, p50 / p95.", "",
