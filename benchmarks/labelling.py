@@ -306,7 +306,7 @@ def write(options, live, checkouts, flags):
         f"| requests | {live['requests']:,} |", f"| sent again, because the page was down | {live['sent again']:,} |",
         f"| answers refused | {live['refused']:,} |",
         f"| opinions of one person, fewest and most | {live['fewest of one person']:,} and {live['most of one person']:,} |",
-        f"| a fixed one of the two responses was on the left | {live['left']:.1%}, {live['left z']:+.1f} standard deviations |",
+        f"| one and the same response was on the left | {live['left']:.1%}, {live['left z']:+.1f} standard deviations |",
         "", f"## {options.labels:,} labels without a pause for thought", "",
         "As many questions are open at once, and every person answers at once: the page is always busy, so a request waits "
         f"for those of the {options.people - 1} others. Milliseconds, p50 / p95.", "",
