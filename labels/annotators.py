@@ -15,6 +15,7 @@ Departure from the official code: there every batch carries its labels, and nobo
 import abc
 import shlex
 import time
+from pathlib import Path
 
 from runtime.errors import Stopped
 
@@ -88,35 +89,34 @@ class HumanAnnotator(Annotator):
     """People, who answer through the ledger (tools/label.py) whenever they get to it.
 
     texts: function from a pair id to (prompt, first, second) as JSON, for the page.  wait_minutes: how long to wait for
-    the next answer.  output_dir: the run's folder, for the command that opens the page.
+    the next answer.
     """
 
     name = "human"
     poll_seconds = 0.5
 
-    def __init__(self, texts, wait_minutes, output_dir="OUTPUT_DIR"):
+    def __init__(self, texts, wait_minutes):
         self.texts, self.wait_seconds = texts, 60 * wait_minutes
-        self.page = f"python tools/label.py {shlex.quote(str(output_dir))}"
 
     @classmethod
     def from_config(cls, config, pairs, labels, truths):
-        return cls(pairs.text_by_id(), config.oracle_wait_minutes, config.output_dir)
+        return cls(pairs.text_by_id(), config.oracle_wait_minutes)
 
     def answer(self, questions, ledger):
         """Put the questions and wait until all are answered. Raises Waiting after wait_minutes without a new answer, or on
         Ctrl-C; the questions stay open."""
         ids, last, since = [q.pair for q in questions], None, time.monotonic()
-        missing = len(ids)
+        missing, page = len(ids), f"python tools/label.py {shlex.quote(str(Path(ledger.path).parent))}"
         try:
             ledger.put_questions(questions, {q.pair: self.texts(q.pair) for q in questions})
             while missing := len(ledger.unanswered(ids)):
                 if missing != last:
                     last, since = missing, time.monotonic()
-                    self.show(missing, self.page)
+                    self.show(missing, page)
                 if time.monotonic() - since >= self.wait_seconds:
                     raise Waiting(f"no answer for {self.wait_seconds / 60:g} minutes, {missing} of {len(ids)} are missing; "
-                                  f"people answer with `{self.page}`")
+                                  f"people answer with `{page}`")
                 time.sleep(self.poll_seconds)
         except KeyboardInterrupt:
-            raise Waiting(f"interrupted, {missing} of {len(ids)} answers are missing; people answer with `{self.page}`")
+            raise Waiting(f"interrupted, {missing} of {len(ids)} answers are missing; people answer with `{page}`")
         self.show(0)

@@ -207,7 +207,7 @@ class Panel:
         """
         for who, opinion in opinions.items():
             if opinion.adjudicates:
-                return opinion.label, who, {"adjudicated": True, **({"said": opinion.said} if opinion.said else {})}
+                return opinion.label, who, {"adjudicated": True, **({"no_preference": opinion.said} if opinion.said else {})}
         if not opinions or len(opinions) < self.needed:
             return None
         votes = Counter(opinion.label for opinion in opinions.values())
@@ -218,7 +218,7 @@ class Panel:
         detail = {"opinions": len(opinions), "agree": most} if len(opinions) > 1 else {}
         kinds = Counter(opinion.said for opinion in agreeing.values() if opinion.said)
         if kinds:
-            detail["said"] = max(kinds, key=lambda said: (kinds[said], said))
+            detail["no_preference"] = max(kinds, key=lambda said: (kinds[said], said))
         return label, ", ".join(sorted(agreeing)), detail
 
 

@@ -228,7 +228,7 @@ def test_a_third_answer_settles_a_pair_without_a_preference(store, tmp_path, for
     assert {pair: opinion.said for pair, opinion in opinions.items()} == thirds
     assert {opinion.comment for opinion in opinions.values()} == {"why" if format == "jsonl" else ""}
     assert [json.loads(detail) for detail, in store.db.execute("SELECT detail FROM answers ORDER BY pair")] == [
-        {"said": third} for third in thirds.values()]
+        {"no_preference": third} for third in thirds.values()]
 
 
 def test_opinions_until_there_are_enough(store, tmp_path):

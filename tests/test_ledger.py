@@ -319,7 +319,7 @@ def test_an_adjudicator_decides_where_people_split(ledger):
     assert ledger.lease("cat", 60, panel=panel)[0] == "a" and ledger.lease("eve", 60, panel=panel)[0] == "b"
     assert ledger.answer_question("b", 0, "eve", panel=panel, detail={"said": "equal", "adjudicates": True})
     assert ledger.db.execute("SELECT pair, label, annotator, detail FROM answers").fetchall() == [
-        ("b", 0, "eve", '{"adjudicated": true, "said": "equal"}')]
+        ("b", 0, "eve", '{"adjudicated": true, "no_preference": "equal"}')]
     assert ledger.retract("b", "eve", panel) and ledger.is_split("b", panel)
     assert ledger.settle_all(Panel(2)) == 1 and ledger.take(["b"]) == {"b": 0}  # without an adjudicator
 

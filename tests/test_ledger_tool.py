@@ -304,6 +304,7 @@ def test_the_agreement_of_people(panel, capsys):
     text = main(capsys, folder)[1]
     assert words_of(text, "people") == (f"5 pairs with two or more opinions, 4 with a disagreement (--disagreements lists "
                                         f"them); Krippendorff's alpha {alpha(units):.3f}")
+    assert words_of(text, "judge  ") == "none"  # what people say is no judge's agreement
     people = text[text.index("People, and"):]
     # opinions, no preference, on pairs with others that are settled, of which they say the label, median seconds, an hour.
     # The labels are y1, y1, y2, 0, 0 (a split); f and g are open.

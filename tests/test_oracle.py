@@ -311,7 +311,7 @@ def test_without_an_answer_the_run_stops_and_the_questions_stay_open(tmp_path):
     annotator.poll_seconds = 0.01
     oracle = make(annotator, tmp_path, oracle="human")
     with pytest.raises(Waiting, match="no answer for 0.001 minutes, 2 of 2 are missing; people answer with "
-                                      "`python tools/label.py OUTPUT_DIR`"):
+                                      f"`python tools/label.py {tmp_path}`"):
         ask(oracle, ["a", "b"], [0.1, 0.1], [True, True])
     assert len(oracle.ledger.open_questions()) == 2 and oracle.queries() == 0
     for pair in "ab":

@@ -128,6 +128,8 @@ def test_a_signal_to_the_launchers_group_stops_ranks_that_wait_for_people(number
     os.killpg(process.pid, number)
     out, err = process.communicate(timeout=600)
     assert "stopped: interrupted, 8 of 8 answers are missing" in out and "--num_gpus 2 train.py" in out, out + err
+    page = f"`python tools/label.py {output}`"
+    assert f"missing; people answer with {page}" in out and f"waiting for 8 labels (answer with {page})" in err
 
 
 @pytest.mark.slow
