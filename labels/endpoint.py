@@ -6,12 +6,12 @@
 What a failure means decides who pays for it:
 
     Refused        wrong url, key or model: nothing will get through, so the caller should stop
-    TextRefused    the endpoint works, but does not take this text (content filter, context length)
+    TextRefused    the endpoint works, but not for this text (content filter, context length, always an error)
     GaveUp         it failed as often as it may; another time it could work
 
-An HTTP 400, 403, 413 or 422 can mean either of the first two: a short question of our own tells them apart. A field of
-ours that a server does not know (newer models want max_completion_tokens, and no temperature) is renamed or left out from
-then on.
+An HTTP 400, 403, 413 or 422 can mean either of the first two, and what fails however often it is sent, either of the last
+two: a short question of our own tells them apart. A field of ours that a server does not know (newer models want
+max_completion_tokens, and no temperature) is renamed or left out from then on.
 """
 
 import email.utils
@@ -46,11 +46,12 @@ class GaveUp(Exception):
 
 
 class Retry(Exception):
-    """A request failed and may be sent again. wait: seconds that the server asks us to wait, or None."""
+    """A request failed and may be sent again. wait: seconds that the server asks us to wait, or None.  busy: it says that it
+    has too much to do, which is no fault of the text."""
 
-    def __init__(self, message, wait=None):
+    def __init__(self, message, wait=None, busy=False):
         super().__init__(message)
-        self.wait = wait
+        self.wait, self.busy = wait, busy or wait is not None
 
 
 class Rejected(Exception):
@@ -169,8 +170,22 @@ class Endpoint:
                     wait = failed.wait + self.backoff_seconds * draw.random()
                     if failed.wait > self.longest_wait:
                         raise GaveUp(f"{failed}, and asks to wait {failed.wait:.0f} s", started)
+                if attempt == self.retries and not failed.busy:
+                    return self.last_try(text, temperature, failed, started)
                 if attempt == self.retries or stop.wait(wait):
                     raise GaveUp(f"{failed} ({attempt + 1} attempts)", started)
+
+    def last_try(self, text, temperature, failed, started):
+        """After all retries: is it the endpoint that fails, or this text? If it answers a short question, the text gets one
+        more try."""
+        try:
+            self.check_works()
+        except Retry:
+            raise GaveUp(f"{failed} ({self.retries + 1} attempts)", started)
+        try:
+            return self.post(text, temperature)
+        except Retry as again:
+            raise TextRefused(f"{again} ({self.retries + 2} attempts, while another question got an answer)")
 
     def post(self, text, temperature=0):
         """Send a text once, or again with other fields as long as the server objects to one. Raises Retry, Refused or
@@ -254,7 +269,7 @@ class Endpoint:
         if 300 <= error.code < 400:
             return Refused(f"{message}: the endpoint has moved to {error.headers.get('Location')}; use that as the url")
         if error.code in (408, 429) or error.code >= 500:
-            return Retry(message, retry_after(error.headers.get("Retry-After")))
+            return Retry(message, retry_after(error.headers.get("Retry-After")), busy=error.code in (429, 503))
         return Rejected(message, about) if error.code in (400, 403, 413, 422) else Refused(message)
 
 

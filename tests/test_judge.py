@@ -360,14 +360,28 @@ def test_nonsense_that_passes_is_reminded_of_the_format(serve, ledger):
 def test_one_bad_pair_does_not_keep_the_others_and_only_it_is_asked_again(serve, ledger, answer):
     healed = []
     server = serve(lambda prompt, n: right(prompt, n) if "of p3" not in prompt or healed else answer)
-    with pytest.raises(Waiting, match="1 of 6 answers are missing; pair p3: "):
-        chat(server).answer(QUESTIONS, ledger)
+    with pytest.raises(Waiting, match=r"1 pair cannot be judged; p3: .*4 attempts, while another question got an answer\)"):
+        chat(server, unanswerable="stop").answer(QUESTIONS, ledger)
     assert answers(ledger) == {pair: label for pair, label in TRUTHS.items() if pair != "p3"}
     before = len(server.bodies)
     healed.append(True)
     chat(server).answer(QUESTIONS, ledger)
     assert answers(ledger) == TRUTHS
     assert len(server.bodies) == before + 2
+
+
+@pytest.mark.parametrize("answer", [(500, {}, b"no"), None], ids=["500", "closed"])
+def test_an_error_about_one_text_alone_is_that_pairs_own(serve, ledger, answer):
+    server = serve(lambda prompt, n: answer if "of p3" in prompt else right(prompt, n))
+    chat(server).answer(QUESTIONS, ledger)
+    assert answers(ledger) == TRUTHS | {"p3": 0}
+
+
+def test_a_server_that_is_too_busy_for_a_pair_is_asked_again_later(serve, ledger):
+    server = serve(lambda prompt, n: (429, {}, b"later") if "of p3" in prompt else right(prompt, n))
+    with pytest.raises(Waiting, match="1 of 6 answers are missing; pair p3: HTTP 429"):
+        chat(server).answer(QUESTIONS, ledger)
+    assert answers(ledger) == {pair: label for pair, label in TRUTHS.items() if pair != "p3"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
