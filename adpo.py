@@ -69,7 +69,7 @@ def gate(margin, gamma, ids=None):
     return margin.abs() <= gamma
 
 
-def choose_labels(margin, answers, ask=None, pseudo_labels="true", after_budget="none"):
+def choose_labels(margin, answers, ask=None, pseudo_labels="true", after_budget="none", ties="none"):
     """Algorithm 2, the label: o = the annotator's answer where there is one, else sign(m) or none.
 
     margin: (B,).  answers: (B,), +1 (y1 preferred), −1 (y2 preferred), 0 (no answer, now or before), NaN (an answer
@@ -78,13 +78,15 @@ def choose_labels(margin, answers, ask=None, pseudo_labels="true", after_budget=
     pseudo_labels: "true", sign(m) for a pair that is not asked; anything else, no label, which with "false" is the paper's
     ablation "ADPO without pseudo-labels".
     after_budget: of a pair that was to be asked when the budget was spent: "none", no label, or "pseudo_label".
+    ties: of an answer without a preference: "none", no label, or "half", NaN, which preference_loss trains towards σ(m) = ½.
     Returns (B,) in margin's dtype, detached: o carries no gradient.
     """
     margin = margin.detach()
     pseudo = margin.sign() if pseudo_labels == "true" else torch.zeros_like(margin)
     if ask is not None and after_budget == "none":
         pseudo = pseudo.masked_fill(ask, 0)
-    return torch.where(answers != 0, answers.to(margin.dtype).nan_to_num(0), pseudo)
+    answers = answers.to(margin.dtype)
+    return torch.where(answers != 0, answers if ties == "half" else answers.nan_to_num(0), pseudo)
 
 
 def sigmoid_loss(margin, labels, beta, label_smoothing):
@@ -111,11 +113,11 @@ LOSSES = {"sigmoid": sigmoid_loss, "ipo": ipo_loss, "hinge": hinge_loss}
 def preference_loss(margin, labels, loss_type="sigmoid", beta=0.1, label_smoothing=0.0):
     """Loss of each pair. Take the mean over all B pairs, including those without a label.
 
-    margin, labels: (B,); labels are +1, −1 or 0.  loss_type: a name in LOSSES.
+    margin, labels: (B,); labels are +1, −1, 0 for none, or NaN for a tie, whose o is 0.  loss_type: a name in LOSSES.
     Returns (B,), 0 where the label is 0.
     """
     labels = labels.detach()
-    losses = LOSSES[loss_type](margin, labels, beta, label_smoothing)
+    losses = LOSSES[loss_type](margin, labels.nan_to_num(0), beta, label_smoothing)
     return torch.where(labels == 0, torch.zeros_like(losses), losses)
 
 

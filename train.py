@@ -90,7 +90,8 @@ def main(config, command_line=None):
                 margin_cpu = margin.detach().cpu()  # (B,)  the only wait for the device in a micro-step
                 ask = adpo.gate(margin_cpu, threshold.gamma, batch.ids)  # (B,)  |m| ≤ γ
                 answers = oracle.answer(batch.ids, margin_cpu, ask, step)  # (B,)  +1, −1; NaN: no preference; 0: not asked
-                labels = adpo.choose_labels(margin_cpu, answers, ask, config.pseudo_labels, config.after_budget)  # (B,)  o
+                labels = adpo.choose_labels(margin_cpu, answers, ask, config.pseudo_labels, config.after_budget,
+                                            config.ties)  # (B,)  o
 
                 oracle.count_pseudo_labels(batch.ids, labels, answers)
                 labels = data.to_device(labels, engine.device)
@@ -187,7 +188,7 @@ def metric_sums(losses, rewards, logps, labels, weights, tokens):
     losses, labels, weights: (B,).  rewards, logps: (B, 2).  "Chosen" is by the label that the loss used; a margin of
     exactly 0 counts as half right.
     """
-    labelled = weights * (labels != 0)  # (B,)
+    labelled = weights * (labels.abs() == 1)  # (B,)
     first = (labels > 0)[:, None]  # (B, 1)
     ordered = [torch.where(first, x, x.flip(-1)) for x in (rewards.detach(), logps.detach())]  # (B, 2): chosen, rejected
     margin = ordered[0][:, 0] - ordered[0][:, 1]

@@ -377,6 +377,8 @@ def check_adpo(config, path):
         raise UsageError(f"{path}: {refusal}")
     if config.label_smoothing and config.loss_type != "sigmoid":
         raise UsageError(f"{path}: label_smoothing is defined for loss_type sigmoid, not {config.loss_type}")
+    if config.ties == "half" and config.loss_type != "sigmoid":
+        raise UsageError(f"{path}: ties half is defined for loss_type sigmoid, not {config.loss_type}")
     targets = [name for name in ("target_query_fraction", "target_queries") if getattr(config, name) is not None]
     if len(targets) > 1:
         raise UsageError(f"{path}: {' and '.join(targets)} are two ways to set the same budget; keep one")

@@ -272,6 +272,16 @@ def test_an_answer_without_a_preference_is_no_label_however_sure_the_policy_is(p
     assert margin.grad.tolist() == [0, 0, pytest.approx(-1)]
 
 
+def test_a_tie_can_be_trained_towards_one_half():
+    """−½ log σ(m) − ½ log σ(−m), whose gradient is σ(m) − ½."""
+    margin = torch.tensor([2.0, -1.0, 0.5], requires_grad=True)
+    labels = adpo.choose_labels(margin, torch.tensor([math.nan, math.nan, 0]), pseudo_labels="false", ties="half")
+    losses = adpo.preference_loss(margin, labels, label_smoothing=0.1)
+    assert losses.tolist() == pytest.approx([1.126928, 0.813262, 0], rel=1e-5)
+    losses.sum().backward()
+    assert margin.grad.tolist() == pytest.approx([1 / (1 + math.exp(-2)) - 0.5, 1 / (1 + math.exp(1)) - 0.5, 0], rel=1e-5)
+
+
 def test_no_gradient_flows_through_labels():
     margin = torch.tensor([2.0, -0.5], requires_grad=True)
     labels = adpo.choose_labels(margin, torch.tensor([0, 1]))

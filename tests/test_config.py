@@ -126,6 +126,7 @@ def test_flags_win_over_the_file(write):
     (["--dataset_splits=test"], "no name contains `train`"),
     (["--loss_type=kto_pair"], "loss_type 'kto_pair' cannot be gated: it scores chosen and rejected responses apart"),
     (["--loss_type=hinge", "--label_smoothing=0.1"], "label_smoothing is defined for loss_type sigmoid, not hinge"),
+    (["--loss_type=hinge", "--ties=half"], "ties half is defined for loss_type sigmoid, not hinge"),
     (["--torch_dtype=float16"], "torch_dtype: expected one of auto, bfloat16, float32, found 'float16'"),
     (["--torch_dtype=bfloat16"], "torch_dtype bfloat16 needs bf16: true"),
     (["--use_peft=true", "--lora_dropout=0.05"], "lora_dropout=0.05 cannot be honoured: the gate reads the margin"),

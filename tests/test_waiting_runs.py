@@ -3,6 +3,7 @@
 A thread plays the people (helpers.Person). Real browsers are in test_people_label_a_run.py.
 """
 
+import math
 import shutil
 import signal
 import sqlite3
@@ -62,6 +63,17 @@ def test_a_run_that_nobody_answers_stops_and_the_same_command_goes_on(processes,
     assert f"at step {steps[10]} of 4" in run.stdout
     assert run.ledger() == by_dataset.ledger()
     assert run.losses() == pytest.approx(by_dataset.losses(), rel=1e-5)
+
+
+def test_ties_can_be_trained_towards_one_half(train, unlabelled, tmp_path):
+    """Where nobody ever prefers one, the policy that is pushed towards one half stays where it began, at log 2."""
+    runs = []
+    for ties in ("none", "half"):
+        with Person(tmp_path / ties, undecided=lambda pair: True):
+            runs.append(train(ties, output_dir=tmp_path / ties, oracle="human", dataset_mixer=f"{{{unlabelled}: 1.0}}",
+                              ties=ties, max_steps=2))
+    assert runs[0].losses() == [0, 0] and runs[1].losses() == pytest.approx([math.log(2)] * 2, abs=1e-6)
+    assert all(run.summary()["queries_without_preference"] == run.summary()["queries"] > 0 for run in runs)
 
 
 def test_a_pair_without_a_preference_releases_its_step_and_never_gets_a_label(train, unlabelled, tmp_path, monkeypatch):
