@@ -80,8 +80,8 @@ class Config:
     max_queries: int | None = key(None, "most labels to buy in the whole run; null: no limit", low=0)
     after_budget: str = key("none", "what an unsure pair gets once max_queries labels are bought: no label (none) or its "
                                     "pseudo-label", choices=("none", "pseudo_label"))
-    ties: str = key("none", "what a pair gets whose answer has no preference: no loss (none), or a target of one half (half, "
-                            "with loss_type sigmoid)", choices=("none", "half"))
+    ties: str = key("none", "what a pair gets whose answer has no preference: no loss (none), or a target of one half "
+                            "(half, with loss_type sigmoid)", choices=("none", "half"))
     price_per_label: float | None = key(None, "price of a label, for reporting what the labels cost", low=0)
     audit_fraction: float = key(0.0, "share of the confident pairs to ask about as well, to measure how often pseudo-labels "
                                      "are wrong; 0.05 is a good value", low=0, high=1)
