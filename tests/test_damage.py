@@ -138,7 +138,7 @@ def other_version(path):
 
 @pytest.mark.parametrize("harm, problem", [
     (lambda path: path.write_text("pair,label\n" * 1000), "(file is not a database): move it away"),
-    (other_version, "not a ledger of this version (9, not 2): move it away"),
+    (other_version, "not a ledger of this version (9, not 3): move it away"),
     (lambda path: path.write_bytes(path.read_bytes()[:4096] + b"\xff" * (path.stat().st_size - 4096)),
      "(database disk image is malformed): it is damaged"),
 ])

@@ -219,7 +219,8 @@ def test_an_upload_that_cannot_succeed_is_refused_before_the_run(harm, keys, pro
 # ----------------------------------------------------------------------------------------------------------------------
 # The card
 
-SUMMARY = {"pairs": 2000, "queries": 500, "query_fraction": 0.25, "pseudo_labels": 1500, "pseudo_label_accuracy": 0.9,
+SUMMARY = {"pairs": 2000, "queries": 500, "query_fraction": 0.25, "queries_without_preference": 0, "pseudo_labels": 1500,
+           "pseudo_label_accuracy": 0.9,
            "pseudo_label_interval": list(wilson(1350, 1500)), "audited": 0, "audit_accuracy": None,
            "audit_interval": None, "cost": None, "eval_accuracy": 0.71249}
 
