@@ -193,7 +193,9 @@ def _given_prompt(row, sides, place):
     for name in PROMPTS:
         if row.get(name) not in (None, "", []):
             prompt = text_or_messages(row[name], f"{place}, field {name}")
-            return name, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            if prompt[-1]["role"] != "assistant":  # else it is a whole conversation
+                return name, prompt
     return None, None
 
 
@@ -252,7 +254,7 @@ def _check_all_is_used(row, used, parts, place):
     said = None
     for name in ASKING:
         value = row.get(name)
-        if name in (used, "tools") or value in (None, "", [], {}):
+        if name in (used, "tools") or value in (None, "", [], {}) or isinstance(value, (bool, int, float)):
             continue
         if said is None:
             said = _squeezed("\n".join(text for part in parts for text in _strings(part)))

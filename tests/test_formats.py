@@ -84,6 +84,9 @@ DPO_MIX = {
      [system("s"), user("q")], [[reply("c")], [reply("r")]], 0, 0),
     ({"instruction": "q", "input": "", "chosen": "c", "rejected": "r"}, [user("q")], [[reply("c")], [reply("r")]], 0, 0),
     ({"input": "q", "chosen": "c", "rejected": "r"}, [user("q")], [[reply("c")], [reply("r")]], 0, 0),
+    # a number asks for nothing, and messages may be the chosen conversation once more
+    ({"prompt": "p", "context": 3, "chosen": "c", "rejected": "r"}, "p", ["c", "r"], 0, 0),
+    ({"prompt": "p", "messages": [user("p"), reply("c")], "chosen": "c", "rejected": "r"}, "p", ["c", "r"], 0, 0),
     # a column whose text the prompt has already
     ({"prompt": "Answer: why?", "question": "why?", "context": "Answer:", "chosen": "c", "rejected": "r"},
      "Answer: why?", ["c", "r"], 0, 0),
@@ -220,6 +223,7 @@ CONVERSATION = [user("u"), reply("c")]
     ({"prompt": "p", "context": "z", "chosen": "c", "rejected": "r"}, r"field context: would be left out; put it into"),
     ({"prompt": "p", "instruction": "q", "chosen": "c", "rejected": "r"}, r"field instruction: would be"),
     ({"instruction": "p", "input": "q", "chosen": "c", "rejected": "r"}, r"field input: would be"),
+    ({"messages": CONVERSATION, "chosen": "c d", "rejected": "c e"}, r"field messages: would be left out"),
     ({"prompt": "p", "images": ["i.png"], "chosen": "c", "rejected": "r"}, r"field images: would be"),
     ({"prompt": "p", "image": {"bytes": 1}, "chosen": "c", "rejected": "r"}, r"field image: would be left out"),
     ({"chosen": CONVERSATION, "rejected": [user("u"), reply("r")], "messages": [user("another")]}, r"field messages: would"),
