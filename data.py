@@ -142,7 +142,7 @@ class Renderer:
         """The same, or None if there is no template or if it does not take these messages."""
         try:
             return self.chat(messages, ask) if self.tokenizer.chat_template else None
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError):
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError):
             return None
 
     def _protected(self, template):
