@@ -73,9 +73,9 @@ class Person(threading.Thread):
                 if question is None:
                     time.sleep(0.05)
                     continue
-                best = max(question["sides"], key=lambda side: toy.gold_reward(side["turns"][0]["content"]))
+                best = max(question["sides"], key=lambda side: toy.gold_reward(side["turns"][0]["text"]))
                 self.page.post("answer", pair=question["pair"], choice=best["choice"], seconds=0.1)
-                self.acknowledged[question["pair"]] = best["turns"][0]["content"]
+                self.acknowledged[question["pair"]] = best["turns"][0]["text"]
             except (OSError, http.client.HTTPException, json.JSONDecodeError):  # the page is dead: come back later
                 time.sleep(0.1)
 

@@ -214,6 +214,7 @@ def test_markdown_is_rendered_and_can_be_seen_as_it_was_written(site, person):
     assert "hint" in page.locator("[data-view=difference]").get_attribute("class")
     page.keyboard.press("d")
     page.wait_for_selector(".text table")
+    page.wait_for_selector('#actions:not([hidden]) .choose[aria-disabled="false"]')  # an answer may not come too soon
     page.keyboard.press("ArrowLeft")  # what a table would drop is shown
     page.locator("#prompt .content", has_text="hides").wait_for()
     assert all("beyond the table" in text and "Markdown would hide" in text
