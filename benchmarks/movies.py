@@ -70,7 +70,7 @@ OPPOSITES = [("the movie is good .", "the movie is not good at all ."),
              ("i was never bored by this film .", "i was bored by this film ."),
              ("it is worth watching .", "it is not worth watching .")]
 RESULTS = ROOT / "benchmarks" / "results" / "movies.md"
-REWARD = {"width": 64, "hidden": 128, "epochs": 4, "batch": 64, "learning_rate": 2e-3, "dropout": 0.3}
+REWARD = {"width": 64, "hidden": 128, "epochs": 4, "batch": 64, "learning_rate": 2e-3, "dropout": 0.1}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
