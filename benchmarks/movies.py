@@ -252,6 +252,11 @@ def split_prompts(texts: Path, seed: int) -> tuple[list[str], list[str]]:
     return prompts[:cut], prompts[cut:]
 
 
+def usable(a: str, b: str) -> bool:
+    """Whether two responses differ, neither is empty, and both are text: a byte-level model may stop within a character."""
+    return a != b and all(text.strip() and "\ufffd" not in text for text in (a, b))
+
+
 def build_shared(root: Path, quiet: bool) -> None:
     """The stages that all seeds share."""
     def stage(name, fill):
@@ -294,7 +299,7 @@ def build(directory: Path, label_noise: float = 0.2, train_pairs: int = 16384, t
         train_prompts, test_prompts = split_prompts(root / "texts", seed)
         prompts = [train_prompts[i % len(train_prompts)] for i in range(train_pairs)]
         prompts += [test_prompts[i % len(test_prompts)] for i in range(test_pairs)]
-        rows = toy.sample_pairs(*toy.load(model_dir), prompts, quiet, differ_in=str, max_new_tokens=MAX_NEW_TOKENS)
+        rows = toy.sample_pairs(*toy.load(model_dir), prompts, quiet, usable, max_new_tokens=MAX_NEW_TOKENS)
         toy.write_jsonl(target / "train.jsonl", rows[:train_pairs])
         toy.write_jsonl(target / "test.jsonl", rows[train_pairs:])
 
@@ -372,7 +377,7 @@ def try_dpo(root: Path, seed: int) -> list[str]:
             if not (output / "summary.json").exists():
                 toy.run_train(DPO | {"model_name_or_path": str(model_dir), "dataset_mixer": {str(pairs_dir): 1.0},
                                      "learning_rate": rate, "seed": seed, "output_dir": str(output)},
-                              output.with_suffix(".yaml"), f"DPO at {rate:g}", quiet=False)
+                              output.parent / f"{output.name}.yaml", f"DPO at {rate:g}", quiet=False)
             summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
             lines.append(f"| {noise:.0%} | {rate:g} | {summary['eval_accuracy']:.4f} | "
                          f"{Reward(root).mean(output, prompts):+.2f} | {summary['wall_seconds']:.0f} |")

@@ -96,6 +96,11 @@ def gold_reward(response: str) -> float:
     return sum(HUNDREDTHS.get(word, 0) for word in response.split()) / 100
 
 
+def rewards_differ(a: str, b: str) -> bool:
+    """Whether one of two responses is better."""
+    return gold_reward(a) != gold_reward(b)
+
+
 def write_response(rng: random.Random) -> str:
     """A sentence of the grammar: 2 to 4 clauses with one opinion word each, all words equally likely."""
     text = ""
@@ -171,7 +176,7 @@ def run_train(keys: dict, config: Path, what: str, quiet: bool) -> None:
 def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str],
            max_new_tokens: int = MAX_NEW_TOKENS) -> tuple[list[str], list[bool]]:
     """One response per prompt from the policy itself (temperature 1, nothing cut off), with the global random state.
-    Returns the texts, each with its leading space, and whether each came to its EOS within `max_new_tokens`."""
+    Returns the texts, with what separates them from the prompt, and whether each came to its EOS within `max_new_tokens`."""
     texts, finished = [], []
     for start in range(0, len(prompts), SAMPLE_BATCH):
         part = prompts[start : start + SAMPLE_BATCH]
@@ -182,14 +187,16 @@ def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts:
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
         new = out[:, batch.input_ids.size(1) :]  # (B, N)
         finished += (new == tokenizer.eos_token_id).any(1).tolist()
-        texts += [" " + text for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+        # What the whole text has and the prompt has not: whether a token brings its space with it is up to the tokenizer.
+        starts, wholes = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (batch.input_ids, out))
+        texts += [whole[len(start):] for start, whole in zip(starts, wholes)]
     return texts, finished
 
 
 def sample_pairs(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], quiet: bool,
-                 differ_in=gold_reward, max_new_tokens: int = MAX_NEW_TOKENS) -> list[dict]:
-    """Rows {prompt, response_a, response_b}. A pair with an unfinished response is drawn again, and one whose responses do
-    not differ in `differ_in`, a function of a response: by default their rewards, so that there is a better one.
+                 usable=rewards_differ, max_new_tokens: int = MAX_NEW_TOKENS) -> list[dict]:
+    """Rows {prompt, response_a, response_b}. A pair with an unfinished response is drawn again, and so is one that is not
+    `usable`, a function of two responses: by default if their rewards are equal (so also if they are).
 
     Raises RuntimeError if 100 draws do not give a usable pair."""
     rows: list[dict | None] = [None] * len(prompts)
@@ -201,7 +208,7 @@ def sample_pairs(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pr
             texts, finished = sample(model, tokenizer, [prompts[i] for i in part for _ in "ab"], max_new_tokens)
             for k, i in enumerate(part):
                 (a, b), done = texts[2 * k : 2 * k + 2], all(finished[2 * k : 2 * k + 2])
-                if done and differ_in(a) != differ_in(b):
+                if done and usable(a, b):
                     rows[i] = {"prompt": prompts[i], "response_a": a, "response_b": b}
                     bar.update()
         todo = [i for i, row in enumerate(rows) if row is None]
