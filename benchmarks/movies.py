@@ -61,6 +61,10 @@ SFT = {"objective": "sft", "max_length": 96, "max_prompt_length": 32, "num_train
 DPO = {"data_selection": False, "max_length": 96, "max_prompt_length": 32, "beta": 0.1, "per_device_train_batch_size": 64,
        "per_device_eval_batch_size": 256, "num_threads": 1, "save_strategy": "no", "logging_steps": 16,
        "preprocessing_num_workers": 1}
+ABOUT_DPO = """\
+DPO on all labels: β = 0.1, 256 steps of 64 pairs, one run each. Accuracy: how often the implicit reward ranks the two responses
+of a test pair correctly, by the noiseless labels. Gold reward: mean over one response to each of 512 test prompts. Seconds are
+those of the whole run on one thread, with the start, the reference's log-probs and the evaluation; other work shared the cores."""
 NOISES, RATES = (0.05, 0.2), (5e-4, 1e-3, 2e-3)
 # Sentences that say opposite things with almost or exactly the same words; the first of each pair is the better one.
 OPPOSITES = [("the movie is good .", "the movie is not good at all ."),
@@ -253,8 +257,9 @@ def split_prompts(texts: Path, seed: int) -> tuple[list[str], list[str]]:
 
 
 def usable(a: str, b: str) -> bool:
-    """Whether two responses differ, neither is empty, and both are text: a byte-level model may stop within a character."""
-    return a != b and all(text.strip() and "\ufffd" not in text for text in (a, b))
+    """Whether two responses differ, and each says something, begins with a new word and not within the prompt's last, and is
+    text: a byte-level model may stop within a character."""
+    return a != b and all(text.strip() and text[0] == " " and "\ufffd" not in text for text in (a, b))
 
 
 def build_shared(root: Path, quiet: bool) -> None:
@@ -400,7 +405,7 @@ def main():
         print("\n".join(lines))
         if args.dpo:
             command = " ".join(["python benchmarks/movies.py", *sys.argv[1:]])
-            lines = ["# A task of real text", "", f"Made by `{command}`.", "", *lines, "",
+            lines = ["# A task of real text", "", f"Made by `{command}`.", "", *lines, "", ABOUT_DPO, "",
                      *try_dpo(args.directory, args.seed), ""]
             RESULTS.write_text("\n".join(lines), encoding="utf-8")
     except ValueError as error:
