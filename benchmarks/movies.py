@@ -62,9 +62,10 @@ DPO = {"data_selection": False, "max_length": 96, "max_prompt_length": 32, "beta
        "per_device_eval_batch_size": 256, "num_threads": 1, "save_strategy": "no", "logging_steps": 16,
        "preprocessing_num_workers": 1}
 ABOUT_DPO = """\
-DPO on all labels: β = 0.1, 256 steps of 64 pairs, one run each. Accuracy: how often the implicit reward ranks the two responses
-of a test pair correctly, by the noiseless labels. Gold reward: mean over one response to each of 512 test prompts. Seconds are
-those of the whole run on one thread, with the start, the reference's log-probs and the evaluation; other work shared the cores."""
+DPO on all labels: β = 0.1, 256 steps of 64 pairs, one run each. Accuracy: how often the implicit reward ranks the two
+responses of a test pair correctly, by the noiseless labels. Gold reward: the mean over one response to each of 512 test
+prompts. Seconds are those of the whole run on one thread, with the start, the reference's log-probs and the evaluation;
+other work shared the cores."""
 NOISES, RATES = (0.05, 0.2), (5e-4, 1e-3, 2e-3)
 # Sentences that say opposite things with almost or exactly the same words; the first of each pair is the better one.
 OPPOSITES = [("the movie is good .", "the movie is not good at all ."),
@@ -245,21 +246,22 @@ class Reward:
 # ----------------------------------------------------------------------------------------------------------------------
 # The task
 
-def split_prompts(texts: Path, seed: int) -> tuple[list[str], list[str]]:
+def split_prompts(root: Path, seed: int) -> tuple[list[str], list[str]]:
     """The first words of held-out sentences, each prompt once, in a seeded order: four fifths for training, the others for
-    the test split."""
-    rng, low_high = random.Random(f"prompts {seed}"), PROMPT_WORDS
-    held_out = [row["text"].split() for row in toy.read_jsonl(texts / "test.jsonl")]
-    prompts = sorted({" ".join(words[:rng.randint(*low_high)]) for words in held_out})
+    the test split. The last word of a prompt is one token; the model would often go on with a word that is cut into more."""
+    rng, tokenizer = random.Random(f"prompts {seed}"), AutoTokenizer.from_pretrained(root / "start" / "model")
+    held_out = [row["text"].split() for row in toy.read_jsonl(root / "texts" / "test.jsonl")]
+    starts = sorted({tuple(words[:rng.randint(*PROMPT_WORDS)]) for words in held_out})
+    last = tokenizer([f" {words[-1]}" for words in starts], add_special_tokens=False).input_ids
+    prompts = [" ".join(words) for words, ids in zip(starts, last) if len(ids) == 1]
     rng.shuffle(prompts)
     cut = len(prompts) * 4 // 5
     return prompts[:cut], prompts[cut:]
 
 
 def usable(a: str, b: str) -> bool:
-    """Whether two responses differ, and each says something, begins with a new word and not within the prompt's last, and is
-    text: a byte-level model may stop within a character."""
-    return a != b and all(text.strip() and text[0] == " " and "\ufffd" not in text for text in (a, b))
+    """Whether two responses differ, neither is empty, and both are text: a byte-level model may stop within a character."""
+    return a != b and all(text.strip() and "\ufffd" not in text for text in (a, b))
 
 
 def build_shared(root: Path, quiet: bool) -> None:
@@ -301,7 +303,7 @@ def build(directory: Path, label_noise: float = 0.2, train_pairs: int = 16384, t
             part.save_pretrained(target)
 
     def fill_responses(target: Path) -> None:
-        train_prompts, test_prompts = split_prompts(root / "texts", seed)
+        train_prompts, test_prompts = split_prompts(root, seed)
         prompts = [train_prompts[i % len(train_prompts)] for i in range(train_pairs)]
         prompts += [test_prompts[i % len(test_prompts)] for i in range(test_pairs)]
         rows = toy.sample_pairs(*toy.load(model_dir), prompts, quiet, usable, max_new_tokens=MAX_NEW_TOKENS)
