@@ -66,15 +66,18 @@ DPO on all labels: β = 0.1, 256 steps of 64 pairs, one run each. Accuracy: how 
 responses of a test pair correctly, by the noiseless labels. Gold reward: the mean over one response to each of 512 test
 prompts. Seconds are those of the whole run on one thread, with the start, the reference's log-probs and the evaluation;
 other work shared the cores."""
-NOISES, RATES = (0.05, 0.2), (5e-4, 1e-3, 2e-3)
+NOISES, RATES = (0.05, 0.2), (5e-4, 1e-3, 2e-3, 4e-3)
 # Sentences that say opposite things with almost or exactly the same words; the first of each pair is the better one.
 OPPOSITES = [("the movie is good .", "the movie is not good at all ."),
              ("the movie is not bad at all .", "the movie is bad ."),
              ("it was good , not bad .", "it was bad , not good ."),
              ("it was not bad , but good .", "it was not good , but bad ."),
              ("i was never bored by this film .", "i was bored by this film ."),
-             ("it is worth watching .", "it is not worth watching .")]
+             ("it is worth watching .", "it is not worth watching ."),
+             ("there is nothing bad about this movie .", "there is nothing good about this movie ."),
+             ("don't miss this movie .", "you can miss this movie .")]
 RESULTS = ROOT / "benchmarks" / "results" / "movies.md"
+# Of dropout 0.1, 0.3 and 0.5 the first was best at held-out sentences and opposites, and the least linear.
 REWARD = {"width": 64, "hidden": 128, "epochs": 4, "batch": 64, "learning_rate": 2e-3, "dropout": 0.1}
 
 
