@@ -96,6 +96,11 @@ def gold_reward(response: str) -> float:
     return sum(HUNDREDTHS.get(word, 0) for word in response.split()) / 100
 
 
+def rewards_differ(a: str, b: str) -> bool:
+    """Whether one of two responses is better."""
+    return gold_reward(a) != gold_reward(b)
+
+
 def write_response(rng: random.Random) -> str:
     """A sentence of the grammar: 2 to 4 clauses with one opinion word each, all words equally likely."""
     text = ""
@@ -137,35 +142,41 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 def train_sft(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, prompts: list[str],
               rng: random.Random, seed: int, quiet: bool) -> None:
-    """Writes `model`, after supervised fine-tuning on fresh sentences, and its tokenizer into `folder`.
-
-    It is a run of train.py of its own, as this process may be one rank of many; on the CPU, so that all machines make the
-    same model. Raises ValueError where it fails."""
+    """Writes `model`, after supervised fine-tuning on fresh sentences, and its tokenizer into `folder`. Raises ValueError
+    where it fails."""
     work = folder / ".sft"
     for part in (model, tokenizer):
         part.save_pretrained(work / "start")
     (work / "texts").mkdir()
     write_jsonl(work / "texts" / "train.jsonl", [
         {"prompt": rng.choice(prompts), "completion": write_response(rng)} for _ in range(SFT_SENTENCES)])
-    (work / "sft.yaml").write_text(json.dumps(SFT | {  # JSON is YAML
-        "model_name_or_path": str(work / "start"), "dataset_mixer": {str(work / "texts"): 1.0}, "dataset_splits": ["train"],
-        "seed": seed, "output_dir": str(work / "run")}), encoding="utf-8")
-    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER} | {"DS_ACCELERATOR": "cpu"}
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--config", work / "sft.yaml"], env=environment, text=True,
-                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE if quiet else None)  # there its bar is
-    if done.returncode:
-        raise ValueError(f"the fine-tuning of the toy model ended with exit code {done.returncode}: "
-                         f"{(done.stderr or 'its error stands above').strip().splitlines()[-1]}")
+    run_train(SFT | {"model_name_or_path": str(work / "start"), "dataset_mixer": {str(work / "texts"): 1.0},
+                     "dataset_splits": ["train"], "seed": seed, "output_dir": str(work / "run")},
+              work / "sft.yaml", "the fine-tuning of the toy model", quiet)
     for part in load(work / "run"):
         part.save_pretrained(folder)
     shutil.rmtree(work)
+
+
+def run_train(keys: dict, config: Path, what: str, quiet: bool) -> None:
+    """Run train.py with these keys, which are written to the file `config`.
+
+    It is a process of its own, as this one may be one rank of many; on the CPU, so that all machines make the same model.
+    what: the run's name in the error.  Raises ValueError where it fails."""
+    config.write_text(json.dumps(keys), encoding="utf-8")  # JSON is YAML
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER} | {"DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, ROOT / "train.py", "--config", config], env=environment, text=True,
+                          stdout=subprocess.DEVNULL, stderr=subprocess.PIPE if quiet else None)  # there its bar is
+    if done.returncode:
+        raise ValueError(f"{what} ended with exit code {done.returncode}: "
+                         f"{(done.stderr or 'its error stands above').strip().splitlines()[-1]}")
 
 
 @torch.no_grad()
 def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str],
            max_new_tokens: int = MAX_NEW_TOKENS) -> tuple[list[str], list[bool]]:
     """One response per prompt from the policy itself (temperature 1, nothing cut off), with the global random state.
-    Returns the texts, each with its leading space, and whether each came to its EOS within `max_new_tokens`."""
+    Returns the texts, with what separates them from the prompt, and whether each came to its EOS within `max_new_tokens`."""
     texts, finished = [], []
     for start in range(0, len(prompts), SAMPLE_BATCH):
         part = prompts[start : start + SAMPLE_BATCH]
@@ -176,31 +187,35 @@ def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts:
             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
         new = out[:, batch.input_ids.size(1) :]  # (B, N)
         finished += (new == tokenizer.eos_token_id).any(1).tolist()
-        texts += [" " + text for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+        # What the whole text has and the prompt has not: whether a token brings its space with it is up to the tokenizer.
+        starts, wholes = (tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (batch.input_ids, out))
+        texts += [whole[len(start):] for start, whole in zip(starts, wholes)]
     return texts, finished
 
 
-def sample_pairs(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str],
-                 quiet: bool) -> list[dict]:
-    """Rows {prompt, response_a, response_b}. A pair with an unfinished response or two equal rewards (so also two equal
-    responses) is drawn again. Raises RuntimeError if 100 draws do not give a usable pair."""
+def sample_pairs(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], quiet: bool,
+                 usable=rewards_differ, max_new_tokens: int = MAX_NEW_TOKENS) -> list[dict]:
+    """Rows {prompt, response_a, response_b}. A pair with an unfinished response is drawn again, and so is one that is not
+    `usable`, a function of two responses: by default if their rewards are equal (so also if they are).
+
+    Raises RuntimeError if 100 draws do not give a usable pair."""
     rows: list[dict | None] = [None] * len(prompts)
-    bar = tqdm(total=len(prompts), desc="toy pairs (sampling)", disable=quiet)
+    bar = tqdm(total=len(prompts), desc="pairs (sampling)", disable=quiet)
     todo = list(range(len(prompts)))
     for _ in range(100):
         for start in range(0, len(todo), SAMPLE_BATCH // 2):
             part = todo[start : start + SAMPLE_BATCH // 2]
-            texts, finished = sample(model, tokenizer, [prompts[i] for i in part for _ in "ab"])
+            texts, finished = sample(model, tokenizer, [prompts[i] for i in part for _ in "ab"], max_new_tokens)
             for k, i in enumerate(part):
                 (a, b), done = texts[2 * k : 2 * k + 2], all(finished[2 * k : 2 * k + 2])
-                if done and gold_reward(a) != gold_reward(b):
+                if done and usable(a, b):
                     rows[i] = {"prompt": prompts[i], "response_a": a, "response_b": b}
                     bar.update()
         todo = [i for i, row in enumerate(rows) if row is None]
         if not todo:
             bar.close()
             return rows
-    raise RuntimeError(f"the toy model gave no usable pair in 100 draws for the prompt {prompts[todo[0]]!r}")
+    raise RuntimeError(f"the model gave no usable pair in 100 draws for the prompt {prompts[todo[0]]!r}")
 
 
 def find_scale(gaps: torch.Tensor, label_noise: float) -> float:
@@ -214,12 +229,21 @@ def find_scale(gaps: torch.Tensor, label_noise: float) -> float:
     return scale
 
 
-def label_rows(rows: list[dict], label_noise: float, seed: int) -> list[dict]:
-    """Add "truth", the noiseless label, and "label", drawn with P(a preferred) = sigmoid(scale * gap). The random
-    numbers depend only on the seed, so a label that is wrong at a low noise level is wrong at each higher one too."""
-    gaps = [gold_reward(row["response_a"]) - gold_reward(row["response_b"]) for row in rows]
-    gaps = torch.tensor(gaps, dtype=torch.float64)  # (rows,), none is 0
+def reward_gaps(rows: list[dict]) -> torch.Tensor:
+    """Gold reward of a minus that of b: (rows,) fp64."""
+    return torch.tensor([gold_reward(row["response_a"]) - gold_reward(row["response_b"]) for row in rows],
+                        dtype=torch.float64)
+
+
+def label_rows(rows: list[dict], gaps: torch.Tensor, label_noise: float, seed: int, flips: bool = False) -> list[dict]:
+    """Add "truth", the noiseless label, and "label", drawn with P(a preferred) = sigmoid(scale * gap); with `flips`, an
+    annotator who errs as often on each pair.  gaps: (rows,) fp64, none is 0.
+
+    The random numbers depend only on the seed, so a label that is wrong at a low noise level is wrong at each higher one
+    too."""
     right = torch.sigmoid(find_scale(gaps, label_noise) * gaps.abs())  # probability of the true label
+    if flips:
+        right = torch.full_like(gaps, 1 - label_noise)
     rng = random.Random(f"labels {seed}")
     labelled = []
     for row, gap, p in zip(rows, gaps.tolist(), right.tolist()):
@@ -251,16 +275,15 @@ def seeded_and_silent(seed: int):
 
 
 def build_folder(target: Path, settings: dict, fill) -> Path:
-    """Make `target` with `fill(folder)`, or reuse it if its toy.json holds the same settings. The work is done in a
+    """Make `target` with `fill(folder)`, or reuse it if its toy.json holds the same `settings`. The work is done in a
     temporary folder that is renamed at the end: a killed build never looks finished, and if two processes build at
     once, the first to finish wins and the other takes its result.
 
     Raises ValueError if `target` was built with other settings, or is something else."""
-    marker, settings = target / "toy.json", {"version": VERSION} | settings
-    advice = "choose another toy_dir or delete the folder"
+    marker, advice = target / "toy.json", "choose another folder, or delete this one"
     occupied = target.exists() and any(target.iterdir())  # checked before the marker, which arrives with the folder
     if occupied and not marker.exists():
-        raise ValueError(f"{target} exists but was not made by toy.py: {advice}")
+        raise ValueError(f"{target} exists but was not built here: {advice}")
     if not marker.exists():
         temporary = target.with_name(f".{target.name}-{uuid.uuid4().hex[:8]}")
         temporary.mkdir(parents=True)
@@ -295,7 +318,8 @@ def build(directory: str | os.PathLike, label_noise: float = 0.05, train_pairs: 
     if min(train_pairs, test_pairs) < 1:
         raise ValueError(f"train_pairs is {train_pairs} and test_pairs {test_pairs}, expected at least 1 of each")
     root, train_prompts, test_prompts = Path(directory), *split_prompts(seed)
-    sizes = {"seed": seed, "train_pairs": train_pairs, "test_pairs": test_pairs}
+    of_model = {"version": VERSION, "seed": seed}
+    sizes = of_model | {"train_pairs": train_pairs, "test_pairs": test_pairs}
 
     def fill_model(folder: Path) -> None:
         tokenizer = make_tokenizer()
@@ -311,10 +335,11 @@ def build(directory: str | os.PathLike, label_noise: float = 0.05, train_pairs: 
 
     def fill_pairs(folder: Path) -> None:
         for name, noise in (("train.jsonl", label_noise), ("test.jsonl", 0)):
-            write_jsonl(folder / name, label_rows(read_jsonl(responses_dir / name), noise, seed))
+            rows = read_jsonl(responses_dir / name)
+            write_jsonl(folder / name, label_rows(rows, reward_gaps(rows), noise, seed))
 
     with seeded_and_silent(seed):
-        model_dir = build_folder(root / "model", {"seed": seed}, fill_model)
+        model_dir = build_folder(root / "model", of_model, fill_model)
     with seeded_and_silent(seed):
         responses_dir = build_folder(root / "responses", sizes, fill_responses)
     pairs_dir = build_folder(
@@ -368,17 +393,23 @@ def load(model_dir: str | os.PathLike) -> tuple[LlamaForCausalLM, PreTrainedToke
     return model, AutoTokenizer.from_pretrained(model_dir)
 
 
+def gold_rewards_of(prompts: list[str], responses: list[str]) -> list[float]:
+    return [gold_reward(response) for response in responses]
+
+
 def mean_gold_reward(model_dir: str | os.PathLike, prompts: list[str], samples: int = 1,
-                     max_new_tokens: int = MAX_NEW_TOKENS, seed: int = 0) -> float:
+                     max_new_tokens: int = MAX_NEW_TOKENS, seed: int = 0, rewards=gold_rewards_of) -> float:
     """Mean gold reward of `samples` responses a prompt, sampled at temperature 1 from the model saved in `model_dir`.
     A response that does not end within `max_new_tokens` counts as it is. The same seed gives the same samples; the
-    caller's random state is left as it was. Raises ValueError where there is nothing to sample."""
+    caller's random state is left as it was.  rewards: of lists of prompts and responses.
+
+    Raises ValueError where there is nothing to sample."""
     if not prompts or samples < 1:
         raise ValueError(f"{len(prompts)} prompts and {samples} samples, expected at least 1 of each")
     with seeded_and_silent(seed):
         model, tokenizer = load(model_dir)
         texts, _ = sample(model, tokenizer, prompts * samples, max_new_tokens)
-    return sum(map(gold_reward, texts)) / len(texts)
+    return sum(rewards(prompts * samples, texts)) / len(texts)
 
 
 if __name__ == "__main__":

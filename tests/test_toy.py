@@ -67,7 +67,7 @@ def test_a_second_build_reuses_the_first_and_other_settings_are_refused(built, m
     assert toy.build(folder, label_noise=0.2, train_pairs=400, test_pairs=100) == built[1:]
     other = toy.build(folder, label_noise=0.0, train_pairs=400, test_pairs=100)[1]  # other labels, the same responses
     assert all(row["label"] == row["truth"] for row in rows(other / "train.jsonl"))
-    with pytest.raises(ValueError, match="choose another toy_dir or delete the folder"):
+    with pytest.raises(ValueError, match="choose another folder, or delete this one"):
         toy.build(folder, label_noise=0.2, train_pairs=401, test_pairs=100)
     for noise in (-0.1, 0.5):
         with pytest.raises(ValueError, match="label_noise is"):
