@@ -36,7 +36,16 @@ import numpy as np
 import torch
 
 from runtime.errors import DataError, UsageError
-from runtime.formats import SENTINEL, hh_messages, message_text, parse_example, parse_row, template_input
+from runtime.formats import (
+    SENTINEL,
+    function_name,
+    hh_messages,
+    message_text,
+    parse_example,
+    parse_row,
+    squeezed,
+    template_input,
+)
 from runtime.ranks import rank_0_first, say
 from runtime.sources import decontaminate, hash_of, mix, parse_source, processes, read_rows
 
@@ -121,6 +130,7 @@ class Renderer:
         self.empty_system = empty_system and ("system" in template or "<|im_start|>" in template) and (
             self._rendered([{"role": "system", "content": ""}, {"role": "user", "content": "a"}]) is not None)
         self.ends = self._ends()
+        self.end_texts = {tokenizer.convert_ids_to_tokens(id) for id in self.ends}
         self.protected = self._protected(template)
 
     def fingerprint(self):
@@ -139,7 +149,7 @@ class Renderer:
         return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
 
     def _rendered(self, messages, ask=False):
-        """The same, or None if there is no template or if it does not take these messages."""
+        """The same, or None without a template, or if the template rejects these messages."""
         try:
             return self.chat(messages, ask) if self.tokenizer.chat_template else None
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError):
@@ -155,8 +165,7 @@ class Renderer:
         turns = self._rendered(talk) or self._rendered(talk[1:]) or ""
         added = self.tokenizer.added_tokens_decoder.values()
         texts = {token.content for token in added if (token.special or token.content in turns) and token.content[1:]}
-        kept = {*map(self.tokenizer.convert_ids_to_tokens, self.ends), self.tokenizer.bos_token, self.tokenizer.pad_token,
-                self.tokenizer.unk_token}
+        kept = self.end_texts | {self.tokenizer.bos_token, self.tokenizer.pad_token, self.tokenizer.unk_token}
         writable = {text for text in texts - kept if text in template and text not in turns}
         return {"assistant": _any_of(texts - writable), None: _any_of(texts)}
 
@@ -242,14 +251,14 @@ class Renderer:
         # The template rewrites a finished reply (R1's removes the reasoning), or the prompt that it writes for inference
         # begins the reply (<think>). What the model generates after that prompt is the rest of the content, and an end.
         content = response[0]["content"]
-        marked = self._rendered(prompt + [{**response[0], "content": SENTINEL}])
-        if marked and marked.startswith(self.chat(prompt)) and len(response) == 1 and set(lost) <= {"content"}:
-            begun = start[len(os.path.commonprefix([start, marked])):]
+        around = self._around_reply(prompt, start, response[0]) if len(response) == 1 and set(lost) <= {"content"} else None
+        if around:
+            begun, end = around
             if not begun.strip():
-                return start + content + marked.rpartition(SENTINEL)[2]
+                return start + content + end
             if content.lstrip().startswith(begun.strip()):
                 content = content.lstrip()[len(begun.strip()):].removeprefix(begun[len(begun.rstrip()):])
-                return start + content + marked.rpartition(SENTINEL)[2]
+                return start + content + end
             raise DataError(f"the chat template ends a prompt with {begun.strip()!r:.80}, and a response does not begin so: "
                             "put it there, with what the model should think, or set another chat_template")
         if lost:
@@ -258,6 +267,20 @@ class Renderer:
         advice = ", or put the system message into the user's" if any(m["role"] == "system" for m in prompt) else ""
         raise DataError("the chat template does not render a conversation as the continuation of its prompt: set another "
                         f"chat_template{advice}")
+
+    def _around_reply(self, prompt, start, message):
+        """(what `start`, the text of the prompt, has begun of a reply, what the template writes after the reply's content),
+        or None if the template does not continue the prompt.  prompt: protected messages."""
+        marked = self._rendered([*prompt, {**message, "content": SENTINEL}])
+        if marked is None or not marked.startswith(self.chat(prompt)):
+            return None
+        return start[len(os.path.commonprefix([start, marked])):], marked.rpartition(SENTINEL)[2]
+
+    def begun(self, prompt):
+        """What the template writes of a reply when it asks for one (R1's "<think>"), or "".  prompt: messages."""
+        prompt, start, _ = self._prompt_text(prompt)
+        begun, _ = self._around_reply(prompt, start, {"role": "assistant"}) or ("", "")
+        return begun if begun.strip() else ""
 
     # Token ids.
 
@@ -329,13 +352,6 @@ class Renderer:
         """(prompt_ids, [response_ids, response_ids]) of one pair."""
         return self.render([(prompt, responses)])[0][:2]
 
-    def begun(self, prompt):
-        """What the template writes of a reply when it asks for one (R1's "<think>"), or "".  prompt: messages."""
-        prompt, start, _ = self._prompt_text(prompt)
-        whole = self._rendered([*prompt, {"role": "assistant", "content": SENTINEL}])
-        begun = start[len(os.path.commonprefix([start, whole or start])):]
-        return begun if begun.strip() else ""
-
     def prompt_ids(self, prompt):
         """Token ids of a prompt as the model is given it at inference."""
         if not isinstance(prompt, str) or self.tokenizer.chat_template and hh_messages(prompt):
@@ -385,8 +401,8 @@ class Renderer:
         """Whether a response says nothing. The end of a turn in a string is not something that is said."""
         if not isinstance(response, str):
             return not any(message_text(message).strip() for message in response)
-        for id in self.ends:
-            response = response.replace(self.tokenizer.convert_ids_to_tokens(id), "")
+        for end in self.end_texts:
+            response = response.replace(end, "")
         return not response.strip()
 
 
@@ -397,13 +413,12 @@ def _any_of(texts):
 
 def left_out(message, text):
     """The fields of a message that are not in a text. White space does not count."""
-    def names(tools):
-        return [tool.get("function", tool)["name"] for tool in tools]
-
-    parts = {"content": names(json.loads(message["content"])) if message["role"] == "tools" else [message["content"]],
-             "tool_calls": names(message.get("tool_calls", ())), "reasoning_content": [message.get("reasoning_content", "")]}
+    tools = json.loads(message["content"]) if message["role"] == "tools" else None
+    parts = {"content": [message["content"]] if tools is None else map(function_name, tools),
+             "tool_calls": map(function_name, message.get("tool_calls", ())),
+             "reasoning_content": [message.get("reasoning_content", "")]}
     return [field for field, values in parts.items() if not all(
-        value.strip() in text or "".join(value.split()) in "".join(text.split()) for value in values)]
+        value.strip() in text or squeezed(value) in squeezed(text) for value in values)]
 
 
 def tokenize_rows(rows, renderer):
@@ -531,7 +546,7 @@ def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decont
                   hash_of(rendering, rows["id"][:], hash_of_tokens(rows)), counts,
                   rows.select_columns(["prompt", "first", "second", "place"]), kind)
     counts.update(repeated=len(pairs) - len(set(pairs.ids)), contradicting=conflicts)
-    counts.update(Counter(note for notes in rows["notes"] for note in notes.splitlines()))
+    counts.update(Counter(note for notes in rows["notes"][:] for note in notes.splitlines()))
     say(f"{kind}: {_plain(counts)}")
     return pairs, labels, truths
 
@@ -572,7 +587,7 @@ def _drop_unusable(rows, counts):
 def _answers(rows):
     """({id: label}, {id: truth}, number of labels that contradict an earlier row of the same pair)."""
     labels, truths, conflicts = {}, {}, 0
-    for id, label, truth in zip(rows["id"], rows["label"], rows["truth"]):
+    for id, label, truth in zip(rows["id"][:], rows["label"][:], rows["truth"][:]):  # whole columns: one by one is slow
         if label:
             conflicts += labels.setdefault(id, label) != label
         if truth:

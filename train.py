@@ -212,7 +212,7 @@ def log_training(run, engine, schedule, oracle, threshold, lr, norm):
            **report.label_metrics(oracle, schedule, run.step, run.config), **threshold.metrics(),
            "tokens_per_second": tokens / run.seconds_since_log()}
     report.warn_of_wrong_pseudo_labels(oracle, run.step - 1, run.config)
-    report.warn_of_judge(oracle, run.step - 1)
+    report.warn_of_judge(oracle, row)
     run.progress.set_postfix_str(report.bar_text(row, run.evaluation, report.cost(oracle, run.config)), refresh=False)
     run.log("train", row)
 

@@ -93,7 +93,7 @@ ROWS = [
         lambda p, n: message(content=verdict(p), reasoning_content=f"{other(verdict(p))} at first sight")),
     Row("`content: null`, all in `reasoning_content`, which ends with the mark", LABEL,
         lambda p, n: message(content=None, reasoning_content=f"The first is off the point, so {verdict(p)}.")),
-    Row("content in parts, of which one is reasoning", LABEL, lambda p, n: message(content=[
+    Row("content in parts, one of them reasoning", LABEL, lambda p, n: message(content=[
         {"type": "thinking", "thinking": other(verdict(p))}, {"type": "text", "text": verdict(p)}])),
     Row("HTTP 400: the model takes no `max_tokens`", LABEL, every=True, behave=rejects(
         "max_tokens", "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens'.")),

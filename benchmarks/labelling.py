@@ -4,7 +4,7 @@
     python benchmarks/labelling.py --people N --labels N --outputs DIR --results FILE
 
 The people are threads of one process. Each keeps one connection to the page (tools/label.py in a process of its own) and
-sends what the page's script would send: the same request again where there is no reply.
+sends what the page's script would send, and if no reply comes, it sends the same request again.
 
 1. A live run (the built-in task without labels, --oracle human) asks 64 questions a step, two people answer each
    (--annotators-per-pair 2), and the page is killed with SIGKILL twice and started again. People think for 0.2 to 1 s, which
@@ -14,8 +14,8 @@ sends what the page's script would send: the same request again where there is n
    beginning and at the end, and what a run would wait for the ledger meanwhile.
 3. Rows a second of the ledger: a run's commits of 64 labels, and people's answers.
 
---before measures 2 and 3 with another checkout too. Writes benchmarks/results/labelling.md. The machine's load stands there:
-latencies are those of a page that shares its cores with fifty annotators and a training run.
+--before measures 2 and 3 with another checkout too. Writes benchmarks/results/labelling.md, which also gives the load of the
+machine, because the page shares its cores with fifty annotators and a training run.
 """
 
 import argparse

@@ -21,7 +21,8 @@ and for each seed a folder in the layout of the built-in task (runtime/toy.py), 
     DIR/seed-N/pairs-flips-X/    with --flips: labels that are wrong at random, a share X of them
 
 Departures: in the paper (arXiv 2402.09401) people or a judge model rank the pairs, and nobody knows the true label. Here the
-gold reward knows it. Unlike the built-in task's, it is no sum over words: it scores the whole sentence, prompt and response.
+gold reward knows it. Unlike the built-in task's, it is not a sum over words: it scores the sentence as a whole, prompt and
+response.
 """
 
 import argparse
@@ -136,7 +137,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def make_start(texts: Path, folder: Path) -> None:
-    """A tokenizer and a random Llama, and the sentences as rows of which all but the first word is learned."""
+    """A tokenizer and a random Llama, and the sentences as rows in which every word but the first is learned."""
     rows = {name: [row["text"] for row in toy.read_jsonl(texts / name)] for name in ("train.jsonl", "test.jsonl")}
     tokenizer = make_tokenizer(rows["train.jsonl"])
     model = LlamaForCausalLM(LlamaConfig(

@@ -762,7 +762,7 @@ def report(found):
 # Speed and memory, side by side
 
 Made by `python benchmarks/speed.py`; {found['machine']}; {found['versions']}. {MICRO} pairs a step
-where the row gives no other number, {steps} steps of which the first two are not counted, AdamW. All sides do plain DPO,
+where the row gives no other number, {steps} steps, the first two not counted, AdamW. All sides do plain DPO,
 which asks for every label, so that they do the same work.
 
 ![Tokens per second and memory of each row](speed{found['suffix']}.png)

@@ -199,7 +199,7 @@ GEMMA_TURNS = r"""
 """
 GEMMA_2 = compact(r"""
 {{ bos_token }}
-{% if messages[0].role == 'system' %}{{ raise_exception('There is no system role.') }}{% endif %}
+{% if messages[0].role == 'system' %}{{ raise_exception('A system message cannot be used here.') }}{% endif %}
 {% set turns = messages %}{% set prefix = '' %}
 """ + GEMMA_TURNS)
 GEMMA_3 = compact(r"""

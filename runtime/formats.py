@@ -236,14 +236,14 @@ def _with_tools(row, prompt, place):
             raise DataError(f"{place}, field tools: not valid JSON ({one_line(error, 80)})")
     if tools in (None, "", []):
         return prompt
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) and _function(tool) for tool in tools):
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) and function_name(tool) for tool in tools):
         raise DataError(f"{place}, field tools: expected a list of functions with a name, found {one_line(repr(tools), 80)}")
     if isinstance(prompt, str):
         raise DataError(f"{place}, field tools: goes with a prompt of messages, and this one is a string")
     return [{"role": "tools", "content": _json(tools, f"{place}, field tools")}, *prompt]
 
 
-def _function(call):
+def function_name(call):
     """The name of the function of a tool or a tool call, or None."""
     inner = call.get("function", call)
     return inner.get("name") if isinstance(inner, dict) and isinstance(inner.get("name"), str) else None
@@ -257,8 +257,8 @@ def _check_all_is_used(row, used, parts, place):
         if name in (used, "tools") or value in (None, "", [], {}) or isinstance(value, (bool, int, float)):
             continue
         if said is None:
-            said = _squeezed("\n".join(text for part in parts for text in _strings(part)))
-        texts = [_squeezed(text) for text in _strings(value)]
+            said = squeezed("\n".join(text for part in parts for text in _strings(part)))
+        texts = [squeezed(text) for text in _strings(value)]
         if not texts or not all(text in said for text in texts):
             raise DataError(f"{place}, field {name}: would be left out; put it into the prompt, or remove the column")
 
@@ -271,7 +271,8 @@ def _strings(value):
     return [text for name, item in items if name not in ("role", "from", "type") for text in _strings(item)]
 
 
-def _squeezed(text):
+def squeezed(text):
+    """A text without its white space."""
     return "".join(text.split())
 
 
@@ -321,7 +322,7 @@ def _message(message, place):
 
 def _tool_calls(calls, place):
     """Tool calls with their arguments as an object. OpenAI's API has them as JSON text, which templates would quote."""
-    if not isinstance(calls, list) or not all(isinstance(call, dict) and _function(call) for call in calls):
+    if not isinstance(calls, list) or not all(isinstance(call, dict) and function_name(call) for call in calls):
         raise DataError(f"{place}: expected tool_calls as a list of functions with a name, found {calls!r:.80}")
     calls = json.loads(_json(calls, place))
     for call in calls:
@@ -330,7 +331,7 @@ def _tool_calls(calls, place):
             try:
                 inner["arguments"] = json.loads(inner["arguments"] or "{}")
             except ValueError as error:
-                raise DataError(f"{place}: the arguments of tool call {_function(call)} are not valid JSON ({error})")
+                raise DataError(f"{place}: the arguments of tool call {function_name(call)} are not valid JSON ({error})")
     return calls
 
 
@@ -364,7 +365,7 @@ def checked_text(text, place):
 def message_text(message):
     """All that a reader has to see of a message: its reasoning, its content and the tools that it calls."""
     reasoning = message.get("reasoning_content")
-    calls = [f"{_function(call)}({json.dumps(call.get('function', call).get('arguments', {}), ensure_ascii=False)})"
+    calls = [f"{function_name(call)}({json.dumps(call.get('function', call).get('arguments', {}), ensure_ascii=False)})"
              for call in message.get("tool_calls", ())]
     return "\n\n".join(filter(None, [reasoning and f"<think>\n{reasoning}\n</think>", message["content"], *calls]))
 

@@ -273,13 +273,17 @@ def tolerance(lm):
     return 0.15 if next(lm.parameters()).dtype == torch.bfloat16 else 1e-3
 
 
+def own_ends(lm):
+    """Ids of the tokens at which the model's own `generate` stops."""
+    ends = lm.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+
+
 def name_ends(lm, tokenizer):
     """Make `generate` stop where the responses of training end. With a chat template that need not be EOS."""
-    known = lm.generation_config.eos_token_id
-    known = known if isinstance(known, list) else [] if known is None else [known]
     ends = data.Renderer(tokenizer, 1, 2).ends
-    if ends - set(known):
-        lm.generation_config.eos_token_id = sorted(ends | set(known))
+    if not ends <= own_ends(lm):
+        lm.generation_config.eos_token_id = sorted(ends | own_ends(lm))
 
 
 def save_model(engine, tokenizer, output, config):

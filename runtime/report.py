@@ -113,18 +113,18 @@ FEWEST_JUDGED = 20  # with fewer pairs than this, a judge is not warned of
 AGREEMENT, FIRST_POSITION = 0.5, (0.3, 0.7)  # a judge outside of these is warned of
 
 
-def warn_of_judge(oracle, step):
-    """Warn once of a judge whose labels are mostly noise."""
-    judged, answers = oracle.judged(step), oracle.queries(step)
-    if not judged or answers < FEWEST_JUDGED or oracle.state.get("warned_of_judge"):
+def warn_of_judge(oracle, row):
+    """Warn once of a judge whose labels are mostly noise.  row: of the metrics."""
+    answers = row["queries"]
+    if "judge_agreement" not in row or answers < FEWEST_JUDGED or oracle.state.get("warned_of_judge"):
         return
-    agreement, first = judged["judge_agreement"], judged["judge_first_position"]
-    undecided = (judged["judge_coins"] + judged["judge_ties"] + judged["judge_unanswerable"]) / answers
+    agreement, first = row["judge_agreement"], row["judge_first_position"]
+    undecided = (row["judge_coins"] + row["judge_ties"] + row["judge_unanswerable"]) / answers
     if (undecided > 1 - AGREEMENT or agreement is not None and agreement < AGREEMENT
             or first is not None and not FIRST_POSITION[0] <= first <= FIRST_POSITION[1]):
         oracle.state["warned_of_judge"] = True
         say(f"WARNING: the judge is hardly of use: of {answers:,} pairs {undecided:.0%} have no verdict that it stands by "
-            f"({judge_text(judged)}). Take another judge_model or another judge_prompt")
+            f"({judge_text(row)}). Take another judge_model or another judge_prompt")
 
 
 def bar_text(row, evaluation, cost):
@@ -133,7 +133,7 @@ def bar_text(row, evaluation, cost):
     price = f", {cost:,.2f} spent" if cost is not None else ""
     neither = row["queries_without_preference"]
     neither = f", {neither:,} without a preference" if neither else ""
-    judge = f", judge: {judge_text(row)}" if judge_text(row) else ""
+    judge = f", judge: {text}" if (text := judge_text(row)) else ""
     return (f"loss {row['loss']:.3f}, acc {row['rewards/accuracies']:.3f}, {row['queries']:,} queries "
             f"({row['queries'] / row['pairs_seen']:.0%} of pairs){neither}{judge}{price}{held_out}")
 

@@ -264,8 +264,8 @@ class Prompts:
 
     def ends(self, lm):
         """Ids of the tokens that end an answer: the model's EOS, and those that end a reply in training."""
-        ends = lm.generation_config.eos_token_id
-        return sorted(self.renderer.ends | set(ends if isinstance(ends, list) else [] if ends is None else [ends]))
+        from runtime.model import own_ends
+        return sorted(self.renderer.ends | own_ends(lm))
 
 
 class Draw(LogitsProcessor):

@@ -37,7 +37,7 @@ def make_parser():
         number = tokens[at].info
         return f'<li value="{number}">' if number else "<li>"
 
-    def fence(self, tokens, at, options, env):  # what stands behind ``` is part of the text
+    def fence(self, tokens, at, options, env):  # what follows ``` is part of the text
         info = tokens[at].info.strip()
         return (f"<pre>{f'<small>{html.escape(info)}</small>' if info else ''}"
                 f"<code>{html.escape(tokens[at].content)}</code></pre>\n")
@@ -74,7 +74,7 @@ def turns(text):
 
 
 def words_of(turns):
-    """The words and signs of some turns in order, each with the white space behind it."""
+    """The words and signs of some turns in order, each with the white space after it."""
     return re.findall(r"\s+|\w+\s*|[^\w\s]\s*", "\n\n".join(turn["text"] for turn in turns))
 
 
