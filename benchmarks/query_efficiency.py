@@ -100,7 +100,7 @@ FULL = Plan(
 SHORT = Plan((4096, 1024), {"toy": (2e-3, 4e-3)}, {"toy": {"noise-0.2": 1}}, {"toy": {"noise-0.2": (2, 0)}},
              ((HEADLINE, ["noise-0.2"], 2),))
 FIRST_TUNING_SEED = 100
-SECONDS = {"toy": 35, "movies": 110}  # about what a run takes, while none has finished
+SECONDS = {"toy": (35, 70), "movies": (110, 250)}  # about what a run takes while none has finished, and building a seed
 
 
 @dataclass(frozen=True)
@@ -171,11 +171,17 @@ class Bench:
         return [Job(task, noise, method, rate, seed) for seed in range(most) for (noise, method), rate in rates.items()
                 if rate and seed in self.seeds(task, noise, method)]
 
+    def seconds(self, task):
+        """What each run of a task took that has finished."""
+        paths = self.outputs.glob(f"{task}/**/result.json")
+        return [json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in paths]
+
     def planned(self, task):
-        """How many runs there are, apart from those where the best learning rate is at the edge of the grid."""
+        """(runs, seeds to build); without the runs that follow where the best learning rate is at the edge of the grid."""
         cells = {(noise, method) for methods, noises, _ in self.plan.blocks for noise in noises for method in methods}
         tuning = {job for cell in cells for job in self.tuning(task, *cell, self.plan.rates[task])}
-        return len(tuning) + sum(len(self.seeds(task, *cell)) for cell in cells)
+        seeds = {job.seed for job in tuning}.union(*(self.seeds(task, *cell) for cell in cells))
+        return len(tuning) + sum(len(self.seeds(task, *cell)) for cell in cells), len(seeds)
 
     # Doing them
 
@@ -224,7 +230,7 @@ class Bench:
                 self.run(dict.fromkeys(job for cell in cells for job in self.tuning(*cell, self.plan.rates[task])), bar)
                 more = dict.fromkeys(job for cell in cells if (rate := self.rate(*cell)[1])
                                      for job in self.tuning(*cell, [rate]))
-                bar.total += len(more)
+                bar.total += sum(not self.result(job) for job in more)
                 self.run(more, bar)
                 self.run(self.reported(task, methods, noises, most), bar)
 
@@ -260,21 +266,22 @@ def main():
     plan, name = (SHORT, "query_efficiency_short") if args.short else (FULL, "query_efficiency")
     outputs, movies = args.outputs.resolve() / name, (args.movies or args.outputs / "movies").resolve()
     roots = {"toy": outputs / "tasks" / "toy", "movies": movies}
-    bench = Bench(plan, outputs, {task: root for task, root in roots.items()
-                                  if task in plan.rates and args.task in (None, task)}, args.jobs)
+    bench = Bench(plan, outputs, {task: roots[task] for task in plan.rates if args.task in (None, task)}, args.jobs)
     outputs.mkdir(parents=True, exist_ok=True)
     os.environ.update(HF_HOME=str(outputs / "cache"), OMP_NUM_THREADS="1")  # of the workers
     if not args.report:
-        done = {task: [json.loads(path.read_text())["seconds"] for path in outputs.glob(f"{task}/**/result.json")]
-                for task in bench.roots}
-        left = {task: max(0, bench.planned(task) - len(done[task])) for task in bench.roots}
-        seconds = sum(runs * (statistics.mean(done[task]) if done[task] else SECONDS[task]) for task, runs in left.items())
-        print(f"{' and '.join(f'{runs} runs of {task}' for task, runs in left.items())} to do: about "
-              f"{seconds / args.jobs / 3600:.1f} hours with {args.jobs} workers", flush=True)
-        total = sum(map(len, done.values()))
-        with tqdm(total=total + sum(left.values()), initial=total, desc="runs", smoothing=0) as bar:
+        done, left, seconds = 0, 0, 0.0
+        for task, root in bench.roots.items():
+            runs, seeds, finished = *bench.planned(task), bench.seconds(task)
+            to_build = seeds - len([*root.glob("seed-*/responses")])
+            done, left = done + len(finished), left + max(0, runs - len(finished))
+            seconds += max(0, runs - len(finished)) * (statistics.mean(finished) if finished else SECONDS[task][0])
+            seconds += max(0, to_build) * SECONDS[task][1]
+        print(f"{left} runs to do: about {seconds / args.jobs / 3600:.1f} hours with {args.jobs} workers", flush=True)
+        with tqdm(total=done + left, initial=done, desc="runs", smoothing=0) as bar:
             bench.run_all(bar)
     from benchmarks import query_report
+    bench.roots = {task: roots[task] for task in plan.rates}  # the page is about all that has finished
     query_report.write(bench, outputs if args.short else ROOT / "benchmarks" / "results")
 
 

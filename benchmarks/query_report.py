@@ -9,11 +9,12 @@ TITLES = {"toy": "The built-in task", "movies": "Movie reviews",
           "flips-0.2": "20 % wrong at random"}
 ABOUT = """\
 Each method has its own learning rate, chosen on seeds that are not reported (tables at the end). Seeds are paired: all
-methods of a seed see the same model, pairs, labels and order. β = 0.1, AdamW, 256 steps of 64 pairs. Means ± 95 % intervals
-(Student's t).
+methods of a seed see the same model, pairs, labels and order. β = 0.1, AdamW, one epoch's steps of 64 pairs. Means ± 95 %
+intervals (Student's t).
 
-- **Labels**: bought, audits included, as a share of 16,384. **Wrong**: the share of them that contradicts the gold reward.
-- **Accuracy, log-loss**: of the implicit reward on 4,096 test pairs whose labels have no noise.
+- **Labels**: bought, audits included, as a share of the {pairs:,} pairs. **Wrong**: the share of them that contradicts the
+  gold reward.
+- **Accuracy, log-loss**: of the implicit reward on {test:,} test pairs whose labels have no noise.
 - **Reward**: gold reward of generations where KL(π ‖ reference) is {kl}: 256 responses from each of three
   mixtures π_λ ∝ π_ref^(1−λ) π^λ, interpolated over √KL. Seeds that do not reach it are left out and counted.
 - **Equals**: how many random labels give the same accuracy, spent and used in the same way ("random, replay" with 12.5 % of
@@ -140,8 +141,7 @@ def rates_table(bench, task):
 
 def seconds(bench):
     """What the runs took, in words."""
-    runs = [json.loads(path.read_text())["seconds"] for task in bench.roots
-            for path in bench.outputs.glob(f"{task}/**/result.json")]
+    runs = [value for task in bench.roots for value in bench.seconds(task)]
     built = [json.loads(path.read_text()) for root in bench.roots.values()
              for path in root.glob("seed-*/pairs-*/seconds.json")]
     return (f"{len(runs):,} runs of one thread, those for the learning rates included, took {sum(runs) / 3600:.1f} hours, "
@@ -165,17 +165,18 @@ def write(bench, folder):
     """query_efficiency.md, .json and .png in a folder."""
     results, rates = collect(bench)
     pairs = bench.plan.sizes[0]
-    kl = " and ".join(f"{KL[task]} nats ({TITLES[task].lower()})" for task in bench.roots)
+    kl = " and ".join(f"{KL[task]} nats ({TITLES[task].lower()})" for task in results)
     lines = ["# Query efficiency", "", "Made by `python benchmarks/query_efficiency.py`, whose docstring says how the "
              "comparison is kept fair, what was decided before the runs, and what was cut to save time.", "",
-             seconds(bench), "", "![Accuracy by labels bought](query_efficiency.png)", "", ABOUT.format(kl=kl), "",
+             seconds(bench), "", "![Accuracy by labels bought](query_efficiency.png)", "",
+             ABOUT.format(kl=kl, pairs=pairs, test=bench.plan.sizes[1]), "",
              f"## The primary comparisons, of \"{CANDIDATE}\"", "", "| aim | reached | difference |", "| --- | --- | --: |"]
     lines += [f"| {what} | {'yes' if reached else '**no**'} | {numbers} |" for what, reached, numbers in aims(results)]
     for task, by_noise in results.items():
         lines += ["", f"## {TITLES[task]}"]
         for noise, runs in by_noise.items():
             lines += ["", f"### {TITLES[noise]}", "", *table(runs, rates[task][noise], task, pairs), "", *paired(runs)]
-    for task in bench.roots:
+    for task in results:
         lines += ["", f"## Learning rates: {TITLES[task].lower()}", "",
                   "Held-out accuracy of the runs that chose them. A method that is missing at a noise has its rate of 20 %.",
                   "", *rates_table(bench, task)]
