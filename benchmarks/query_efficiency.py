@@ -94,7 +94,7 @@ FULL = Plan(
     (16384, 4096), {"toy": (1e-3, 2e-3, 4e-3), "movies": (1e-3, 2e-3, 4e-3, 8e-3)},
     {"toy": {"noise-0.2": 2, "noise-0.35": 2, "noise-0.05": 1, "flips-0.2": 1}, "movies": {"noise-0.2": 1, "noise-0.35": 1}},
     {"toy": {"noise-0.2": (20, 5), "noise-0.35": (10, 3), "noise-0.05": (5, 0), "flips-0.2": (5, 0)},
-     "movies": {"noise-0.2": (6, 2), "noise-0.35": (5, 0), "noise-0.05": (2, 0), "flips-0.2": (2, 0)}},
+     "movies": {"noise-0.2": (5, 2), "noise-0.35": (5, 0), "noise-0.05": (2, 0), "flips-0.2": (2, 0)}},
     ((HEADLINE, ["noise-0.2"], 5), (HEADLINE, ["noise-0.35"], 5), (HEADLINE, ["noise-0.05", "flips-0.2"], 5),
      (OTHERS, [*SHARES], 5), (HEADLINE, [*SHARES], 10), (OTHERS, [*SHARES], 10), (HEADLINE, [*SHARES], 20)))
 SHORT = Plan((4096, 1024), {"toy": (2e-3, 4e-3)}, {"toy": {"noise-0.2": 1}}, {"toy": {"noise-0.2": (2, 0)}},
