@@ -25,7 +25,7 @@ import data
 from labels.oracle import Oracle, annotator_class
 from labels.threshold import make_threshold
 from runtime import report
-from runtime.engine import backward, check_against_plain_forward, make_optimizer, norm_to_log, starting
+from runtime.engine import backward, check_against_plain_forward, make_optimizer, no_backward, norm_to_log, starting
 from runtime.errors import UsageError
 from runtime.model import check_models, load_policy, load_tokenizer
 from runtime.ranks import all_gather, bar, rank, reduced, say
@@ -152,13 +152,12 @@ def load_test_pairs(config, tokenizer):
 # ----------------------------------------------------------------------------------------------------------------------
 # In the loop
 
-@torch.no_grad()
 def scored(engine, pairs, batches, beta):
     """Yield (batch, logps (B, 2), rewards (B, 2), margin (B,)) of each batch, without gradients."""
-    engine.eval()
     for rows in batches:
         batch = pairs.batch(rows, engine.device)
-        logps = engine(batch)
+        with no_backward(engine):
+            logps = engine(batch).detach()
         rewards = adpo.implicit_rewards(logps, batch.ref_logps, beta)
         yield batch, logps, rewards, adpo.margins(rewards)
 
