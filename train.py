@@ -88,7 +88,7 @@ def main(config, command_line=None):
                 rewards = adpo.implicit_rewards(logps, batch.ref_logps, config.beta)  # (B, 2)
                 margin = adpo.margins(rewards)  # (B,)
                 margin_cpu = margin.detach().cpu()  # (B,)  the only wait for the device in a micro-step
-                ask = adpo.gate(margin_cpu, threshold.gamma, batch.ids)  # (B,)  |m| ≤ γ
+                ask = threshold.ask(margin_cpu, batch.ids)  # (B,)  |m| ≤ γ: adpo.gate
                 answers = oracle.answer(batch.ids, margin_cpu, ask, step)  # (B,)  +1, −1; NaN: no preference; 0: not asked
                 labels = adpo.choose_labels(margin_cpu, answers, ask, config.pseudo_labels, config.after_budget,
                                             config.ties)  # (B,)  o
@@ -174,7 +174,7 @@ def ask_ahead(engine, oracle, threshold, pairs, micro_batches, step):
         margins.append(margin)
     margin = torch.cat(margins).cpu()
     threshold.plan(ids, margin.tolist(), step)
-    oracle.answer(ids, margin, adpo.gate(margin, threshold.gamma, ids), step)
+    oracle.answer(ids, margin, threshold.ask(margin, ids), step)
 
 
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",

@@ -37,11 +37,14 @@ def annotator_class(config):
     return JUDGES[config.judge] if config.oracle == "judge" else ANNOTATORS[config.oracle]
 
 
+def drawn(what):
+    """A random whole number under 2**64 that depends on this text alone, so that a resumed run draws the same."""
+    return int.from_bytes(hashlib.blake2b(what.encode(), digest_size=8).digest(), "big")
+
+
 def is_audited(pair, fraction, seed):
-    """Whether a pair belongs to the random share that is asked however confident the policy is. Drawn by hash, so that a
-    resumed run draws the same pairs."""
-    draw = int.from_bytes(hashlib.blake2b(f"audit {seed} {pair}".encode(), digest_size=8).digest(), "big")
-    return draw < fraction * 2**64
+    """Whether a pair belongs to the random share that is asked however confident the policy is."""
+    return drawn(f"audit {seed} {pair}") < fraction * 2**64
 
 
 def wilson(successes, trials, z=1.96):

@@ -2,8 +2,8 @@
 
     FixedGamma    gate: paper        ask where |m| ≤ γ                                   Algorithm 2
     Calibrated    gate: calibrated   ask where a·|m| ≤ γ: where the annotator would agree with a chance of at most σ(γ)
-    Budget        target_queries,    ask the least sure pairs of each step, so many that the budget lasts to the end
-                  target_query_fraction
+    Budget        target_queries,    ask so many pairs of each step that the budget lasts to the end: the least sure ones or,
+                  target_query_fraction   with budget_selection: random, any
     Replay        pseudo_labels:     with any of them: a pair that is not asked gives its place in the step to the labelled
                   replay             pair that was trained on longest ago
 
@@ -19,6 +19,8 @@ from itertools import accumulate, groupby, islice
 
 import torch
 
+import adpo
+from labels.oracle import drawn
 from runtime.ranks import from_rank_0, gather_to_rank_0, say
 from runtime.schedule import learning_rate
 
@@ -59,6 +61,10 @@ class FixedGamma:
 
     def plan(self, ids, margins, step):
         """When all margins of a step are known: set γ for it.  ids, margins: this rank's pairs, None for a filler."""
+
+    def ask(self, margin, ids):
+        """Algorithm 2, the query: which of these pairs to ask.  margin: (B,).  ids: None for a filler.  Returns (B,)."""
+        return adpo.gate(margin, self.gamma, ids)
 
     def rows_to_train(self, rows, step):
         """The rows to train on, once the step's answers are known."""
@@ -145,13 +151,14 @@ class Budget(FixedGamma):
     """A number of labels in place of γ: each step asks its least sure pairs, so many that the labels last to the end.
 
     A step's share is in proportion to what a label is worth then: the learning rates of the steps that train on it, its own
-    and, with replay, all later ones.
+    and, with replay, all later ones. With budget_selection random, a step asks as many pairs, whatever their margins.
     """
 
     plans = True
 
     def __init__(self, config, oracle, schedule):
         super().__init__(config, oracle, schedule)
+        self.chosen = None  # ids to ask at this step, where they are not chosen by γ
         self.labels = config.target_queries or round(config.target_query_fraction * schedule.pairs_seen())
         rates = [learning_rate(step, schedule.total_steps, config) for step in range(schedule.total_steps)]
         worth = list(accumulate(rates[::-1]))[::-1] if config.pseudo_labels == "replay" else rates
@@ -172,14 +179,27 @@ class Budget(FixedGamma):
         gathered = gather_to_rank_0(list(zip(ids, margins)))
         if gathered is not None:
             items = {pair: abs(margin) for part in gathered for pair, margin in part if pair is not None}
-            unsure = sorted(items[pair] for pair in self.oracle.ledger.unanswered(list(items), before=step))
+            unasked = self.oracle.ledger.unanswered(list(items), before=step)
             bought = self.oracle.queries(step - 1)
             share = min(1.0, (self.labels - bought) / max(1.0, self.unlabelled_left(step, bought)))
             audited = self.config.audit_fraction  # of the pairs that are not asked; audits cost too
-            asked = round((share - audited) / (1 - audited) * len(unsure)) if audited < 1 else 0
+            asked = round((share - audited) / (1 - audited) * len(unasked)) if audited < 1 else 0
             asked = max(asked, 1) if not bought else asked  # the first step needs something to train on
-            self.gamma = unsure[asked - 1] if unsure and asked > 0 else -1.0
-        self.gamma = from_rank_0(self.gamma)
+            self._choose({pair: items[pair] for pair in unasked}, max(0, asked), step)
+        self.gamma, self.chosen = from_rank_0((self.gamma, self.chosen))
+
+    def _choose(self, unasked, count, step):
+        """Decide which `count` of these pairs are asked: by γ, or by name.  unasked: {pair: |margin|}."""
+        if self.config.budget_selection == "random":  # by hash, so that a resumed run chooses the same
+            order = sorted(unasked, key=lambda pair: drawn(f"budget {self.config.seed} {step} {pair}"))
+            self.gamma, self.chosen = float("nan"), set(order[:count])
+        else:
+            self.gamma = sorted(unasked.values())[count - 1] if unasked and count else -1.0
+
+    def ask(self, margin, ids):
+        """As in FixedGamma."""
+        asked = super().ask(margin, ids)  # refuses a margin that is not a number
+        return asked if self.chosen is None else torch.tensor([id in self.chosen for id in ids], dtype=torch.bool)
 
     def metrics(self):
         return {"gate_gamma": self.gamma, "gate_scale": 1.0}

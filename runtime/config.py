@@ -68,6 +68,8 @@ class Config:
     target_query_fraction: float | None = key(None, "a budget instead of gamma: the share of all pairs to ask about, the "
                                                     "least certain ones of each step", low=1e-6, high=1)
     target_queries: int | None = key(None, "the same budget as a number of labels for the whole run", low=1)
+    budget_selection: str = key("least_sure", "which pairs of a step a budget goes to: the least certain ones "
+                                              "(least_sure) or any (random)", choices=("least_sure", "random"))
     pseudo_labels: str = key("true", "a pair that is not asked about is trained on sign(margin) (true), has no loss "
                                      "(false), or is replaced by a pair whose label is known (replay)",
                              choices=("true", "false", "replay"))

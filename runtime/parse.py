@@ -384,6 +384,9 @@ def check_adpo(config, path):
         raise UsageError(f"{path}: {' and '.join(targets)} are two ways to set the same budget; keep one")
     if config.gate != "paper" and targets:
         raise UsageError(f"{path}: gate {config.gate} and {targets[0]} are two ways to decide whom to ask; keep one")
+    if config.budget_selection != "least_sure" and not targets:
+        raise UsageError(f"{path}: budget_selection {config.budget_selection} goes with a budget: set target_query_fraction "
+                         "or target_queries, or leave it out")
     if config.gate == "calibrated" and not config.audit_fraction:
         raise UsageError(f"{path}: gate calibrated needs an audit_fraction (0.05 is a good value): only audited pairs show "
                          "whether the policy is right where it is confident")

@@ -303,12 +303,13 @@ def build_folder(target: Path, settings: dict, fill) -> Path:
 
 
 def build(directory: str | os.PathLike, label_noise: float = 0.05, train_pairs: int = 16384, test_pairs: int = 512,
-          seed: int = 0, quiet: bool = False) -> tuple[Path, Path]:
+          seed: int = 0, flips: bool = False, quiet: bool = False) -> tuple[Path, Path]:
     """Build the task under `directory`, or reuse what is there. Returns the folders of the model and of the pairs.
 
     label_noise  expected share of wrong labels among the training pairs, 0 <= label_noise < 0.5
     train_pairs, test_pairs  rows of train.jsonl and test.jsonl, {prompt, response_a, response_b, label, truth}; no
                  prompt is in both files, and test labels are noiseless
+    flips        labels are wrong at random, not where the rewards are close
     quiet        no progress bars
 
     The caller's random state does not change. Raises ValueError for a number out of range, or a folder that was
@@ -336,14 +337,14 @@ def build(directory: str | os.PathLike, label_noise: float = 0.05, train_pairs: 
     def fill_pairs(folder: Path) -> None:
         for name, noise in (("train.jsonl", label_noise), ("test.jsonl", 0)):
             rows = read_jsonl(responses_dir / name)
-            write_jsonl(folder / name, label_rows(rows, reward_gaps(rows), noise, seed))
+            write_jsonl(folder / name, label_rows(rows, reward_gaps(rows), noise, seed, flips))
 
     with seeded_and_silent(seed):
         model_dir = build_folder(root / "model", of_model, fill_model)
     with seeded_and_silent(seed):
         responses_dir = build_folder(root / "responses", sizes, fill_responses)
-    pairs_dir = build_folder(
-        root / f"pairs-noise-{label_noise:g}", sizes | {"label_noise": label_noise}, fill_pairs)
+    pairs_dir = build_folder(root / f"pairs-{'flips' if flips else 'noise'}-{label_noise:g}",
+                             sizes | {"label_noise": label_noise} | ({"flips": True} if flips else {}), fill_pairs)
     return model_dir, pairs_dir
 
 

@@ -213,6 +213,30 @@ def test_a_budget_asks_the_least_sure_and_lasts_to_the_end(tmp_path):
     assert threshold.oracle.queries() == 120
 
 
+def test_a_random_budget_buys_as_many_whatever_the_margins(tmp_path):
+    """And decides the same again, as after a kill; with another seed it chooses other pairs."""
+    def run(name, **keys):
+        (tmp_path / name).mkdir()
+        threshold = make(tmp_path / name, target_query_fraction=0.3, audit_fraction=0.0, budget_selection="random", **keys)
+        for step in range(40):
+            ids, margins = PAIRS[10 * step:10 * step + 10], [float(n) for n in range(10)]
+            threshold.plan(ids, margins, step)
+            asked = threshold.ask(torch.tensor(margins), ids)
+            buy(threshold, step, {id: (m, 1) for id, m, ask in zip(ids, margins, asked) if ask})
+            threshold.plan(ids, margins, step)
+            assert threshold.ask(torch.tensor(margins), ids).equal(asked)
+        return {pair: margin for pair, _, margin, *_ in threshold.oracle.ledger.labels(0, 39)}
+
+    bought = run("one")
+    assert len(bought) == 120 and sum(bought.values()) / 120 == pytest.approx(4.5, abs=0.8)  # least sure: 1.0
+    assert bought == run("two") and set(bought) != set(run("three", seed=1))
+    threshold = make(tmp_path, target_queries=3, budget_selection="random")
+    threshold.plan(PAIRS[:2] + [None], [0.0, 0.0, 0.0], 0)
+    assert threshold.ask(torch.zeros(3), [*PAIRS[:2], None]).sum() == 1 and math.isnan(threshold.metrics()["gate_gamma"])
+    with pytest.raises(FloatingPointError, match="the margin of pair p001 is nan"):
+        threshold.ask(torch.tensor([0.0, math.nan]), PAIRS[:2])
+
+
 def test_with_audits_a_budget_holds_too(tmp_path):
     """A quarter of the confident pairs is asked as well, so fewer of the unsure ones are."""
     threshold = make(tmp_path, target_queries=200, audit_fraction=0.25)
@@ -281,6 +305,8 @@ def test_a_budget_follows_what_a_label_is_worth(tmp_path):
 
 @pytest.mark.parametrize("keys", [
     pytest.param({"target_query_fraction": 0.4, "pseudo_labels": "replay"}, id="budget and replay"),
+    pytest.param({"target_query_fraction": 0.4, "pseudo_labels": "replay", "budget_selection": "random"},
+                 id="random budget and replay"),
     pytest.param({"gate": "calibrated", "audit_fraction": 0.3, "pseudo_labels": "replay"}, id="calibrated and replay",
                  marks=pytest.mark.slow),
     pytest.param({"target_queries": 40, "audit_fraction": 0.1}, id="budget and audits", marks=pytest.mark.slow)])
@@ -299,7 +325,8 @@ def test_a_run_in_two_processes_and_a_resumed_one_are_the_whole_one(keys, train,
     if share := keys.get("target_query_fraction"):
         assert whole.summary()["query_fraction"] == pytest.approx(share, rel=0.1)
         assert whole.summary()["pseudo_labels"] == 0
-    assert ("gate_scale" in whole.rows()[-1]) and whole.rows()[-1]["gate_gamma"] is not None
+    assert "gate_scale" in whole.rows()[-1]
+    assert (whole.rows()[-1]["gate_gamma"] is None) == ("budget_selection" in keys)  # chosen at random, not by γ
 
 
 @pytest.mark.parametrize("keys, message", [
@@ -307,6 +334,7 @@ def test_a_run_in_two_processes_and_a_resumed_one_are_the_whole_one(keys, train,
     ({"target_queries": 5, "target_query_fraction": 0.5}, "two ways to set the same budget; keep one"),
     ({"gate": "calibrated", "audit_fraction": 0.1, "target_queries": 5},
      "gate calibrated and target_queries are two ways to decide whom to ask; keep one"),
+    ({"budget_selection": "random"}, "budget_selection random goes with a budget: set target_query_fraction or "),
     ({"pseudo_labels": "perhaps"}, "pseudo_labels: expected one of true, false, replay, found 'perhaps'")])
 def test_what_does_not_go_together_is_refused(keys, message, train):
     run = train("refused", check=2, **keys)

@@ -45,6 +45,18 @@ def test_labels_follow_bradley_terry_with_the_noise_that_was_asked_for(built):
     assert wrong[near].mean() > wrong[~near].mean()  # the noise is where the responses are alike
 
 
+def test_flips_are_wrong_wherever_they_fall(built):
+    folder = toy.build(built[0], label_noise=0.2, train_pairs=400, test_pairs=100, flips=True)[1]
+    train = rows(folder / "train.jsonl")
+    gaps = toy.reward_gaps(train).abs()
+    wrong = torch.tensor([row["label"] != row["truth"] for row in train]).double()
+    assert folder.name == "pairs-flips-0.2" and abs(wrong.mean() - 0.2) < 3 * (0.2 * 0.8 / 400) ** 0.5
+    far = wrong[gaps > gaps.median()].mean()
+    assert far > 0.13 and all(row["label"] == row["truth"] for row in rows(folder / "test.jsonl"))
+    by_difference = rows(built[2] / "train.jsonl")
+    assert far > sum(by_difference[i]["label"] != by_difference[i]["truth"] for i in (gaps > gaps.median()).nonzero()) / 200
+
+
 def test_test_labels_are_noiseless_and_no_prompt_is_in_both_splits(built):
     train, test = rows(built[2] / "train.jsonl"), rows(built[2] / "test.jsonl")
     assert len(train) == 400 and len(test) == 100

@@ -1,0 +1,223 @@
+"""The tables and the figure of benchmarks/query_efficiency.py, from the results of its runs."""
+
+import json
+import math
+import statistics
+
+TITLES = {"toy": "The built-in task", "movies": "Movie reviews",
+          "noise-0.2": "20 % of the labels wrong", "noise-0.35": "35 % wrong", "noise-0.05": "5 % wrong",
+          "flips-0.2": "20 % wrong at random"}
+ABOUT = """\
+Each method has its own learning rate, chosen on seeds that are not reported (tables at the end). Seeds are paired: all
+methods of a seed see the same model, pairs, labels and order. β = 0.1, AdamW, one epoch's steps of 64 pairs. Means ± 95 %
+intervals (Student's t).
+
+- **Labels**: bought, audits included, as a share of the {pairs:,} pairs. **Wrong**: the share of them that contradicts the
+  gold reward.
+- **Accuracy, log-loss**: of the implicit reward on {test:,} test pairs whose labels have no noise.
+- **Reward**: gold reward of generations where KL(π ‖ reference) is {kl}: 256 responses from each of three
+  mixtures π_λ ∝ π_ref^(1−λ) π^λ, interpolated over √KL. Seeds that do not reach it are left out and counted.
+- **Equals**: how many random labels give the same accuracy, spent and used in the same way ("random, replay" with 12.5 % of
+  the labels to all), interpolated over the logarithm, from the differences to DPO on all labels, seed by seed."""
+# Nats at which generations are compared. On the tuning seeds, at all learning rates, the headline methods have less at
+# λ = 0.25 and more at λ = 0.5.
+KL = {"toy": 3, "movies": 3}
+ALL, SUBSET, RANDOM, CANDIDATE = "DPO, all labels", "random subset", "random, replay", "budget, replay"
+CURVE = ["random 12.5 %, replay", RANDOM, "random 50 %, replay", ALL]
+AIMS = {"noise-0.2": (-0.005, 0.02), "noise-0.35": (-0.01, 0.03)}  # against DPO on all labels, and against a random subset
+NOT_BELOW_RANDOM = -0.005
+STUDENT = dict(enumerate([12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
+                          2.131, 2.120, 2.110, 2.101, 2.093], 2))  # 95 %, by number of values
+STYLES = {ALL: ("0.4", "s"), SUBSET: ("0.4", "o"), RANDOM: ("tab:blue", "o"), CANDIDATE: ("black", "*"),
+          "calibrated": ("tab:blue", "D"), "no pseudo-labels": ("tab:orange", "^"), "paper": ("tab:red", "v")}
+
+
+def interval(values):
+    """(mean, half the width of its 95 % interval by Student's t)."""
+    if len(values) < 2:
+        return values[0], math.nan
+    return statistics.mean(values), STUDENT[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def text(values, form="{:.4f}"):
+    mean, half = interval(values)
+    return form.format(mean) + ("" if math.isnan(half) else f" ± {form.replace('+', '').format(half)}")
+
+
+def differences(runs, method, other, key="accuracy"):
+    """Seed by seed.  runs: {method: {seed: result}}."""
+    return [result[key] - runs[other][seed][key] for seed, result in runs[method].items() if seed in runs.get(other, {})]
+
+
+def reward_at(mixtures, kl):
+    """Gold reward at this KL, interpolated over √KL; None if it is not between those of two mixtures.
+    mixtures: [[λ, KL, reward]], by λ."""
+    for (_, low, before), (_, high, after) in zip(mixtures, mixtures[1:]):
+        if low <= kl <= high:
+            part = (math.sqrt(kl) - math.sqrt(max(low, 0))) / (math.sqrt(high) - math.sqrt(max(low, 0)))
+            return before + part * (after - before)
+    return None
+
+
+def equivalent(runs, method, pairs):
+    """Share of random labels that gives a method's accuracy: a text, or None where the curve or the method is missing."""
+    points = []
+    for name in CURVE:
+        if not runs.get(name) or not (found := differences(runs, name, ALL)):
+            return None
+        points.append((statistics.mean(r["queries"] for r in runs[name].values()) / pairs, statistics.mean(found)))
+    if not (mine := differences(runs, method, ALL)):
+        return None
+    mine = statistics.mean(mine)
+    for (few, low), (many, high) in zip(points, points[1:]):
+        if low <= mine <= high and low < high:
+            return f"{math.exp(math.log(few) + (mine - low) / (high - low) * math.log(many / few)):.1%}"
+    return f"under {points[0][0]:.1%}" if mine < points[0][1] else "over 100%"
+
+
+def table(runs, rates, task, pairs):
+    lines = ["| method | learning rate | seeds | labels | wrong | accuracy | log-loss | reward | equals |",
+             "| --- | --: | --: | --: | --: | --: | --: | --: | --: |"]
+    for name, found in runs.items():
+        results = [*found.values()]
+        rewards = [reward for r in results if (reward := reward_at(r["mixtures"], KL[task])) is not None]
+        short = f" ({len(results) - len(rewards)} not reached)" if len(rewards) < len(results) else ""
+        lines.append(
+            f"| {name} | {rates[name]:g} | {len(results)} | {statistics.mean(r['queries'] for r in results) / pairs:.1%} | "
+            f"{statistics.mean(r['wrong'] for r in results):.1%} | {text([r['accuracy'] for r in results])} | "
+            f"{text([r['log_loss'] for r in results], '{:.3f}')} | "
+            f"{text(rewards, '{:.2f}') + short if rewards else 'not reached'} | {equivalent(runs, name, pairs) or ''} |")
+    return lines
+
+
+def paired(runs):
+    others = [name for name in (ALL, SUBSET, RANDOM) if name in runs]
+    lines = [f"| accuracy, seed by seed | {' | '.join(f'− {name}' for name in others)} |",
+             "| --- |" + " --: |" * len(others)]
+    for name in runs:
+        cells = [text(found, "{:+.4f}") if name != other and (found := differences(runs, name, other)) else ""
+                 for other in others]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def aims(results):
+    """[(aim, whether it is reached, numbers)] of the primary comparisons, as far as their runs have finished."""
+    found = []
+    for task, by_noise in results.items():
+        for noise, runs in by_noise.items():
+            if CANDIDATE not in runs or SUBSET not in runs:
+                continue
+            gain = differences(runs, CANDIDATE, SUBSET)
+            mean, half = interval(gain)
+            where = f"{TITLES[task]}, {TITLES[noise]}"
+            if noise in AIMS and ALL in runs:
+                most, least = AIMS[noise]
+                loss = differences(runs, CANDIDATE, ALL)
+                found.append((f"{where}: at most {-100 * most:g} points below DPO on all labels",
+                              statistics.mean(loss) >= most, text(loss, "{:+.4f}")))
+                found.append((f"{where}: at least {100 * least:g} points above a random subset, the interval above 0",
+                              mean >= least and mean - half > 0, text(gain, "{:+.4f}")))
+            found.append((f"{where}: at most {-100 * NOT_BELOW_RANDOM:g} points below a random subset",
+                          mean >= NOT_BELOW_RANDOM, text(gain, "{:+.4f}")))
+    return found
+
+
+def rates_table(bench, task):
+    """Held-out accuracy of the tuning runs by learning rate, the best in bold; one row a method and noise."""
+    grid = bench.plan.rates[task]
+    columns = (min(grid) / 2, *grid, 2 * max(grid))
+    lines = ["| noise | method | seeds | " + " | ".join(f"{rate:g}" for rate in columns) + " |",
+             "| --- | --- | --: |" + " --: |" * len(columns)]
+    cells = dict.fromkeys((job.noise, method) for methods, noises, _ in bench.plan.blocks for noise in noises
+                          for method in methods for job in bench.tuning(task, noise, method, grid[:1]))
+    for noise, method in cells:
+        if tried := bench.tried(task, noise, method):
+            best, seeds = bench.rate(task, noise, method)[0], len(next(iter(tried.values())))
+            scores = [f"{statistics.mean(tried[rate]):.4f}" if rate in tried else "" for rate in columns]
+            scores = [f"**{score}**" if rate == best else score for rate, score in zip(columns, scores)]
+            lines.append(f"| {TITLES[noise]} | {method} | {seeds} | {' | '.join(scores)} |")
+    return lines
+
+
+def seconds(bench):
+    """What the runs took, in words."""
+    runs = [value for task in bench.roots for value in bench.seconds(task)]
+    built = [json.loads(path.read_text()) for root in bench.roots.values()
+             for path in root.glob("seed-*/pairs-*/seconds.json")]
+    return (f"{len(runs):,} runs of one thread, those for the learning rates included, took {sum(runs) / 3600:.1f} hours, "
+            f"{sum(runs) / max(1, len(runs)):.0f} s each; building the tasks took another {sum(built) / 3600:.1f} hours.")
+
+
+def collect(bench):
+    """({task: {noise: {method: {seed: result}}}}, {task: {noise: {method: learning rate}}}) of the reported runs."""
+    results, rates = {}, {}
+    for task in bench.roots:
+        for methods, noises, most in bench.plan.blocks:
+            for job in bench.reported(task, methods, noises, most):
+                if result := bench.result(job):
+                    where = results.setdefault(task, {}).setdefault(job.noise, {}).setdefault(job.method, {})
+                    where[str(job.seed)] = result
+                    rates.setdefault(task, {}).setdefault(job.noise, {})[job.method] = job.rate
+    return results, rates
+
+
+def write(bench, folder):
+    """query_efficiency.md, .json and .png in a folder."""
+    results, rates = collect(bench)
+    pairs = bench.plan.sizes[0]
+    kl = " and ".join(f"{KL[task]} nats ({TITLES[task].lower()})" for task in results)
+    lines = ["# Query efficiency", "", "Made by `python benchmarks/query_efficiency.py`, whose docstring says how the "
+             "comparison is kept fair, what was decided before the runs, and what was cut to save time.", "",
+             seconds(bench), "", "![Accuracy by labels bought](query_efficiency.png)", "",
+             ABOUT.format(kl=kl, pairs=pairs, test=bench.plan.sizes[1]), "",
+             f"## The primary comparisons, of \"{CANDIDATE}\"", "", "| aim | reached | difference |", "| --- | --- | --: |"]
+    lines += [f"| {what} | {'yes' if reached else '**no**'} | {numbers} |" for what, reached, numbers in aims(results)]
+    for task, by_noise in results.items():
+        lines += ["", f"## {TITLES[task]}"]
+        for noise, runs in by_noise.items():
+            lines += ["", f"### {TITLES[noise]}", "", *table(runs, rates[task][noise], task, pairs), "", *paired(runs)]
+    for task in results:
+        lines += ["", f"## Learning rates: {TITLES[task].lower()}", "",
+                  "Held-out accuracy of the runs that chose them. A method that is missing at a noise has its rate of 20 %.",
+                  "", *rates_table(bench, task)]
+    (folder / "query_efficiency.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+    tried = {task: {noise: {method: bench.tried(task, noise, method) for method in rates[task][noise]}
+                    for noise in rates[task]} for task in rates}
+    dump = json.dumps({"results": results, "rates": rates, "tuning": tried})
+    (folder / "query_efficiency.json").write_text(dump.replace('{"queries"', '\n{"queries"') + "\n", encoding="utf-8")
+    draw(results, pairs, folder / "query_efficiency.png")
+    print((folder / "query_efficiency.md").read_text(encoding="utf-8"))
+
+
+def style(method):
+    return next((look for name, look in STYLES.items() if name == method),
+                next((look for name, look in STYLES.items() if name in method), ("0.7", ".")))
+
+
+def draw(results, pairs, path):
+    """Accuracy by labels bought: a column a task, a row for each noise of AIMS."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(len(AIMS), max(1, len(results)), figsize=(6.4 * max(1, len(results)), 8.4), squeeze=False)
+    for column, (task, by_noise) in enumerate(results.items()):
+        for axis, noise in zip(axes[:, column], AIMS):
+            runs = by_noise.get(noise, {})
+            points = {name: (100 * statistics.mean(r["queries"] for r in found.values()) / pairs,
+                             *interval([r["accuracy"] for r in found.values()])) for name, found in runs.items()}
+            curve = sorted(points[name] for name in CURVE if name in points)
+            axis.plot([x for x, *_ in curve], [y for _, y, _ in curve], "--", color="tab:blue", linewidth=1,
+                      label="random labels")
+            for name, (x, y, wide) in points.items():
+                if name not in (CURVE[0], CURVE[2]):
+                    colour, marker = style(name)
+                    axis.errorbar(x, y, 0 if math.isnan(wide) else wide, color=colour, marker=marker, linestyle="",
+                                  capsize=2, markersize=9 if marker == "*" else 5, label=name)
+            axis.set_title(f"{TITLES[task]}: {TITLES[noise]}")
+            axis.set_xlabel("labels bought, % of the pairs")
+            axis.set_ylabel("held-out accuracy")
+            axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)

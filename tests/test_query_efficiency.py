@@ -1,0 +1,173 @@
+"""benchmarks/query_efficiency.py, without its runs: what is run, which learning rates are chosen, what the tables say:
+`python -m pytest tests/test_query_efficiency.py`."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import query_efficiency, query_report
+from benchmarks.query_efficiency import FULL, HEADLINE, METHODS, OTHERS, SHARES, SHORT, Bench, Job, choose
+from runtime import toy
+from runtime.parse import parse_config
+
+
+@pytest.fixture
+def bench(tmp_path):
+    return Bench(FULL, tmp_path / "runs", {task: tmp_path / task for task in FULL.rates})
+
+
+def finish(bench, job, accuracy, **more):
+    """Write a run's result as if it had been trained."""
+    bench.folder(job).mkdir(parents=True)
+    found = {"queries": 4096, "wrong": 0.2, "accuracy": accuracy, "log_loss": 0.3, "seconds": 30.0,
+             "mixtures": [[0.25, 1.0, 0.5], [0.5, 4.0, 1.0], [1.0, 9.0, 2.0]]} | more
+    (bench.folder(job) / "result.json").write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("tried, chosen", [
+    ({1e-3: [0.8], 2e-3: [0.9]}, (None, None)),  # the grid has not been tried
+    ({1e-3: [0.8], 2e-3: [0.9], 4e-3: [0.7]}, (2e-3, None)),
+    ({1e-3: [0.8, 0.9], 2e-3: [0.84, 0.84], 4e-3: [0.7, 0.7]}, (1e-3, 5e-4)),  # by the mean
+    ({1e-3: [0.8], 2e-3: [0.8], 4e-3: [0.9]}, (4e-3, 8e-3)),
+    ({1e-3: [0.8], 2e-3: [0.8], 4e-3: [0.9], 8e-3: [0.95]}, (8e-3, None))])  # one more than the grid, in all
+def test_the_learning_rate_is_the_best_of_the_tuning_runs(tried, chosen):
+    assert choose(tried, (1e-3, 2e-3, 4e-3)) == chosen
+
+
+def test_all_methods_are_tuned_on_the_same_grid_and_never_on_reported_seeds(bench):
+    for task in FULL.rates:
+        tuning = {job for noise in SHARES for method in METHODS
+                  for job in bench.tuning(task, noise, method, FULL.rates[task])}
+        assert {job.rate for job in tuning} == set(FULL.rates[task]) and {job.method for job in tuning} == set(METHODS)
+        for method in METHODS:
+            assert {job.rate for job in tuning if job.method == method} == set(FULL.rates[task])
+        reported = {seed for noise in SHARES for method in METHODS for seed in bench.seeds(task, noise, method)}
+        assert max(reported) < min(job.seed for job in tuning)
+
+
+def test_what_is_reported_waits_for_its_learning_rate_and_goes_seed_by_seed(bench):
+    assert bench.reported("toy", HEADLINE, ["noise-0.2"], 5) == []
+    for method in HEADLINE:
+        for job in bench.tuning("toy", "noise-0.2", method, FULL.rates["toy"]):
+            finish(bench, job, {1e-3: 0.8, 2e-3: 0.9, 4e-3: 0.7}[job.rate])
+    jobs = bench.reported("toy", HEADLINE, ["noise-0.2"], 5)
+    assert [(job.seed, job.method) for job in jobs] == [(seed, method) for seed in range(5) for method in HEADLINE]
+    assert {job.rate for job in jobs} == {2e-3}
+    assert bench.reported("toy", HEADLINE, ["noise-0.35"], 5) == []  # another noise has its own
+
+
+def test_every_method_is_a_config_that_train_accepts(bench, tmp_path):
+    for noise in SHARES:
+        for method in METHODS:
+            job = Job("toy", noise, method, 2e-3, 3)
+            path = tmp_path / "keys.yaml"
+            path.write_text(json.dumps(bench.keys(job)))
+            config = parse_config(["--config", str(path)])
+            assert (config.seed, config.learning_rate, config.max_steps) == (3, 2e-3, 256)
+            assert bench.folder(job) == Path(config.output_dir) and noise in next(iter(config.dataset_mixer))
+            if method in HEADLINE and method != "DPO, all labels":
+                share = config.target_query_fraction or config.max_train_samples / 16384
+                assert share == pytest.approx(SHARES[noise], abs=1e-4)
+    assert bench.keys(Job("toy", "noise-0.2", "random subset", 1e-3, 0))["max_train_samples"] == 4096
+    folders = {bench.folder(Job("toy", "noise-0.2", method, 1e-3, 0)) for method in METHODS}
+    assert len(folders) == len(METHODS)
+
+
+def test_the_plan_counts_what_is_run(bench):
+    noises = FULL.seeds["toy"]
+    reported = sum(len(HEADLINE) * noises[noise][0] + len(OTHERS) * noises[noise][1] for noise in noises)
+    tuning = sum(FULL.tuning["toy"].values()) * 3 * len(HEADLINE) + 3 * len(OTHERS)
+    assert bench.planned("toy") == (reported + tuning, 22)
+    assert Bench(SHORT, bench.outputs, {"toy": bench.roots["toy"]}).planned("toy") == (16, 3)
+
+
+def test_a_worker_that_dies_loses_only_what_it_was_at(bench, monkeypatch, tmp_path):
+    monkeypatch.setattr(query_efficiency, "call", die_once)
+    calls = [(str(tmp_path), str(n)) for n in range(3)]
+    bench.work(calls)
+    assert {path.name for path in tmp_path.iterdir()} >= {"0", "1", "2"}
+    with pytest.raises(RuntimeError, match="ended their worker three times"):
+        bench.work([(str(tmp_path), "always")])
+    with pytest.raises(ZeroDivisionError):
+        bench.work([(str(tmp_path), "error")])
+
+
+def die_once(folder, name):
+    """In a worker: leave a file; "1" kills its worker the first time."""
+    if name == "error":
+        raise ZeroDivisionError
+    if name == "always" or name == "1" and not os.path.exists(f"{folder}/died"):
+        open(f"{folder}/died", "w").close()
+        os._exit(9)
+    open(f"{folder}/{name}", "w").close()
+
+
+def test_reward_at_a_kl_by_hand():
+    mixtures = [[0.25, 1.0, 0.5], [0.5, 4.0, 1.0], [1.0, 9.0, 2.0]]
+    assert query_report.reward_at(mixtures, 4.0) == 1.0
+    assert query_report.reward_at(mixtures, 2.25) == pytest.approx(0.75)  # √2.25 is halfway from √1 to √4
+    assert query_report.reward_at(mixtures, 16.0) is None
+
+
+def test_equivalence_by_hand(bench):
+    def runs(**accuracies):
+        return {name.replace("_", " "): {"0": {"accuracy": a, "queries": q}} for name, (a, q) in accuracies.items()}
+
+    curve = {"random 12.5 %, replay": (0.80, 2048), "random, replay": (0.84, 4096), "random 50 %, replay": (0.88, 8192),
+             "DPO, all labels": (0.90, 16384)}
+    for accuracy, share in ((0.86, "35.4%"), (0.80, "12.5%"), (0.79, "under 12.5%"), (0.91, "over 100%")):
+        found = runs(**curve, mine=(accuracy, 4096))
+        assert query_report.equivalent(found, "mine", 16384) == share
+    assert query_report.equivalent(runs(mine=(0.9, 1)), "mine", 16384) is None
+
+
+def test_intervals_are_students_and_differences_are_paired():
+    mean, half = query_report.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3))
+    assert math.isnan(query_report.interval([1.0])[1])
+    runs = {"a": {"0": {"accuracy": 0.9}, "2": {"accuracy": 0.8}}, "b": {"0": {"accuracy": 0.7}, "1": {"accuracy": 0.1}}}
+    assert query_report.differences(runs, "a", "b") == pytest.approx([0.2])
+
+
+def test_the_page_says_what_finished(bench, tmp_path, capsys):
+    for method in HEADLINE:
+        for job in bench.tuning("toy", "noise-0.2", method, FULL.rates["toy"]):
+            finish(bench, job, {1e-3: 0.8, 2e-3: 0.9, 4e-3: 0.7}[job.rate])
+    for job in bench.reported("toy", HEADLINE, ["noise-0.2"], 3):
+        gain = {"budget, replay": 0.03, "DPO, all labels": 0.01}.get(job.method, 0)
+        finish(bench, job, 0.9 + gain + 0.01 * job.seed + 0.001 * (job.seed == 2) * (gain > 0))
+    query_report.write(bench, tmp_path)
+    page = (tmp_path / "query_efficiency.md").read_text()
+    assert "at least 2 points above a random subset, the interval above 0 | yes | +0.0303 ± 0.0014 |" in page
+    assert "| budget, replay | 0.002 | 3 | 25.0% | 20.0% |" in page and "**0.9000**" in page
+    dump = json.loads((tmp_path / "query_efficiency.json").read_text())
+    assert dump["rates"]["toy"]["noise-0.2"]["budget, replay"] == 2e-3
+    assert (tmp_path / "query_efficiency.png").exists()
+
+
+def test_a_mixture_goes_from_the_reference_to_the_policy(tiny, monkeypatch):
+    query_runs = pytest.importorskip("benchmarks.query_runs")
+    monkeypatch.setattr(query_runs, "LAMBDAS", (0.0, 0.5, 1.0))
+    reference, tokenizer = toy.load(tiny / "model")
+    policy, _ = toy.load(tiny / "model")
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    prompts = ["review of the hotel in paris :", "review of the bar :"] * 16
+    with toy.seeded_and_silent(0):
+        texts, kl = query_runs.sample_mixtures(policy, reference, tokenizer, prompts, 6)
+    zero, half, one = kl.view(3, 32).mean(1).tolist()
+    assert abs(zero) < 1e-5 < half < one and len(texts) == 96
+    checked = 0
+    for prompt, text, found in zip(prompts, texts[64:], kl[64:].tolist()):  # of the policy itself, in one pass
+        ids, start = tokenizer(prompt + text, return_tensors="pt").input_ids, len(tokenizer(prompt).input_ids)
+        if ids.shape[1] == start + 6:  # not where it sampled a token that no text shows
+            with torch.no_grad():
+                ours, theirs = (m(ids).logits[0, start - 1:-1].log_softmax(-1) for m in (policy, reference))
+            assert found == pytest.approx((ours.exp() * (ours - theirs)).sum().item(), rel=1e-3)
+            checked += len(prompt) == len(prompts[1])
+    assert checked > 3
