@@ -88,7 +88,8 @@ def main(config, command_line=None):
                 rewards = adpo.implicit_rewards(logps, batch.ref_logps, config.beta)  # (B, 2)
                 margin = adpo.margins(rewards)  # (B,)
                 margin_cpu = margin.detach().cpu()  # (B,)  the only wait for the device in a micro-step
-                ask = threshold.ask(margin_cpu, batch.ids)  # (B,)  |m| ≤ γ: adpo.gate
+                scores = threshold.scores(margin_cpu, batch.ids, step)  # (B,)  m, unless a budget is spent at random
+                ask = adpo.gate(scores, threshold.gamma, batch.ids)  # (B,)  |m| ≤ γ
                 answers = oracle.answer(batch.ids, margin_cpu, ask, step)  # (B,)  +1, −1; NaN: no preference; 0: not asked
                 labels = adpo.choose_labels(margin_cpu, answers, ask, config.pseudo_labels, config.after_budget,
                                             config.ties)  # (B,)  o
@@ -173,8 +174,9 @@ def ask_ahead(engine, oracle, threshold, pairs, micro_batches, step):
         ids += batch.ids
         margins.append(margin)
     margin = torch.cat(margins).cpu()
-    threshold.plan(ids, margin.tolist(), step)
-    oracle.answer(ids, margin, threshold.ask(margin, ids), step)
+    scores = threshold.scores(margin, ids, step)
+    threshold.plan(ids, scores.tolist(), step)
+    oracle.answer(ids, margin, adpo.gate(scores, threshold.gamma, ids), step)
 
 
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
