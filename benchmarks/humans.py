@@ -13,8 +13,8 @@ methods train on the rest with their rates, for the same steps. Differences are 
 what people prefer without noise: accuracy is the share of held-out pairs on which the policy agrees with them. Beside it
 stands the rule that the longer response is preferred, which a policy has to beat.
 
-A run that has finished is not run again; runs go fold by fold, so that stopping leaves a balanced table. The pairs are copied
-into outputs/humans/ and nowhere else, and no run keeps its model. Writes benchmarks/results/humans.md, or --page.
+A run that has finished is not run again; runs go fold by fold, so that stopping leaves a balanced table. The pairs are
+copied into outputs/humans/ and nowhere else, and no run keeps its model. Writes benchmarks/results/humans.md, or --page.
 """
 
 import argparse
