@@ -159,10 +159,43 @@ def attention_mask(segments, positions, dtype, window=None, flex=False):
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
+def two_rows(segments, longest):
+    """Where the tokens of rows `[prompt | y1 | y2]` stand in two causal rows a pair, `[prompt | y1]` and `[prompt | y2]`.
+
+    segments: (B, T), as `sees` has them.  longest: S, the tokens of the longest of those rows.
+    Returns (there (2B, S), back (B, T)), indices into the B·T tokens of the rows and into the 2B·S of the two rows. What
+    fills the end of a row is some token of the pair: in a causal row no real token sees what follows it.
+    """
+    B, T = segments.shape
+    prompt, first = (segments == 0).sum(-1, keepdim=True), (segments == 1).sum(-1, keepdim=True)  # (B, 1)
+    index = torch.arange(T, device=segments.device).expand(B, T)
+    here = index[:, :longest]  # (B, S)
+    there = torch.stack([here, torch.where(here < prompt, here, (here + first) % T)], 1)  # (B, 2, S)
+    back = torch.where(index < prompt + first, index % longest, longest + (index - first) % longest)  # (B, T)
+    rows = torch.arange(B, device=segments.device)[:, None]
+    return (there + rows[..., None] * T).flatten(0, 1), back + rows * 2 * longest
+
+
+def pair_attention(query, key, value, there, back, scale):
+    """Attention in rows `[prompt | y1 | y2]` without a mask, so that the kernels without one can be used: each token of the
+    prompt is copied, and the two rows of a pair are causal.
+
+    query: (B, heads, T, D).  key, value: (B, KV heads, T, D).  there, back: of `two_rows`.  Returns (B, T, heads, D).
+    """
+    def apart(x):  # (B, h, T, D) -> (2B, h, S, D)
+        flat = x.transpose(1, 2).flatten(0, 1)  # (B·T, h, D)
+        return flat.index_select(0, there.flatten()).unflatten(0, there.shape).transpose(1, 2)
+
+    out = torch.nn.functional.scaled_dot_product_attention(
+        apart(query), apart(key), apart(value), is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+    return out.transpose(1, 2).flatten(0, 1).index_select(0, back.flatten()).unflatten(0, back.shape)
+
+
 class PairLogps(torch.nn.Module):
     """The module that the engine wraps: a causal language model that scores both responses of each pair.
 
-    lm: a transformers causal LM.  chunk_size: response tokens that go through its head at a time.
+    lm: a transformers causal LM.  chunk_size: response tokens that go through its head at a time.  takes_rows: whether its
+    attention takes the indices of `two_rows` in place of a mask, as runtime/model.py arranges it.
     Everything runs inside `forward`, as ZeRO-3 demands.
     """
 
@@ -173,10 +206,12 @@ class PairLogps(torch.nn.Module):
     MASKED_ATTENTION = {"eager", "sdpa", "flex_attention"}
     SOFTCAPS = "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"  # Gemma 2, RecurrentGemma, xLSTM
 
-    def __init__(self, lm, chunk_size=2048):
+    def __init__(self, lm, chunk_size=2048, takes_rows=False):
         super().__init__()
+        self.takes_rows = takes_rows
         self.lm = lm
         self.chunk_size = chunk_size
+        self.compiled, self.score_logits, self.grad_logits = False, score_logits, grad_logits
         config = lm.config.get_text_config()  # of a model that also takes images, the part that reads text
         self.softcap = next((value for name in self.SOFTCAPS if (value := getattr(config, name, None))), None)
         self.scale = float(getattr(config, "logit_scale", None) or 1.0)  # Cohere
@@ -186,6 +221,19 @@ class PairLogps(torch.nn.Module):
         self.window = getattr(config, "sliding_window", None)
         if getattr(config, "use_sliding_window", True) is False:
             self.window = None
+
+    def compile_layers(self):
+        """Compile (torch.compile) the layers of the model and the arithmetic on logits, for any B, T and N.
+
+        Not the model as a whole: its layers share their code, which then is compiled once, in seconds.
+        Returns the number of layers.
+        """
+        kinds = self.lm._no_split_modules or ()  # transformers' names of the classes of its layers
+        layers = [module for module in self.lm.modules() if type(module).__name__ in kinds]
+        for layer in layers:
+            layer.compile(dynamic=True)
+        self.compiled, self.score_logits, self.grad_logits = True, for_any_length(score_logits), for_any_length(grad_logits)
+        return len(layers)
 
     def why_not_shared(self):
         """None where a row can hold `[prompt | y1 | y2]`, else the reason, for the user."""
@@ -216,8 +264,8 @@ class PairLogps(torch.nn.Module):
             input_ids=batch.input_ids, attention_mask=self._mask(batch),
             position_ids=batch.positions if batch.shared else None, use_cache=False).last_hidden_state
         states = hidden.flatten(0, 1)[batch.sources]  # (N, H): only states that predict a response token reach the head
-        return token_logps(states, batch.targets, self.lm.get_output_embeddings(),
-                           self.chunk_size, self.scale, self.softcap)
+        return token_logps(states, batch.targets, self.lm.get_output_embeddings(), self.chunk_size, self.scale,
+                           self.softcap, self.score_logits, self.grad_logits)
 
     def _mask(self, batch):
         """The mask, or the dict of masks by kind of layer, that the model's forward takes."""
@@ -225,11 +273,14 @@ class PairLogps(torch.nn.Module):
             return (batch.segments >= 0).long()  # (2B, T): plain padding; the model makes its own causal mask
         dtype = next(self.lm.parameters()).dtype
         flex = self.lm.config._attn_implementation == "flex_attention"
-        masks = {"full_attention": lambda: attention_mask(batch.segments, batch.positions, dtype, None, flex),
-                 "sliding_attention": lambda: attention_mask(batch.segments, batch.positions, dtype, self.window, flex)}
+
+        def mask(window):
+            if self.takes_rows and (window is None or window >= batch.longest):  # (1, 1, 1, 2B·S + B·T) int
+                return torch.cat([x.flatten() for x in two_rows(batch.segments, batch.longest)])[None, None, None]
+            return attention_mask(batch.segments, batch.positions, dtype, window, flex)
         if "sliding_attention" in self.layer_types:
-            return {kind: masks[kind]() for kind in self.layer_types}
-        return masks["sliding_attention" if self.window and not self.layer_types else "full_attention"]()
+            return {kind: mask(self.window if kind == "sliding_attention" else None) for kind in self.layer_types}
+        return mask(None if self.layer_types else self.window)
 
     def plain_token_logps(self, batch):
         """The same numbers the ordinary way, to check against: the model's own forward and log-softmax, row by row.
@@ -252,7 +303,8 @@ class PairLogps(torch.nn.Module):
 class TokenLogps(torch.autograd.Function):
     """log softmax(logits)[target] of each state, with logits = softcap(scale · (h Wᵀ + b)), in fp32.
 
-    forward(states (N, H), weight (V, H), bias (V,) or None, targets (N,), chunk_size, scale, softcap) -> (N,) fp32.
+    forward(states (N, H), weight (V, H), bias (V,) or None, targets (N,), chunk_size, scale, softcap, score, grad_of)
+    -> (N,) fp32.  score, grad_of: `score_logits` and `grad_logits`, compiled or not.
     Both directions go through the states in chunks, so that only one (chunk_size, V) block of logits exists at a time.
     Backward computes each block again, except the last one, which it starts with, and sums the weight's gradient in place.
     weight None: the states already are the logits h Wᵀ + b, (N, V).
@@ -263,27 +315,17 @@ class TokenLogps(torch.autograd.Function):
         return states if weight is None else torch.nn.functional.linear(states, weight, bias)  # (n, V)
 
     @staticmethod
-    def final_logits(raw, scale, softcap):
-        logits = raw.float()  # (n, V); `raw` itself where it is fp32 already
-        if scale != 1.0:
-            logits = logits * scale
-        return softcap * torch.tanh(logits / softcap) if softcap else logits
-
-    @staticmethod
-    def forward(ctx, states, weight, bias, targets, chunk_size, scale, softcap):
+    def forward(ctx, states, weight, bias, targets, chunk_size, scale, softcap, score, grad_of):
         logps, lses, raw = [], [], None
         for h, t in zip(states.split(chunk_size), targets.split(chunk_size)):
             del raw  # otherwise two blocks would be in memory
             raw = TokenLogps.raw_logits(h, weight, bias)
-            logits = TokenLogps.final_logits(raw, scale, softcap)
-            # (n,); in blocks of columns, because logsumexp copies its input
-            lse = torch.stack([block.logsumexp(-1) for block in logits.split(8192, dim=-1)]).logsumexp(0)
-            logps.append(logits.gather(-1, t[:, None]).squeeze(-1) - lse)
+            logp, lse = score(raw, t, scale, softcap)  # (n,)
+            logps.append(logp)
             lses.append(lse)
-            del logits
         ctx.save_for_backward(states, weight, bias, targets, torch.cat(lses))
         ctx.raw = None if weight is None else raw  # not save_for_backward, which would keep it until backward has ended
-        ctx.chunk_size, ctx.scale, ctx.softcap = chunk_size, scale, softcap
+        ctx.chunk_size, ctx.scale, ctx.softcap, ctx.grad_of = chunk_size, scale, softcap, grad_of
         return torch.cat(logps)
 
     @staticmethod
@@ -294,42 +336,72 @@ class TokenLogps(torch.autograd.Function):
         grad_states, grad_weight, grad_bias = [], None, None
         for h, t, lse, g in reversed(list(zip(*chunks))):
             raw = TokenLogps.raw_logits(h, weight, bias) if raw is None else raw
-            d = TokenLogps.grad_logits(raw, t, lse, g, ctx.scale, ctx.softcap)
+            d = ctx.grad_of(raw, t, lse, g, ctx.scale, ctx.softcap)  # (n, V)
             grad_states.append(d if weight is None else d @ weight)  # (n, H)
             if ctx.needs_input_grad[1]:  # (V, H)
                 grad_weight = d.T @ h if grad_weight is None else grad_weight.addmm_(d.T, h)
             if ctx.needs_input_grad[2]:  # (V,)
                 grad_bias = d.sum(0) if grad_bias is None else grad_bias.add_(d.sum(0))
             raw = d = None  # free them before the next block is computed
-        return torch.cat(grad_states[::-1]), grad_weight, grad_bias, None, None, None, None
-
-    @staticmethod
-    def grad_logits(raw, targets, lse, grad, scale, softcap):
-        """d logp / d raw = onehot(target) − softmax(logits), times the incoming gradient, through softcap and scale: (n, V)
-        in raw's dtype. Where that is fp32, `raw` is overwritten."""
-        logits = TokenLogps.final_logits(raw, scale, softcap)
-        slope = None
-        if softcap:  # d softcap·tanh(u/softcap) / du = 1 − tanh²
-            slope = 1 - (logits / softcap) ** 2
-        d = logits.sub_(lse[:, None]).exp_().mul_(-grad[:, None])
-        d.scatter_add_(-1, targets[:, None], grad[:, None])
-        if slope is not None:
-            d.mul_(slope)
-        if scale != 1.0:
-            d.mul_(scale)
-        return d.to(raw.dtype)
+        return torch.cat(grad_states[::-1]), grad_weight, grad_bias, None, None, None, None, None, None
 
 
-def token_logps(states, targets, head, chunk_size, scale=1.0, softcap=None):
+def final_logits(raw, scale, softcap):
+    """softcap(scale · raw) in fp32: (n, V); `raw` itself where it is fp32 already and nothing is to be done."""
+    logits = raw.float()
+    if scale != 1.0:
+        logits = logits * scale
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def score_logits(raw, targets, scale, softcap):
+    """(log softmax(logits)[target], log Σ exp(logits)), (n,) fp32 each.  raw: (n, V)."""
+    logits = final_logits(raw, scale, softcap)
+    # In blocks of columns, because logsumexp copies its input.
+    lse = torch.stack([block.logsumexp(-1) for block in logits.split(8192, dim=-1)]).logsumexp(0)
+    return logits.gather(-1, targets[:, None]).squeeze(-1) - lse, lse
+
+
+def grad_logits(raw, targets, lse, grad, scale, softcap):
+    """d logp / d raw = onehot(target) − softmax(logits), times the incoming gradient, through softcap and scale: (n, V) in
+    raw's dtype. Where that is fp32, `raw` is overwritten."""
+    logits = final_logits(raw, scale, softcap)
+    slope = None
+    if softcap:  # d softcap·tanh(u/softcap) / du = 1 − tanh²
+        slope = 1 - (logits / softcap) ** 2
+    d = logits.sub_(lse[:, None]).exp_().mul_(-grad[:, None])
+    d.scatter_add_(-1, targets[:, None], grad[:, None])
+    if slope is not None:
+        d.mul_(slope)
+    if scale != 1.0:
+        d.mul_(scale)
+    return d.to(raw.dtype)
+
+
+def for_any_length(function):
+    """`function`, compiled once for tensors of any length."""
+    compiled = torch.compile(function)
+
+    def call(*arguments):
+        for tensor in filter(torch.is_tensor, arguments):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(*arguments)
+    return call
+
+
+def token_logps(states, targets, head, chunk_size, scale=1.0, softcap=None, score=score_logits, grad_of=grad_logits):
     """Log-prob of each target token, with the logits of no more than chunk_size tokens in memory at a time.
 
-    states: (N, H), the states that predict the targets.  targets: (N,).  head: the LM head.  Returns (N,) fp32.
+    states: (N, H), the states that predict the targets.  targets: (N,).  head: the LM head.
+    score, grad_of: `score_logits` and `grad_logits`, or these two compiled.  Returns (N,) fp32.
     """
+    rest = chunk_size, scale, softcap, score, grad_of
+
     def all_chunks(states):
-        return TokenLogps.apply(states, head.weight, head.bias, targets, chunk_size, scale, softcap)
+        return TokenLogps.apply(states, head.weight, head.bias, targets, *rest)
 
     def one_chunk(h, t):
-        return TokenLogps.apply(head(h), None, None, t, chunk_size, scale, softcap)  # (n, H) -> (n, V) -> (n,)
+        return TokenLogps.apply(head(h), None, None, t, *rest)  # (n, H) -> (n, V) -> (n,)
 
     if type(head) is torch.nn.Linear:
         head.forward = all_chunks  # call the module itself, so that ZeRO-3's hooks gather its weight, in backward too

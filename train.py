@@ -25,7 +25,7 @@ import data
 from labels.oracle import Oracle, annotator_class
 from labels.threshold import make_threshold
 from runtime import report
-from runtime.engine import backward, check_against_plain_forward, make_optimizer, norm_to_log, starting
+from runtime.engine import backward, check_against_plain_forward, make_optimizer, no_backward, norm_to_log, starting
 from runtime.errors import UsageError
 from runtime.model import check_models, load_policy, load_tokenizer
 from runtime.ranks import all_gather, bar, rank, reduced, say
@@ -88,7 +88,8 @@ def main(config, command_line=None):
                 rewards = adpo.implicit_rewards(logps, batch.ref_logps, config.beta)  # (B, 2)
                 margin = adpo.margins(rewards)  # (B,)
                 margin_cpu = margin.detach().cpu()  # (B,)  the only wait for the device in a micro-step
-                ask = threshold.ask(margin_cpu, batch.ids)  # (B,)  |m| ≤ γ: adpo.gate
+                scores = threshold.scores(margin_cpu, batch.ids, step)  # (B,)  m, unless a budget is spent at random
+                ask = adpo.gate(scores, threshold.gamma, batch.ids)  # (B,)  |m| ≤ γ
                 answers = oracle.answer(batch.ids, margin_cpu, ask, step)  # (B,)  +1, −1; NaN: no preference; 0: not asked
                 labels = adpo.choose_labels(margin_cpu, answers, ask, config.pseudo_labels, config.after_budget,
                                             config.ties)  # (B,)  o
@@ -152,13 +153,12 @@ def load_test_pairs(config, tokenizer):
 # ----------------------------------------------------------------------------------------------------------------------
 # In the loop
 
-@torch.no_grad()
 def scored(engine, pairs, batches, beta):
     """Yield (batch, logps (B, 2), rewards (B, 2), margin (B,)) of each batch, without gradients."""
-    engine.eval()
     for rows in batches:
         batch = pairs.batch(rows, engine.device)
-        logps = engine(batch)
+        with no_backward(engine):
+            logps = engine(batch).detach()
         rewards = adpo.implicit_rewards(logps, batch.ref_logps, beta)
         yield batch, logps, rewards, adpo.margins(rewards)
 
@@ -174,8 +174,9 @@ def ask_ahead(engine, oracle, threshold, pairs, micro_batches, step):
         ids += batch.ids
         margins.append(margin)
     margin = torch.cat(margins).cpu()
-    threshold.plan(ids, margin.tolist(), step)
-    oracle.answer(ids, margin, threshold.ask(margin, ids), step)
+    scores = threshold.scores(margin, ids, step)
+    threshold.plan(ids, scores.tolist(), step)
+    oracle.answer(ids, margin, adpo.gate(scores, threshold.gamma, ids), step)
 
 
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",

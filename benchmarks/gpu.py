@@ -51,8 +51,8 @@ sys.path.insert(0, str(ROOT))
 VERDICTS = {True: "pass", False: "FAIL", None: "for the record"}
 TINY = dict(vocab_size=1000, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, tie_word_embeddings=True)
-RATES_HEAD = ("| run | tokens/s, first 5 steps | last third | share of the card, prompt once | prompt twice | peak GB | "
-              "by tools/fit.py | margin of step 1 | seconds |\n| --- |" + " --: |" * 8)
+RATES_HEAD = ("| run | tokens/s, steps 1 to 8 | steps 9 to 16 | share of the card, prompt once | prompt twice | peak GB | "
+              "by tools/fit.py |\n| --- |" + " --: |" * 6)
 
 
 @dataclasses.dataclass
@@ -65,13 +65,6 @@ class Ran:
     seconds: float
     gone_after: float
     output: Path
-
-    def speeds(self):
-        """Tokens a second of the first five steps and of the last third; a row speaks for the steps since the one before."""
-        steps = [row["step"] for row in self.rows]
-        spans = [(end - start, end, row["tokens_per_second"]) for start, end, row in zip([0, *steps], steps, self.rows)]
-        for part in ([s for s in spans if s[1] <= 5], [s for s in spans if s[1] > steps[-1] * 2 // 3]):
-            yield sum(n for n, _, _ in part) / sum(n / speed for n, _, speed in part)
 
     def why(self):
         """The end of what it printed, for a verdict."""
@@ -119,7 +112,8 @@ class Bench:
     def write_pairs(self):
         """Random words, as many as UltraFeedback's prompts and responses have tokens. self.lengths: [(prompt, y1, y2)]."""
         rng = random.Random(0)
-        self.words = [f"w{i}" for i in range((TINY["vocab_size"] if self.small else 49152) - 4)]
+        size = min(self.shape(name).vocab_size for name, *_ in RATES.values())  # no model lacks embeddings for a word
+        self.words = [f"w{i}" for i in range(size - 4)]
         self.pairs, self.lengths = self.folder / "pairs", []
         self.pairs.mkdir(exist_ok=True)
 
@@ -171,6 +165,12 @@ class Bench:
         until: function of (output folder, rows so far); once it says True, the process gets the signal `stop`.
         worker: a function of this file that runs instead of train.py.  keys: of the config, beside the usual ones.
         """
+        config = self.config(name, shape, steps, **keys)
+        command = ["benchmarks/gpu.py", "--work", worker] if worker else ["train.py", "--config"]
+        return self.process([*command, str(config)], config.with_suffix(""), until, stop, timeout)
+
+    def config(self, name, shape, steps, **keys):
+        """The file of a config for these steps on a model of this shape.  keys: of the config, beside the usual ones."""
         output = self.folder / "runs" / name
         output.parent.mkdir(exist_ok=True)
         config = output.with_suffix(".yaml")
@@ -181,8 +181,7 @@ class Bench:
             "beta": 0.1, "gamma": 1.3, "learning_rate": 1e-6, "per_device_train_batch_size": 16 if self.small else 64,
             "micro_batch_tokens": 16384, "max_steps": steps, "logging_steps": max(1, steps // 6), "eval_strategy": "no",
             "save_strategy": "no", "output_dir": str(output)} | keys))
-        command = ["benchmarks/gpu.py", "--work", worker] if worker else ["train.py", "--config"]
-        return self.process([*command, str(config)], output, until, stop, timeout)
+        return config
 
     def process(self, command, output, until=None, stop=signal.SIGKILL, timeout=200):
         """Run a Python command in the repository's root, and read what it leaves in `output`."""
@@ -252,7 +251,7 @@ def environment(bench):
 
 
 def base_run(bench):
-    """SmolLM2's shape as a user would start it; checks 4, 6, 7 and 8 read it."""
+    """SmolLM2's shape as a user would start it."""
     return bench.once("smollm2", "SmolLM2-135M", 30)
 
 
@@ -277,52 +276,66 @@ def fitted(bench, shape, tokens, checkpointing):
     return sum(rank_memory(bench.shape(shape), tokens=tokens, checkpointing=checkpointing).values())
 
 
-# name: (shape, least share of the card's rate, [(title, steps, keys of the config)])
+# name: (shape, least share of the card's rate, [(title, keys of the config)])
+FULL = {"gradient_checkpointing": True, "per_device_train_batch_size": 32}
 RATES = {
     "135M": ("SmolLM2-135M", 0.30, [
-        ("16,384 tokens, as shipped", 30, {}),
-        ("32,768 tokens", 30, {"micro_batch_tokens": 32768}),
-        ("65,536 tokens", 30, {"micro_batch_tokens": 65536}),
-        ("32,768 tokens, flex_attention", 30, {"micro_batch_tokens": 32768, "attn_implementation": "flex_attention"})]),
+        ("16,384 tokens, as shipped", {}),
+        ("65,536 tokens, compiled", {"micro_batch_tokens": 65536, "torch_compile": True})]),
     "1B": ("Llama-3.2-1B", None, [
-        ("16,384 tokens", 12, {"micro_batch_tokens": 16384}),
-        ("32,768 tokens, checkpointing", 12, {"micro_batch_tokens": 32768, "gradient_checkpointing": True})]),
+        ("16,384 tokens, compiled", {"torch_compile": True}),
+        ("16,384 tokens", {}),
+        ("32,768 tokens, checkpointing", {"micro_batch_tokens": 32768, "gradient_checkpointing": True})]),
     "7B": ("Zephyr-7B:8", 0.40, [
-        ("8 of the 32 layers, all weights, 16,384 tokens, checkpointing", 9,
-         {"per_device_train_batch_size": 32, "gradient_checkpointing": True})]),
+        ("8 of the 32 layers, all weights, 16,384 tokens, checkpointing, compiled", FULL | {"torch_compile": True}),
+        ("the same, not compiled", FULL)]),
     "LoRA": ("Zephyr-7B", 0.40, [
-        ("adapter on all linear layers, 16,384 tokens, checkpointing", 6,
-         {"per_device_train_batch_size": 32, "gradient_checkpointing": True, "use_peft": True,
-          "lora_target_modules": ["all-linear"]})])}
+        ("adapter on all linear layers, 16,384 tokens, checkpointing",
+         FULL | {"use_peft": True, "lora_target_modules": ["all-linear"]})])}
+
+
+def measured(bench, name):
+    """[(title, keys, rows of metrics.jsonl, peak memory in bytes)] of the runs of RATES[name], in one process. Rows are None
+    where a run failed or there was no time."""
+    shape, _, runs = RATES[name]
+    if name not in bench.done:
+        jobs = []
+        for n, (_, keys) in enumerate(runs):
+            config = bench.config(f"rates-{name}-{n}", shape, 16, max_steps=16, logging_steps=8, logging_first_step=False,
+                                  **keys)
+            jobs.append({"config": str(config), "peak": str(config.with_suffix(".peak"))})
+        path = bench.folder / "runs" / f"rates-{name}.json"
+        path.write_text(json.dumps(jobs))
+        bench.process(["benchmarks/gpu.py", "--work", "rates", str(path)], path.with_suffix(""),
+                      timeout=min(200, bench.left()))
+        bench.done[name] = []
+        for job, (title, keys) in zip(jobs, runs):
+            peak = Path(job["peak"])
+            rows = read_rows(Path(job["config"]).with_suffix("")) if peak.exists() else None
+            bench.done[name].append((title, keys, rows, int(peak.read_text()) if peak.exists() else 0))
+    return bench.done[name]
 
 
 def rates(bench, name):
     """A table of speeds, one run a line."""
     from speed import unique_flops
-    shape, aim, runs = RATES[name]
+    shape, aim, _ = RATES[name]
     (once, tokens), (twice, _) = (unique_flops(bench.shape(shape), pairs) for pairs in (
         bench.lengths, [(0, prompt + first, prompt + second) for prompt, first, second in bench.lengths]))
     best, failed = 0.0, []
     yield RATES_HEAD
-    for title, steps, keys in runs:
-        if bench.small and "attn_implementation" in keys or bench.left() < 20:
-            yield f"| {title} | {'no time left' if bench.cuda else 'needs CUDA'}: skipped |"
-            continue
-        ran = bench.train(re.sub(r"\W+", "-", title), shape, steps, **keys) if keys else base_run(bench)
-        if ran.code or len(ran.rows) < 2:
+    for title, keys, rows, peak in measured(bench, name):
+        if not rows:
             failed.append(title)
-            yield f"| {title} | {ran.why()} |"
+            yield f"| {title} | failed, or no time was left: see gpu.log |"
             continue
-        cold, warm = ran.speeds()
+        cold, warm = (row["tokens_per_second"] for row in rows)
         # The weights that an adapter leaves frozen need no gradient, a third of the work.
         share = warm / tokens / bench.matrix_rate() * (4 / 6 if "use_peft" in keys else 1)
         best = max(best, share * once)
         fit = fitted(bench, shape, keys.get("micro_batch_tokens", 16384), "gradient_checkpointing" in keys)
-        yield (f"| {title} | {cold:,.0f} | {warm:,.0f} | {share * once:.3f} | {share * twice:.3f} | "
-               f"{ran.summary['peak_memory_bytes'] / 1e9:.1f} | {'' if 'use_peft' in keys else f'{fit / 1e9:.1f}'} | "
-               f"{ran.rows[0]['rewards/margins']} | {ran.seconds:.0f} |")
-        if keys:
-            shutil.rmtree(ran.output, ignore_errors=True)  # gigabytes of weights
+        yield (f"| {title} | {cold:,.0f} | {warm:,.0f} | {share * once:.3f} | {share * twice:.3f} | {peak / 1e9:.1f} | "
+               f"{'' if 'use_peft' in keys else f'{fit / 1e9:.1f}'} |")
     if failed:
         yield False, f"failed: {', '.join(failed)}"
     if aim:
@@ -413,7 +426,8 @@ def zero3(bench):
     resumed = re.search(r"resumed from \S+ at step (\d+)", second.log)
     if second.code or not resumed or whole.code:
         return (yield False, f"under ZeRO-2: {second.why()}")
-    yield ", ZeRO 2" in second.log or not bench.cuda, f"loaded under ZeRO-2 at step {resumed[1]}, trained to step {steps}"
+    # One process alone runs ZeRO-2 as ZeRO-1.
+    yield ", ZeRO 1" in second.log, f"loaded under ZeRO-2 at step {resumed[1]}, trained to step {steps}"
     gap = max(abs(a["loss"] - b["loss"]) for a, b in zip(whole.rows, second.rows))
     share = compare(whole.output, second.output, bench.model("SmolLM2-135M"))[2]
     yield gap < 0.02 and share < 0.2, (
@@ -473,9 +487,9 @@ def attention(bench):
 def trl(bench):
     if not all(importlib.util.find_spec(name) for name in ("trl", "accelerate", "datasets")):
         return (yield None, "TRL is not installed: skipped")
-    folder, ours = bench.folder / "runs" / "trl", base_run(bench)
-    if ours.code:
-        return (yield False, f"train.py: {ours.why()}")
+    folder, (title, _, rows, peak) = bench.folder / "runs" / "trl", measured(bench, "135M")[0]
+    if not rows:
+        return (yield False, f"train.py, {title}: failed, or no time was left: see gpu.log")
     job = {"model": str(bench.model("SmolLM2-135M")), "pairs": str(bench.pairs), "output": str(folder), "reference": None,
            "bf16": True, "checkpointing": False, "precompute": True, "threads": max(1, os.cpu_count() // 2)}
     folder.with_suffix(".json").write_text(json.dumps(job))
@@ -483,9 +497,9 @@ def trl(bench):
     found = [json.loads(line[4:]) for line in ran.log.splitlines() if line.startswith("TRL ")]
     if not found:
         return (yield False, f"TRL: {ran.why()}")
-    (cold, warm), peak = ours.speeds(), ours.summary["peak_memory_bytes"]
-    yield "| | tokens/s, first 5 steps | last third | peak GB |\n| --- | --: | --: | --: |"
-    yield f"| train.py, 16,384 tokens | {cold:,.0f} | {warm:,.0f} | {peak / 1e9:.1f} |"
+    cold, warm = (row["tokens_per_second"] for row in rows)
+    yield "| | tokens/s, at the start | later | peak GB |\n| --- | --: | --: | --: |"
+    yield f"| train.py, {title} | {cold:,.0f} | {warm:,.0f} | {peak / 1e9:.1f} |"
     for row in found:
         yield "| TRL, {pairs} pairs a step | {cold:,.0f} | {warm:,.0f} | {gb:.1f} |".format(**row, gb=row["memory"] / 1e9)
     best = max(found, key=lambda row: row["warm"])
@@ -568,6 +582,32 @@ def count_waits(path):
     os._exit(code)
 
 
+def time_runs(path):
+    """Run train.py's main for each of these configs, one after the other, without saving a model."""
+    import gc
+
+    import torch
+
+    import train
+    from runtime.launch import command
+    from runtime.ranks import peak_memory
+    from runtime.run import Run
+    peaks = []
+
+    def finish(run, engine, tokenizer, summary):
+        peaks.append(peak_memory(engine.device))
+        engine.destroy()
+    Run.finish = finish
+    for job in json.loads(Path(path).read_text()):
+        torch.compiler.reset()
+        if command(["--config", job["config"]], train.main) == 0:
+            Path(job["peak"]).write_text(str(peaks[-1]))
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
 def trl_speed(path):
     """benchmarks/speed.py's run of TRL on one epoch of the pairs, at two sizes of a step; prints a line of JSON for each.
 
@@ -577,15 +617,16 @@ def trl_speed(path):
     import speed
     import torch
     job = json.loads(Path(path).read_text())
-    for speed.MICRO in (8, 32):
+    for job["micro"] in (32, 8):
         try:
             found = speed.trl(job)
         except torch.OutOfMemoryError:
-            print(f"{speed.MICRO} pairs a step: out of memory", flush=True)
+            print(f"{job['micro']} pairs a step: out of memory", flush=True)
             continue
         speeds = found["speeds"]
         cold, warm = (len(part) / sum(1 / s for s in part) for part in (speeds[:5], speeds[-(-len(speeds) * 2 // 3):]))
-        print("TRL " + json.dumps({"pairs": speed.MICRO, "cold": cold, "warm": warm, "memory": found["memory"]}), flush=True)
+        row = {"pairs": job["micro"], "cold": cold, "warm": warm, "memory": found["memory"]}
+        print("TRL " + json.dumps(row), flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -607,9 +648,9 @@ CHECKS = [
      ("11", "ZeRO-3 alone, loaded under ZeRO-2", "stops, resumes, trains on as ZeRO-2 does", 85, zero3),
      ("3", "Quickstart", "ends with a held-out accuracy of 0.92", 90, quickstart)],
     ("6 1B", "Speed of Llama-3.2-1B's shape", "none", 70, partial(rates, name="1B")),
+    ("7", "TRL on the same pairs", "2.0 times its tokens a second at 0.5 of its peak memory", 50, trl),
+    ("6 7B", "Speed of a 7B model's layers", "0.40 of the card's matrix rate", 60, partial(rates, name="7B")),
     ("2", "Attention with a mask", "finite gradients, and no plan to build for each new shape", 15, attention),
-    ("7", "TRL on the same pairs", "2.0 times its tokens a second at 0.5 of its peak memory", 80, trl),
-    ("6 7B", "Speed of a 7B model's layers", "0.40 of the card's matrix rate", 50, partial(rates, name="7B")),
     ("6 LoRA", "Speed of a 7B model with an adapter", "0.40 of the card's matrix rate", 120, partial(rates, name="LoRA"))]
 
 
@@ -661,7 +702,7 @@ def main(options):
             verdicts += perform(bench, group[0], bench.say)
         elif group:
             verdicts += perform_together(bench, group)
-        if (base := bench.done.get("smollm2")) and base[1].code:
+        if (base := bench.done.get("smollm2")) and base[1] and base[1].code:
             bench.say("\nThe plain run failed, so nothing else would run: stopped. gpu.log has what it printed.")
             break
     bench.say("\n## All verdicts\n\n| check | verdict | |\n| --- | --- | --- |\n" + "\n".join(
@@ -671,7 +712,7 @@ def main(options):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--work"]:
-        sys.exit({"waits": count_waits, "trl": trl_speed}[sys.argv[2]](sys.argv[3]))
+        sys.exit({"waits": count_waits, "rates": time_runs, "trl": trl_speed}[sys.argv[2]](sys.argv[3]))
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", metavar="CHECKS", type=lambda text: text.split(","), default=[],
                         help="numbers or names, such as 1,4,6 or 135M,plain")

@@ -27,8 +27,10 @@ The candidate is the recommended way to spend a number of labels, at this time "
 Cut to fit into four hours: only the headline methods at 20 % noise of the built-in task have 20 seeds (Plan.seeds); the
 other methods are tuned at 20 % noise alone, with one seed, and are left out at some noises.
 
-A run that has finished is not run again, and each of Plan.blocks leaves a balanced table. Writes
-benchmarks/results/query_efficiency.md, .json and .png. One run is in query_runs.py, the tables are in query_report.py.
+A run that has finished is not run again, nor is one that finished elsewhere: results/query_efficiency.json holds what each
+run measured. (Delete it to begin anew. If the keys of a method have changed, its runs are done again.) Each of Plan.blocks
+leaves a balanced table. Writes query_efficiency.md, .json and .png into benchmarks/results. One run is in query_runs.py, the
+tables are in query_report.py.
 """
 
 import argparse
@@ -38,7 +40,7 @@ import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -47,6 +49,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+RESULTS = ROOT / "benchmarks" / "results"
 # Share of the labels to buy at each noise: Bradley-Terry's at three levels, and an annotator who errs at random.
 SHARES = {"noise-0.2": 1 / 4, "noise-0.35": 1 / 3, "noise-0.05": 1 / 4, "flips-0.2": 1 / 4}
 BASE = {"max_length": 96, "max_prompt_length": 32, "beta": 0.1, "per_device_train_batch_size": 64,
@@ -117,11 +120,13 @@ class Job:
 
 @dataclass
 class Bench:
-    """The runs of a plan.  outputs: their folder.  roots: {task: the folder it is built in}.  workers: processes."""
+    """The runs of a plan.  outputs: their folder.  roots: {task: the folder it is built in}.  workers: processes.
+    kept: {job: result} of runs that finished elsewhere."""
     plan: Plan
     outputs: Path
     roots: dict[str, Path]
     workers: int = 1
+    kept: dict = field(default_factory=dict)
 
     def folder(self, job):
         method = "".join(c if c.isalnum() or c in ".-" else "_" for c in job.method)
@@ -130,7 +135,7 @@ class Bench:
     def result(self, job):
         """What a run measured, or None where it has not finished."""
         path = self.folder(job) / "result.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else self.kept.get(job)
 
     def keys(self, job):
         """The keys of train.py for a run."""
@@ -151,10 +156,15 @@ class Bench:
         return [Job(task, noise, method, rate, FIRST_TUNING_SEED + n)
                 for n in range(seeds[noise] if method in HEADLINE else 1) for rate in rates]
 
+    def rates(self, task):
+        """The grid of learning rates, and the next one at either end."""
+        grid = self.plan.rates[task]
+        return min(grid) / 2, *grid, 2 * max(grid)
+
     def tried(self, task, noise, method):
         """{learning rate: accuracies of its tuning runs}, without the rates whose runs have not all finished."""
-        grid, found = self.plan.rates[task], {}
-        for rate in (min(grid) / 2, *grid, 2 * max(grid)):
+        found = {}
+        for rate in self.rates(task):
             results = [self.result(job) for job in self.tuning(task, noise, method, [rate])]
             if all(results):
                 found[rate] = [result["accuracy"] for result in results]
@@ -173,14 +183,29 @@ class Bench:
         return [Job(task, noise, method, rate, seed) for seed in range(most) for (noise, method), rate in rates.items()
                 if rate and seed in self.seeds(task, noise, method)]
 
-    def seconds(self, task):
-        """What each run of a task took that has finished."""
-        paths = self.outputs.glob(f"{task}/**/result.json")
-        return [json.loads(path.read_text(encoding="utf-8"))["seconds"] for path in paths]
+    def cells(self):
+        """(noise, method) of all blocks."""
+        return dict.fromkeys((noise, method) for methods, noises, _ in self.plan.blocks for noise in noises
+                             for method in methods)
+
+    def finished(self, task):
+        """{job: result} of all runs of a task that have finished."""
+        jobs = [job for cell in self.cells() for job in self.tuning(task, *cell, self.rates(task))]
+        for methods, noises, most in self.plan.blocks:
+            jobs += self.reported(task, methods, noises, most)
+        return {job: result for job in dict.fromkeys(jobs) if (result := self.result(job))}
+
+    def dump(self):
+        """All results, as the JSON that read_kept reads; a line for each run."""
+        runs = [{"job": astuple(job), "result": result}
+                for task in self.roots for job, result in self.finished(task).items()]
+        methods = {name: METHODS[name] for name in dict.fromkeys(row["job"][2] for row in runs)}
+        rows = ",\n".join(map(json.dumps, runs))
+        return f'{{"methods": {json.dumps(methods)},\n"runs": [\n{rows}\n]}}\n'
 
     def planned(self, task):
         """(runs, seeds to build); without the runs that follow where the best learning rate is at the edge of the grid."""
-        cells = {(noise, method) for methods, noises, _ in self.plan.blocks for noise in noises for method in methods}
+        cells = self.cells()
         tuning = {job for cell in cells for job in self.tuning(task, *cell, self.plan.rates[task])}
         seeds = {job.seed for job in tuning}.union(*(self.seeds(task, *cell) for cell in cells))
         return len(tuning) + sum(len(self.seeds(task, *cell)) for cell in cells), len(seeds)
@@ -237,6 +262,15 @@ class Bench:
                 self.run(self.reported(task, methods, noises, most), bar)
 
 
+def read_kept(path):
+    """{job: result} of the runs in a results file, without those of methods whose keys have changed since."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    same = {name for name, keys in found["methods"].items() if keys == METHODS.get(name)}
+    return {Job(*row["job"]): row["result"] for row in found["runs"] if row["job"][2] in same}
+
+
 def call(name, *arguments):
     """In a worker: call a function of query_runs.py, whose imports take seconds, once in each worker."""
     from benchmarks import query_runs
@@ -268,13 +302,15 @@ def main():
     plan, name = (SHORT, "query_efficiency_short") if args.short else (FULL, "query_efficiency")
     outputs, movies = args.outputs.resolve() / name, (args.movies or args.outputs / "movies").resolve()
     roots = {"toy": outputs / "tasks" / "toy", "movies": movies}
-    bench = Bench(plan, outputs, {task: roots[task] for task in plan.rates if args.task in (None, task)}, args.jobs)
+    bench = Bench(plan, outputs, {task: roots[task] for task in plan.rates if args.task in (None, task)}, args.jobs,
+                  {} if args.short else read_kept(RESULTS / "query_efficiency.json"))
     outputs.mkdir(parents=True, exist_ok=True)
     os.environ.update(HF_HOME=str(outputs / "cache"), OMP_NUM_THREADS="1")  # of the workers
     if not args.report:
         done, left, seconds = 0, 0, 0.0
         for task, root in bench.roots.items():
-            runs, seeds, finished = *bench.planned(task), bench.seconds(task)
+            runs, seeds = bench.planned(task)
+            finished = [result["seconds"] for result in bench.finished(task).values()]
             to_build = seeds - len([*root.glob("seed-*/responses")])
             done, left = done + len(finished), left + max(0, runs - len(finished))
             seconds += max(0, runs - len(finished)) * (statistics.mean(finished) if finished else SECONDS[task][0])
@@ -284,7 +320,7 @@ def main():
             bench.run_all(bar)
     from benchmarks import query_report
     bench.roots = {task: roots[task] for task in plan.rates}  # the page is about all that has finished
-    query_report.write(bench, outputs if args.short else ROOT / "benchmarks" / "results")
+    query_report.write(bench, outputs if args.short else RESULTS)
 
 
 if __name__ == "__main__":

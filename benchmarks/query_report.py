@@ -125,12 +125,11 @@ def aims(results):
 
 def rates_table(bench, task):
     """Held-out accuracy of the tuning runs by learning rate, the best in bold; one row a method and noise."""
-    grid = bench.plan.rates[task]
-    columns = (min(grid) / 2, *grid, 2 * max(grid))
+    columns = bench.rates(task)
     lines = ["| noise | method | seeds | " + " | ".join(f"{rate:g}" for rate in columns) + " |",
              "| --- | --- | --: |" + " --: |" * len(columns)]
-    cells = dict.fromkeys((job.noise, method) for methods, noises, _ in bench.plan.blocks for noise in noises
-                          for method in methods for job in bench.tuning(task, noise, method, grid[:1]))
+    cells = dict.fromkeys((job.noise, method) for noise, method in bench.cells()
+                          for job in bench.tuning(task, noise, method, columns[:1]))
     for noise, method in cells:
         if tried := bench.tried(task, noise, method):
             best, seeds = bench.rate(task, noise, method)[0], len(next(iter(tried.values())))
@@ -142,7 +141,7 @@ def rates_table(bench, task):
 
 def seconds(bench):
     """What the runs took, in words."""
-    runs = [value for task in bench.roots for value in bench.seconds(task)]
+    runs = [result["seconds"] for task in bench.roots for result in bench.finished(task).values()]
     built = [json.loads(path.read_text()) for root in bench.roots.values()
              for path in root.glob("seed-*/pairs-*/seconds.json")]
     return (f"{len(runs):,} runs of one thread, those for the learning rates included, took {sum(runs) / 3600:.1f} hours, "
@@ -182,10 +181,7 @@ def write(bench, folder):
                   "Held-out accuracy of the runs that chose them. A method that is missing at a noise has its rate of 20 %.",
                   "", *rates_table(bench, task)]
     (folder / "query_efficiency.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
-    tried = {task: {noise: {method: bench.tried(task, noise, method) for method in rates[task][noise]}
-                    for noise in rates[task]} for task in rates}
-    dump = json.dumps({"results": results, "rates": rates, "tuning": tried})
-    (folder / "query_efficiency.json").write_text(dump.replace('{"queries"', '\n{"queries"') + "\n", encoding="utf-8")
+    (folder / "query_efficiency.json").write_text(bench.dump(), encoding="utf-8")
     draw(results, pairs, folder / "query_efficiency.png")
     print((folder / "query_efficiency.md").read_text(encoding="utf-8"))
 

@@ -14,12 +14,12 @@ brings. Whatever is learned comes from the ledger and is a function of the optim
 undisturbed one does.
 """
 
+import math
 from collections import OrderedDict, deque
 from itertools import accumulate, groupby, islice
 
 import torch
 
-import adpo
 from labels.oracle import drawn
 from runtime.ranks import from_rank_0, gather_to_rank_0, say
 from runtime.schedule import learning_rate
@@ -59,12 +59,12 @@ class FixedGamma:
     def advance(self, step):
         """Before a step: learn from the labels bought up to the step before."""
 
-    def plan(self, ids, margins, step):
-        """When all margins of a step are known: set γ for it.  ids, margins: this rank's pairs, None for a filler."""
+    def scores(self, margin, ids, step):
+        """What the gate reads of each pair: its margin.  margin: (B,).  ids: None for a filler.  Returns (B,)."""
+        return margin
 
-    def ask(self, margin, ids):
-        """Algorithm 2, the query: which of these pairs to ask.  margin: (B,).  ids: None for a filler.  Returns (B,)."""
-        return adpo.gate(margin, self.gamma, ids)
+    def plan(self, ids, scores, step):
+        """When all scores of a step are known: set γ for it.  ids, scores: this rank's pairs, None for a filler."""
 
     def rows_to_train(self, rows, step):
         """The rows to train on, once the step's answers are known."""
@@ -151,14 +151,14 @@ class Budget(FixedGamma):
     """A number of labels in place of γ: each step asks its least sure pairs, so many that the labels last to the end.
 
     A step's share is in proportion to what a label is worth then: the learning rates of the steps that train on it, its own
-    and, with replay, all later ones. With budget_selection random, a step asks as many pairs, whatever their margins.
+    and, with replay, all later ones. With budget_selection random, a step asks as many pairs, whatever their margins: the
+    gate reads random numbers.
     """
 
     plans = True
 
     def __init__(self, config, oracle, schedule):
         super().__init__(config, oracle, schedule)
-        self.chosen = None  # ids to ask at this step, where they are not chosen by γ
         self.labels = config.target_queries or round(config.target_query_fraction * schedule.pairs_seen())
         rates = [learning_rate(step, schedule.total_steps, config) for step in range(schedule.total_steps)]
         worth = list(accumulate(rates[::-1]))[::-1] if config.pseudo_labels == "replay" else rates
@@ -175,34 +175,27 @@ class Budget(FixedGamma):
         first, later = self.worth_left[step] - self.worth_left[second_epoch], self.worth_left[second_epoch]
         return (first + later * (1 - bought / len(self.schedule.pairs))) / self.worth[step]
 
-    def plan(self, ids, margins, step):
-        gathered = gather_to_rank_0(list(zip(ids, margins)))
+    def scores(self, margin, ids, step):
+        if self.config.budget_selection == "least_sure":
+            return margin
+        draws = [drawn(f"budget {self.config.seed} {step} {pair}") % 2**24 for pair in ids]  # fp32 tells them apart
+        return 0 * margin + torch.tensor(draws)  # not a number where the margin is none
+
+    def plan(self, ids, scores, step):
+        gathered = gather_to_rank_0(list(zip(ids, scores)))
         if gathered is not None:
-            items = {pair: abs(margin) for part in gathered for pair, margin in part if pair is not None}
-            unasked = self.oracle.ledger.unanswered(list(items), before=step)
+            items = {pair: abs(score) for part in gathered for pair, score in part if pair is not None}
+            unasked = sorted(items[pair] for pair in self.oracle.ledger.unanswered(list(items), before=step))
             bought = self.oracle.queries(step - 1)
             share = min(1.0, (self.labels - bought) / max(1.0, self.unlabelled_left(step, bought)))
             audited = self.config.audit_fraction  # of the pairs that are not asked; audits cost too
             asked = round((share - audited) / (1 - audited) * len(unasked)) if audited < 1 else 0
             asked = max(asked, 1) if not bought else asked  # the first step needs something to train on
-            self._choose({pair: items[pair] for pair in unasked}, max(0, asked), step)
-        self.gamma, self.chosen = from_rank_0((self.gamma, self.chosen))
-
-    def _choose(self, unasked, count, step):
-        """Decide which `count` of these pairs are asked: by γ, or by name.  unasked: {pair: |margin|}."""
-        if self.config.budget_selection == "random":  # by hash, so that a resumed run chooses the same
-            order = sorted(unasked, key=lambda pair: drawn(f"budget {self.config.seed} {step} {pair}"))
-            self.gamma, self.chosen = float("nan"), set(order[:count])
-        else:
-            self.gamma = sorted(unasked.values())[count - 1] if unasked and count else -1.0
-
-    def ask(self, margin, ids):
-        """As in FixedGamma."""
-        asked = super().ask(margin, ids)  # refuses a margin that is not a number
-        return asked if self.chosen is None else torch.tensor([id in self.chosen for id in ids], dtype=torch.bool)
+            self.gamma = unasked[asked - 1] if unasked and asked > 0 else -1.0
+        self.gamma = from_rank_0(self.gamma)
 
     def metrics(self):
-        return {"gate_gamma": self.gamma, "gate_scale": 1.0}
+        return {"gate_gamma": self.gamma if self.config.budget_selection == "least_sure" else math.nan, "gate_scale": 1.0}
 
 
 THRESHOLDS = {"paper": FixedGamma, "calibrated": Calibrated, "budget": Budget}  # by the key `gate`

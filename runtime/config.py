@@ -117,6 +117,8 @@ class Config:
     micro_batch_tokens: int | None = key(None, "how a step is cut: tokens of a micro-batch on each device, with padding; it "
                                                "decides memory and speed, not the result; null: 1,024 on a CPU, 16,384 on a "
                                                "GPU", low=1)
+    torch_compile: bool = key(False, "compile the model's layers (torch.compile): faster on a GPU, after half a minute at "
+                                     "the start; not under ZeRO-3")
     deterministic: bool = key(False, "use only kernels that give the same bits each time, so that a run on a GPU resumes to "
                                      "the last bit; slower")
     group_by_length: bool = key(True, "put pairs of similar length into the same step (within windows of 2,048 pairs) to "

@@ -4,6 +4,7 @@ pass, and gradients that are not finite.
 
 import contextlib
 import copy
+import io
 import json
 import math
 import os
@@ -102,6 +103,9 @@ def check_engine_config(ds, config):
     except Exception as error:  # DeepSpeed raises many kinds; whatever it says is about this file
         raise UsageError(f"{place}: DeepSpeed cannot read it ({type(error).__name__}: {one_line(error)[:300]})")
     bf16, zero = read.bfloat16_config, read.zero_config
+    if config.torch_compile and zero.stage == 3:
+        raise UsageError(f"{place}: torch_compile cannot be honoured: ZeRO-3 gathers the weights of a layer while it runs, "
+                         "which compiled layers do not allow; use ZeRO-2, or say --torch_compile=false")
     taken = "a step whose gradient is not finite would be taken"
     for name, refused, reason in (
             ("fp16", read.float16_config.enabled, UNSUPPORTED["fp16"]),
@@ -157,7 +161,9 @@ def starting(config, policy, ds):
             deepspeed.zero.Init(module=policy, config_dict_or_path=ds)
             for buffer in policy.buffers():
                 buffer.data = buffer.data.to(get_accelerator().current_device_name())
-        yield
+        # With bf16, DeepSpeed prints a dozen lines about memory, whatever log_level says.
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     except (ValueError, AssertionError, NotImplementedError) as error:
         raise UsageError(f"{config.deepspeed}: DeepSpeed cannot start with it ({type(error).__name__}: "
                          f"{one_line(error)[:300]})")
@@ -195,7 +201,8 @@ def plain_logps(engine, batch):
     """Log-prob of each response token by the model's own forward, row by row: (N,).  batch: in two rows a pair."""
     engine.eval()
     try:
-        return engine(batch.to(engine.device), per_token="plain")
+        with torch.compiler.set_stance("force_eager"):  # plain includes: not compiled
+            return engine(batch.to(engine.device), per_token="plain")
     except FROM_MODELS as error:
         reraise_if_not_the_models(error)
         raise UsageError(f"{type(engine.module.lm).__name__}: its own forward fails on text "
@@ -214,10 +221,11 @@ def largest_error(engine, pairs, rows, plain):
 
     plain: (N,), by plain_logps. A model that fails on our rows counts as infinitely far.
     """
-    engine.train()
     batch = pairs.batch(rows, engine.device)
     try:
-        squares = (engine(batch, per_token="ours") - plain).pow(2)  # (N,)
+        with no_backward(engine):
+            engine.train()
+            squares = (engine(batch, per_token="ours").detach() - plain).pow(2)  # (N,)
     except FROM_MODELS as error:
         reraise_if_not_the_models(error)
         return math.inf, f"its forward fails on such rows ({type(error).__name__}: {one_line(error, 200)})"
@@ -259,6 +267,22 @@ def check_causal(engine, pairs, row, limit):
     if not difference.abs().max().item() <= limit:
         raise UsageError(f"{type(engine.module.lm).__name__}: a later token changes the log-probs of earlier ones, by "
                          f"{difference.abs().max().item():.2g} nats: it is not a causal language model")
+
+
+@contextlib.contextmanager
+def no_backward(engine):
+    """Around forward passes without a backward pass: evaluation mode, and torch.no_grad().
+
+    Without gradients, compiled layers would be compiled once more, into kernels whose last bits differ, but at step 0 every
+    margin has to be 0. So they run as in training, and what they save for a backward pass is dropped at once.
+    """
+    engine.train(engine.module.compiled)
+    if not engine.module.compiled:
+        with torch.no_grad():
+            yield
+    else:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda saved: None, lambda nothing: None):
+            yield
 
 
 def backward(engine, loss, whole, last):

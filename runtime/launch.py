@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from pathlib import Path
 
 import torch
@@ -114,6 +115,8 @@ def set_up(config):
     # shapes; on rows of low scores its gradients are NaN (H100, cuDNN 9.19: benchmarks/results/gpu.md). The
     # memory-efficient kernel is as fast and does neither.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    # DeepSpeed does not bind a process that is alone to its GPU, and torch then warns at each barrier.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic
         torch.use_deterministic_algorithms(True)

@@ -20,6 +20,7 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import adpo
 import data
@@ -162,9 +163,32 @@ def load_policy(config, name=None, trained=True):
     remove_noise(lm)
     if config.gradient_checkpointing:
         recompute_activations(lm)
-    policy = adpo.PairLogps(lm, config.logits_chunk_size)
+    policy = adpo.PairLogps(lm, config.logits_chunk_size, takes_rows=skips_masks(lm))
+    if config.torch_compile and not policy.compile_layers():
+        raise UsageError(f"model {name}: torch_compile finds no layers in {type(lm).__name__}, which names none "
+                         "(_no_split_modules): say --torch_compile=false")
     policy.fingerprint = weights_fingerprint(config, name)
     return policy
+
+
+def skips_masks(lm):
+    """Whether attention without a mask pays, and the model's own is `attention_of_pairs`. FlashAttention, which torch has
+    for 16 bits on a GPU, is several times as fast as kernels that take a mask; on a CPU copying the prompt costs more."""
+    device, dtype = get_accelerator().device_name(), next(lm.parameters()).dtype
+    return (device == "cuda" and dtype == torch.bfloat16 and lm.config._attn_implementation == "sdpa"
+            and lm._supports_attention_backend)
+
+
+def attention_of_pairs(module, query, key, value, attention_mask, scaling=None, **rest):
+    """transformers' "sdpa", which also takes the indices of adpo.two_rows, (1, 1, 1, 2B·S + B·T) int, in place of a mask."""
+    if attention_mask is None or attention_mask.dtype != torch.int64:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **rest)
+    B, _, T, _ = query.shape
+    there, back = attention_mask.flatten().split([attention_mask.shape[-1] - B * T, B * T])
+    return adpo.pair_attention(query, key, value, there.view(2 * B, -1), back.view(B, T), scaling), None
+
+
+transformers.AttentionInterface.register("sdpa", attention_of_pairs)
 
 
 def load_lm(config, name, trained):

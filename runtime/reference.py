@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import data
-from runtime.engine import check_against_plain_forward, starting
+from runtime.engine import check_against_plain_forward, no_backward, starting
 from runtime.errors import one_line
 from runtime.files import replacing, writing
 from runtime.model import load_policy
@@ -73,21 +73,20 @@ def add_reference(engine, scoring):
 
 
 def kernels(engine):
-    """What decides which kernels compute a log-prob: the attention, the versions, the device."""
+    """What decides which kernels compute a log-prob: the attention, the compiler, the version, the device."""
     device = torch.cuda.get_device_name() if engine.device.type == "cuda" else engine.device.type
-    return engine.module.lm.config._attn_implementation, torch.__version__, device
+    return engine.module.lm.config._attn_implementation, engine.module.compiled, torch.__version__, device
 
 
-@torch.no_grad()
 def score(engine, pairs, batches, what):
     """Log-probs of all pairs, over all ranks: (pairs, 2) fp32 on the CPU; NaN for a pair that is in no batch."""
-    engine.eval()
     logps = torch.zeros(len(pairs), 2, device=engine.device)
     seen = torch.zeros(len(pairs), 1, device=engine.device)
     with bar(len(batches), what) as progress:
         for rows in batches:
             batch = pairs.batch(rows, engine.device)
-            scored = engine(batch)  # (B, 2)
+            with no_backward(engine):
+                scored = engine(batch).detach()  # (B, 2)
             if rows:
                 logps[batch.rows], seen[batch.rows] = scored, 1.0
             progress.update()

@@ -5,6 +5,7 @@ double precision, a full log-softmax, a sum.
 """
 
 import copy
+import functools
 import math
 import random
 import re
@@ -14,6 +15,7 @@ import datasets
 import pytest
 import torch
 import transformers
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import adpo
 import data
@@ -113,6 +115,78 @@ def test_flex_attention_sees_the_same(name):
     assert module.why_not_shared() is None
     with torch.compiler.set_stance("force_eager"):
         torch.testing.assert_close(module(batch), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("window", [None, 5, 500], ids=["its own window", "window 5", "window 500"])
+@pytest.mark.parametrize("name", ["llama", "mistral, sliding window", "qwen2, two kinds of layers", "gpt2"])
+def test_attention_in_two_causal_rows_gives_what_a_mask_gives(name, window):
+    lm, pairs = make_lm(name), make_pairs([*LENGTHS, (3, 40, 2), (3, 2, 40)])
+    if window:
+        lm.config.sliding_window = window
+    assert lm._supports_attention_backend and lm.config._attn_implementation == "sdpa"
+    batch, found = data.collate(pairs, range(6)), []
+    for takes_rows in (False, True):
+        module = adpo.PairLogps(lm, takes_rows=takes_rows)
+        masks = module._mask(batch)
+        integers = [mask.dtype == torch.int64 for mask in (masks.values() if isinstance(masks, dict) else [masks])]
+        kinds = module.layer_types or {"sliding_attention" if module.window else "full_attention"}
+        assert integers == [takes_rows and (kind == "full_attention" or module.window >= batch.longest) for kind in kinds]
+        lm.zero_grad()
+        logps = module(batch)
+        (logps * torch.arange(12).view(6, 2)).sum().backward()
+        found.append((logps.detach(), torch.cat([p.grad.flatten() for p in lm.parameters()])))
+    (logps, grads), (expected, expected_grads) = found[1], found[0]
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-4)
+    assert (grads - expected_grads).norm() <= 1e-5 * expected_grads.norm()
+
+
+def test_two_causal_rows_hold_each_response_after_its_prompt():
+    segments = torch.tensor([[0, 0, 1, 2, 2, 2], [0, 1, 1, 2, -1, -1]])
+    there, back = adpo.two_rows(segments, 5)
+    row = torch.arange(12).view(2, 6)
+    real = [[[0, 1, 2], [0, 1, 3, 4, 5]], [[6, 7, 8], [6, 9]]]
+    for pair in range(2):
+        for response in range(2):
+            assert there[2 * pair + response, :len(real[pair][response])].tolist() == real[pair][response]
+    assert there.max() < 12 and back.max() < 20
+    assert (there.flatten()[back] == row)[segments >= 0].all()  # each real token comes back to where it was
+
+
+COMPILED = functools.partial(torch.compile, backend="aot_eager")  # needs no C++ compiler
+
+
+@pytest.mark.parametrize("name, takes_rows", [("llama", True), ("qwen2, two kinds of layers", False), ("gemma2", False)])
+def test_compiled_layers_give_what_they_gave(name, takes_rows, monkeypatch):
+    monkeypatch.setattr(torch, "compile", COMPILED)
+    lm, pairs, found = make_lm(name).train(), make_pairs(LENGTHS), []
+    module = adpo.PairLogps(lm, chunk_size=7, takes_rows=takes_rows)
+    for compiled in (False, True):
+        if compiled:
+            assert module.compile_layers() == 4
+        lm.zero_grad()
+        logps = module(data.collate(pairs, range(4)))
+        (logps * torch.arange(8).view(4, 2)).sum().backward()
+        found.append((logps.detach(), torch.cat([p.grad.flatten() for p in lm.parameters()])))
+    (expected, expected_grads), (logps, grads) = found
+    torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-4)
+    assert (grads - expected_grads).norm() <= 1e-5 * expected_grads.norm()
+    torch.compiler.reset()
+
+
+def test_compiled_layers_share_their_graphs_over_layers_and_shapes(monkeypatch):
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    torch.compiler.reset()
+    module = adpo.PairLogps(make_lm("llama").train(), chunk_size=16, takes_rows=True)
+    module.compile_layers()
+    rng, counts = random.Random(0), []
+    for n in range(2, 14):
+        pairs = make_pairs([[rng.randint(2, 20) for _ in range(3)] for _ in range(n)])
+        module(data.collate(pairs, range(n))).sum().backward()
+        counts.append(counter.frame_count)
+    # The layer, and twice each the two functions of logits: for the first chunk of a batch and for those that follow.
+    assert counts == [5] * 12
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -243,10 +243,11 @@ def test_the_engine_config_takes_what_the_yaml_owns(write, tmp_path, monkeypatch
     assert ds["csv_monitor"]["enabled"] and "tensorboard" not in ds
     for text, message in (('{"gradient_clipping": 2}', "gradient_clipping is 2, but the YAML says 0.5"),
                           ('{"zero_optimization": {"stage": "auto"}}', 'zero_optimization.stage is "auto", but no key'),
-                          ('{"fp16": {"enabled": true}}', "fp16 cannot be honoured"), ("{", "line 1: not JSON")):
+                          ('{"fp16": {"enabled": true}}', "fp16 cannot be honoured"), ("{", "line 1: not JSON"),
+                          ('{"zero_optimization": {"stage": 3}}', "torch_compile cannot be honoured: ZeRO-3 gathers")):
         (tmp_path / "ds.json").write_text(text)
         with pytest.raises(UsageError, match=message):
-            engine_config(dataclasses.replace(config, deepspeed=str(tmp_path / "ds.json")))
+            engine_config(dataclasses.replace(config, deepspeed=str(tmp_path / "ds.json"), torch_compile=True))
 
 
 def test_bf16_without_zero_keeps_fp32_weights(write, tmp_path, capsys):

@@ -144,9 +144,27 @@ def test_the_page_says_what_finished(bench, tmp_path, capsys):
     page = (tmp_path / "query_efficiency.md").read_text()
     assert "at least 2 points above a random subset, the interval above 0 | yes | +0.0303 ± 0.0014 |" in page
     assert "| budget, replay | 0.002 | 3 | 25.0% | 20.0% |" in page and "**0.9000**" in page
-    dump = json.loads((tmp_path / "query_efficiency.json").read_text())
-    assert dump["rates"]["toy"]["noise-0.2"]["budget, replay"] == 2e-3
     assert (tmp_path / "query_efficiency.png").exists()
+
+
+def test_what_finished_elsewhere_is_not_run_again(bench, tmp_path):
+    """But where the keys of a method have changed, it is."""
+    for method in HEADLINE:
+        for job in bench.tuning("toy", "noise-0.2", method, [*FULL.rates["toy"], 8e-3]):
+            finish(bench, job, {4e-3: 0.9, 8e-3: 0.95}.get(job.rate, 0.8))
+    job, = bench.reported("toy", ["budget, replay"], ["noise-0.2"], 1)
+    finish(bench, job, 0.93)
+    assert job.rate == 8e-3
+    dump = json.loads(bench.dump())
+    (tmp_path / "kept.json").write_text(bench.dump())
+    kept = query_efficiency.read_kept(tmp_path / "kept.json")
+    elsewhere = Bench(FULL, tmp_path / "empty", bench.roots, kept=kept)
+    assert len(kept) == len(dump["runs"]) == 4 * 4 * 2 + 1 and elsewhere.finished("toy") == bench.finished("toy") == kept
+    assert elsewhere.result(job)["accuracy"] == 0.93 and elsewhere.dump() == bench.dump()
+    dump["methods"]["budget, replay"]["beta"] = 0.2
+    (tmp_path / "kept.json").write_text(json.dumps(dump))
+    assert {job.method for job in query_efficiency.read_kept(tmp_path / "kept.json")} == {*HEADLINE} - {"budget, replay"}
+    assert query_efficiency.read_kept(tmp_path / "none.json") == {}
 
 
 def test_a_mixture_goes_from_the_reference_to_the_policy(tiny, monkeypatch):

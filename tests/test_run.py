@@ -214,13 +214,14 @@ class Engine:
 
     def __init__(self, **changes):
         self.calls = 0
-        self.attention, self.dtype, self.fingerprint = "sdpa", torch.float32, "weights"
+        self.attention, self.dtype, self.fingerprint, self.compiled = "sdpa", torch.float32, "weights", False
         vars(self).update(changes)
         self.module = types.SimpleNamespace(
-            fingerprint=self.fingerprint, parameters=lambda: iter([torch.zeros(1, dtype=self.dtype)]),
+            fingerprint=self.fingerprint, compiled=self.compiled,
+            parameters=lambda: iter([torch.zeros(1, dtype=self.dtype)]),
             lm=types.SimpleNamespace(config=types.SimpleNamespace(_attn_implementation=self.attention)))
 
-    def eval(self):
+    def train(self, mode):
         pass
 
     def __call__(self, batch):
@@ -255,9 +256,10 @@ def test_the_reference_is_scored_once_and_unscored_pairs_are_not_numbers(referen
 
 
 @pytest.mark.parametrize("change", [
-    dict(engine={"attention": "eager"}), dict(engine={"dtype": torch.bfloat16}), dict(engine={"fingerprint": "others"}),
-    dict(pairs={"fingerprint": "others"}), dict(pairs={"shared": False}), dict(pairs={"batches": ((1,), (0,))}),
-    dict(torch="9.9"), dict(data=data.VERSION + 1), dict(device="another GPU")], ids=str)
+    dict(engine={"attention": "eager"}), dict(engine={"compiled": True}), dict(engine={"dtype": torch.bfloat16}),
+    dict(engine={"fingerprint": "others"}), dict(pairs={"fingerprint": "others"}), dict(pairs={"shared": False}),
+    dict(pairs={"batches": ((1,), (0,))}), dict(torch="9.9"), dict(data=data.VERSION + 1),
+    dict(device="another GPU")], ids=str)
 def test_the_cache_is_not_used_where_the_last_bits_would_differ(change, reference_of, monkeypatch, capsys):
     """Other kernels are enough: at step 0 every margin has to be 0, not nearly 0."""
     reference_of(Engine())
@@ -267,15 +269,15 @@ def test_the_cache_is_not_used_where_the_last_bits_would_differ(change, referenc
         monkeypatch.setattr(data, "VERSION", change["data"])
     if "device" in change:
         kernels = reference.kernels
-        monkeypatch.setattr(reference, "kernels", lambda engine: (*kernels(engine)[:2], change["device"]))
+        monkeypatch.setattr(reference, "kernels", lambda engine: (*kernels(engine)[:3], change["device"]))
     assert reference_of(Engine(**change.get("engine", {})), **change.get("pairs", {}))[1] == 2
     assert capsys.readouterr().out == ""  # the file in the cache was not found, rather than found and thought damaged
 
 
-def test_the_kernels_are_those_of_attention_version_and_device(monkeypatch):
-    assert reference.kernels(Engine()) == ("sdpa", torch.__version__, "cpu")
+def test_the_kernels_are_those_of_attention_compiler_version_and_device(monkeypatch):
+    assert reference.kernels(Engine()) == ("sdpa", False, torch.__version__, "cpu")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
-    assert reference.kernels(Engine(device=torch.device("cuda"))) == ("sdpa", torch.__version__, "NVIDIA H100")
+    assert reference.kernels(Engine(device=torch.device("cuda"))) == ("sdpa", False, torch.__version__, "NVIDIA H100")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

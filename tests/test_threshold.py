@@ -215,26 +215,29 @@ def test_a_budget_asks_the_least_sure_and_lasts_to_the_end(tmp_path):
 
 def test_a_random_budget_buys_as_many_whatever_the_margins(tmp_path):
     """And decides the same again, as after a kill; with another seed it chooses other pairs."""
+    def ask(threshold, margins, ids, step):
+        scores = threshold.scores(torch.tensor(margins), ids, step)
+        threshold.plan(ids, scores.tolist(), step)
+        return adpo.gate(scores, threshold.gamma, ids)
+
     def run(name, **keys):
         (tmp_path / name).mkdir()
         threshold = make(tmp_path / name, target_query_fraction=0.3, audit_fraction=0.0, budget_selection="random", **keys)
         for step in range(40):
             ids, margins = PAIRS[10 * step:10 * step + 10], [float(n) for n in range(10)]
-            threshold.plan(ids, margins, step)
-            asked = threshold.ask(torch.tensor(margins), ids)
+            asked = ask(threshold, margins, ids, step)
             buy(threshold, step, {id: (m, 1) for id, m, ask in zip(ids, margins, asked) if ask})
-            threshold.plan(ids, margins, step)
-            assert threshold.ask(torch.tensor(margins), ids).equal(asked)
+            assert ask(threshold, margins, ids, step).equal(asked)
         return {pair: margin for pair, _, margin, *_ in threshold.oracle.ledger.labels(0, 39)}
 
     bought = run("one")
     assert len(bought) == 120 and sum(bought.values()) / 120 == pytest.approx(4.5, abs=0.8)  # least sure: 1.0
     assert bought == run("two") and set(bought) != set(run("three", seed=1))
     threshold = make(tmp_path, target_queries=3, budget_selection="random")
-    threshold.plan(PAIRS[:2] + [None], [0.0, 0.0, 0.0], 0)
-    assert threshold.ask(torch.zeros(3), [*PAIRS[:2], None]).sum() == 1 and math.isnan(threshold.metrics()["gate_gamma"])
+    assert ask(threshold, [0.0, 0.0], PAIRS[:2], 0).sum() == 1 and math.isnan(threshold.metrics()["gate_gamma"])
+    assert adpo.gate(threshold.scores(torch.zeros(3), [*PAIRS[:2], None], 0), threshold.gamma)[:2].sum() == 1  # a filler
     with pytest.raises(FloatingPointError, match="the margin of pair p001 is nan"):
-        threshold.ask(torch.tensor([0.0, math.nan]), PAIRS[:2])
+        adpo.gate(threshold.scores(torch.tensor([0.0, math.nan]), PAIRS[:2], 0), threshold.gamma, PAIRS[:2])
 
 
 def test_with_audits_a_budget_holds_too(tmp_path):

@@ -6,6 +6,7 @@ Models are random and tiny, but what is checked is exact: losses, weights, ledge
 started by the launcher; the others run the same command in this process.
 """
 
+import functools
 import json
 import math
 import re
@@ -17,9 +18,12 @@ import transformers
 import yaml
 from helpers import assert_same_weights, copy_without, errors, timeless
 from safetensors.torch import load_file
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import adpo
 from labels.annotators import DatasetAnnotator
+from runtime import reference
+from runtime.run import Run
 
 METRICS = {"step", "epoch", "split", "loss", "rewards/chosen", "rewards/rejected", "rewards/margins",
            "rewards/accuracies", "logps/chosen", "logps/rejected", "learning_rate", "grad_norm", "queries",
@@ -154,6 +158,27 @@ def test_bf16_with_checkpointing_stays_near_fp32(train, launched):
     run = train("bf16", bf16=True, gradient_checkpointing=True)
     assert run.losses() == pytest.approx(launched.losses(), abs=0.02)
     assert abs(run.losses()[0] - math.log(2)) <= 1e-4
+    assert "bf16_optimizer" not in run.stdout  # DeepSpeed's lines about memory
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_compiled_layers_train_alike_and_scoring_compiles_nothing_of_its_own(checkpointing, train, launched, monkeypatch,
+                                                                                       tmp_path):
+    """Scoring, evaluation and training share their graphs, so that the margins of step 0 are 0 with any compiler."""
+    counter, graphs = CompileCounterWithBackend("aot_eager"), []
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    monkeypatch.setenv("HF_HOME", str(tmp_path))  # no reference is cached
+    torch.compiler.reset()
+    score = reference.score
+    monkeypatch.setattr(reference, "score", lambda *rest: (score(*rest), graphs.append(counter.frame_count))[0])
+    steps = Run.end_step
+    monkeypatch.setattr(Run, "end_step", lambda *rest: (graphs.append(counter.frame_count), steps(*rest)))
+    run = train("compiled", torch_compile=True, gradient_checkpointing=checkpointing, eval_on_start=True)
+    torch.compiler.reset()
+    assert run.losses() == pytest.approx(launched.losses(), rel=1e-4)
+    assert all(row["rewards/margins"] == 0 for row in run.rows("eval")[:1] + run.rows()[:1])
+    _, scored, first, *later = graphs  # after scoring train and test; after each step
+    assert first == scored + 1 and set(later) == {first}  # only the gradient of the logits is new in training
 
 
 @pytest.mark.slow

@@ -1,0 +1,237 @@
+"""People's labels: the methods of query_efficiency.py with a real model on pairs that people labelled, cross-validated.
+
+    python benchmarks/humans.py MODEL PAIRS                a night on two cores
+    python benchmarks/humans.py MODEL PAIRS --size gpu     about six minutes on one large GPU
+    python benchmarks/humans.py MODEL PAIRS --report       run nothing; write the page of the runs that have finished
+
+MODEL: a chat model, such as a folder with SmolLM2-135M-Instruct.  PAIRS: a file, folder or hub id of labelled pairs in any
+form that train.py reads, such as a jsonl(.gz) of HH dialogues; its split `train` is used.
+
+The prompts fall into six parts by a hash, all pairs of a prompt into the same part. Part 0 is held out to choose learning
+rates: each method has its own, the best of the same grid. Then each of the other parts is held out in turn (a fold), and the
+methods train on the rest with their rates, for the same steps. Differences are paired, fold by fold. Nobody knows here
+what people prefer without noise: accuracy is the share of held-out pairs on which the policy agrees with them. Beside it
+stands the rule that the longer response is preferred, which a policy has to beat.
+
+A run that has finished is not run again; runs go fold by fold, so that stopping leaves a balanced table. The pairs are
+copied into outputs/humans/ and nowhere else, and no run keeps its model. Writes benchmarks/results/humans.md, or --page.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from runtime.launch import command  # noqa: E402  first: it sets what DeepSpeed reads when it is imported
+
+# isort: split
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import train  # noqa: E402
+from benchmarks.query_efficiency import METHODS, choose  # noqa: E402
+from benchmarks.query_report import text  # noqa: E402
+from runtime.formats import parse_row  # noqa: E402
+from runtime.run import Run  # noqa: E402
+from runtime.sources import read_rows  # noqa: E402
+
+PARTS = 6
+SHARE = 1 / 3  # of the labels, for the methods that buy some
+NAMES = ["DPO, all labels", "random subset", "random, replay", "budget, replay", "paper, γ = 0.7"]
+ALL, SUBSET = NAMES[:2]
+STEP = 16  # pairs
+BASE = {"beta": 0.1, "max_length": 512, "max_prompt_length": 256, "per_device_train_batch_size": STEP,
+        "per_device_eval_batch_size": STEP, "save_strategy": "no", "logging_steps": 10, "seed": 0}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is run.  pairs: at most that many to train on.  folds: of the five.  rates: the grid.  keys: of train.py."""
+    pairs: int
+    folds: int
+    rates: tuple
+    keys: dict
+
+
+SIZES = {"cpu": Size(768, 3, (1.5e-5, 5e-5), {}),
+         "gpu": Size(10**6, 5, (5e-6, 1.5e-5, 5e-5), {"bf16": True, "micro_batch_tokens": 32768})}
+
+
+def split(source, folder):
+    """Write the rows of `source` as folder/part-N/{train,test}.jsonl: test holds that part of the prompts, train the others.
+
+    Returns the number of training pairs of the smallest, and the share of pairs in which the longer response is preferred
+    (in characters; equally long ones count half). Raises ValueError where a row has no label.
+    """
+    rows, longer = [], []
+    for place, row in read_rows(source, "train"):
+        parsed = parse_row(row, place)
+        if parsed["label"] is None:
+            raise ValueError(f"{place}: no label; this benchmark needs one for each pair")
+        prompt = json.dumps(parsed["prompt"], sort_keys=True)
+        part = int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=4).digest(), "big") % PARTS
+        rows.append((part, json.dumps(row)))
+        chosen, rejected = (characters(parsed["responses"][k]) for k in (parsed["label"], 1 - parsed["label"]))
+        longer.append((chosen > rejected) + 0.5 * (chosen == rejected))
+    for held_out in range(PARTS):
+        target = folder / f"part-{held_out}"
+        target.mkdir(parents=True, exist_ok=True)
+        for name, chosen in (("train", [row for part, row in rows if part != held_out]),
+                             ("test", [row for part, row in rows if part == held_out])):
+            (target / f"{name}.jsonl").write_text("".join(f"{row}\n" for row in chosen), encoding="utf-8")
+    sizes = [sum(part != held_out for part, _ in rows) for held_out in range(PARTS)]
+    return min(sizes), statistics.mean(longer)
+
+
+def characters(response):
+    """Length of a response: a string, or a list of messages."""
+    if isinstance(response, str):
+        return len(response)
+    return sum(len(message.get("content") or "") for message in response)
+
+
+class Humans:
+    """The runs.  model, size: of the command line.  folder: where they are.  pairs: to train on."""
+
+    def __init__(self, model, size, folder, pairs):
+        self.model, self.size, self.folder, self.pairs = model, size, folder, min(pairs, size.pairs)
+
+    def output(self, method, rate, part):
+        name = "".join(c if c.isalnum() else "-" for c in method)
+        return self.folder / f"{name}-{rate:g}-part-{part}"
+
+    def result(self, method, rate, part):
+        """What a run measured, or None where it has not finished."""
+        path = self.output(method, rate, part) / "result.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def run(self, method, rate, part, bar):
+        """Train with part `part` held out, unless that has been done. Raises RuntimeError where the run fails."""
+        if self.result(method, rate, part):
+            return
+        output = self.output(method, rate, part)
+        keys = {name: SHARE if name == "target_query_fraction" else value for name, value in METHODS[method].items()}
+        if keys.pop("subset", None):
+            keys["max_train_samples"] = round(SHARE * self.pairs)
+        config = output.with_suffix(".yaml")
+        config.write_text(json.dumps(BASE | self.size.keys | {"max_train_samples": self.pairs} | keys | {
+            "max_steps": -(-self.pairs // STEP), "learning_rate": rate, "model_name_or_path": str(self.model),
+            "dataset_mixer": {str(self.folder / f"part-{part}"): 1.0}, "output_dir": str(output)}))  # JSON is YAML
+        started, log = time.time(), output.with_suffix(".log")
+        with (open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file),
+              mock.patch.object(Run, "finish", finish)):
+            code = command(["--config", str(config)], train.main)
+        if code:
+            raise RuntimeError(f"{config}: exit code {code}: {log.read_text().strip().splitlines()[-1]}")
+        found = json.loads((output / "found.json").read_text()) | {"seconds": time.time() - started}
+        (output / "result.json").write_text(json.dumps(found))
+        bar.update()
+
+    def rate(self, method):
+        """(the learning rate of a method, another that is to be tried): see query_efficiency.choose."""
+        grid = self.size.rates
+        tried = {rate: [found["accuracy"]] for rate in (min(grid) / 2, *grid, 2 * max(grid))
+                 if (found := self.result(method, rate, 0))}
+        return choose(tried, grid)
+
+    def run_all(self):
+        folds = range(1, 1 + self.size.folds)
+        with tqdm(total=len(NAMES) * (len(self.size.rates) + len(folds)), desc="runs") as bar:
+            for rate in self.size.rates:
+                for method in NAMES:
+                    self.run(method, rate, 0, bar)
+            for method in NAMES:
+                if more := self.rate(method)[1]:
+                    bar.total += 1
+                    self.run(method, more, 0, bar)
+            for part in folds:
+                for method in NAMES:
+                    self.run(method, self.rate(method)[0], part, bar)
+
+    def finished(self):
+        """{method: (learning rate, {part: result})} of the reported runs."""
+        found = {}
+        for method in NAMES:
+            if rate := self.rate(method)[0]:
+                parts = {part: result for part in range(1, PARTS) if (result := self.result(method, rate, part))}
+                found |= {method: (rate, parts)} if parts else {}
+        return found
+
+
+def finish(run, engine, tokenizer, summary):
+    """In place of Run.finish: keep what was measured, and no model."""
+    found = {"accuracy": summary["eval_accuracy"], "log_loss": summary["eval_loss"], "queries": summary["queries"],
+             "pairs": summary["pairs"], "pseudo_label_accuracy": summary["pseudo_label_accuracy"]}
+    (run.output / "found.json").write_text(json.dumps(found))
+    engine.destroy()
+
+
+def page(humans, source, longer, where):
+    """The results as Markdown.  where: the machine."""
+    found = humans.finished()
+    lines = ["# People's labels", "", f"`python benchmarks/humans.py MODEL PAIRS`, with {Path(humans.model).name} and "
+             f"{Path(source).name}, on {where}: {humans.pairs:,} pairs to train on, "
+             f"{-(-humans.pairs // STEP)} steps of {STEP}, and a fold's part of the prompts held out. Methods that buy a "
+             f"share buy {SHARE:.0%}. Means ± 95 % intervals (Student's t) over the folds; the last two columns are "
+             "differences of accuracy, fold by fold.", "",
+             f"The longer response is preferred in {longer:.1%} of all pairs, so a rule that reads nothing but lengths is "
+             f"right on {max(longer, 1 - longer):.1%}.", "",
+             "| method | learning rate | folds | labels | pseudo-labels right | accuracy | log-loss | "
+             f"− {ALL} | − {SUBSET} |", "| --- |" + " --: |" * 8]
+    for method, (rate, parts) in found.items():
+        values = [*parts.values()]
+        right = [v["pseudo_label_accuracy"] for v in values if v["pseudo_label_accuracy"] is not None]
+        cells = []
+        for other in (ALL, SUBSET):
+            theirs = found.get(other, (None, {}))[1]
+            gaps = [value["accuracy"] - theirs[part]["accuracy"] for part, value in parts.items() if part in theirs]
+            cells.append(text(gaps, "{:+.3f}") if gaps and method != other else "")
+        accuracy, log_loss = (text([v[key] for v in values], "{:.3f}") for key in ("accuracy", "log_loss"))
+        lines.append(f"| {method} | {rate:g} | {len(values)} | {statistics.mean(v['queries'] for v in values):,.0f} | "
+                     f"{f'{statistics.mean(right):.1%}' if right else ''} | {accuracy} | {log_loss} | {' | '.join(cells)} |")
+    lines += ["", "Learning rates, by accuracy on part 0, which no row above has seen as test pairs:", "",
+              "| method | " + " | ".join(f"{rate:g}" for rate in rates(humans)) + " |",
+              "| --- |" + " --: |" * len(rates(humans))]
+    for method in NAMES:
+        scores = [humans.result(method, rate, 0) for rate in rates(humans)]
+        lines.append(f"| {method} | " + " | ".join(f"{s['accuracy']:.3f}" if s else "" for s in scores) + " |")
+    return "\n".join([*lines, ""])
+
+
+def rates(humans):
+    grid = humans.size.rates
+    return min(grid) / 2, *grid, 2 * max(grid)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("pairs", metavar="PAIRS")
+    parser.add_argument("--size", choices=[*SIZES], default="cpu", help="default: cpu")
+    parser.add_argument("--report", action="store_true", help="run nothing; write the page of the finished runs")
+    parser.add_argument("--outputs", type=Path, default=ROOT / "outputs" / "humans", help="default: outputs/humans")
+    parser.add_argument("--page", type=Path, default=ROOT / "benchmarks" / "results" / "humans.md",
+                        help="default: benchmarks/results/humans.md")
+    args = parser.parse_args()
+    name = hashlib.blake2b(json.dumps([args.model, args.pairs, args.size]).encode(), digest_size=4).hexdigest()
+    folder = args.outputs.resolve() / name
+    pairs, longer = split(args.pairs, folder)
+    humans = Humans(args.model, SIZES[args.size], folder, pairs)
+    if not args.report:
+        humans.run_all()
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU, {torch.get_num_threads()} threads"
+    args.page.write_text(page(humans, args.pairs, longer, where), encoding="utf-8")
+    print(args.page.read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
