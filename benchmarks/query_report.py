@@ -200,6 +200,7 @@ def draw(results, pairs, path):
     for column, (task, by_noise) in enumerate(results.items()):
         for axis, noise in zip(axes[:, column], AIMS):
             runs = by_noise.get(noise, {})
+            axis.set_visible(bool(runs))
             points = {name: (100 * statistics.mean(r["queries"] for r in found.values()) / pairs,
                              *interval([r["accuracy"] for r in found.values()])) for name, found in runs.items()}
             curve = sorted(points[name] for name in CURVE if name in points)
