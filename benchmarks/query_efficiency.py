@@ -94,7 +94,7 @@ class Plan:
 
 FULL = Plan(
     sizes=(16384, 4096),
-    rates={"toy": (1e-3, 2e-3, 4e-3), "movies": (1e-3, 2e-3, 4e-3, 8e-3)},
+    rates={"toy": (1e-3, 2e-3, 4e-3), "movies": (2e-3, 4e-3, 8e-3)},
     tuning={"toy": {"noise-0.2": 2, "noise-0.35": 2, "noise-0.05": 1, "flips-0.2": 1},
             "movies": {"noise-0.2": 1, "noise-0.35": 1}},
     seeds={"toy": {"noise-0.2": (20, 5), "noise-0.35": (10, 3), "noise-0.05": (5, 0), "flips-0.2": (5, 0)},
