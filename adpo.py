@@ -25,6 +25,7 @@ Run it: `python adpo.py` prints one step of the method on four pairs. The module
 tests/test_adpo.py checks each function against an independent computation.
 """
 
+from functools import cache
 from inspect import signature
 
 import torch
@@ -159,6 +160,25 @@ def attention_mask(segments, positions, dtype, window=None, flex=False):
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
+FEATURES = 4096  # of a pair, half from embeddings and half from hidden states
+WIDTH = 0.5  # ℓ² of the kernel exp(−|u − v|² / 2ℓ²) of unit vectors that they approximate
+
+
+@cache
+def random_fourier(size, seed):
+    """W, (size, FEATURES / 2), and phases b, (FEATURES / 2,), fp32 on the CPU: the same in every process.
+
+    Each column of W is drawn from N(0, I/ℓ²); within a block of `size` columns they are orthogonal, which makes the
+    approximation better (Yu et al. 2016, Orthogonal random features).
+    """
+    generator, blocks = torch.Generator().manual_seed(seed), []
+    for _ in range(0, FEATURES // 2, size):
+        directions = torch.linalg.qr(torch.randn(size, size, generator=generator)).Q
+        blocks.append(directions * torch.randn(size, size, generator=generator).norm(dim=0) / WIDTH ** 0.5)
+    phases = 2 * torch.pi * torch.rand(FEATURES // 2, generator=generator)
+    return torch.cat(blocks, 1)[:, :FEATURES // 2], phases
+
+
 class PairLogps(torch.nn.Module):
     """The module that the engine wraps: a causal language model that scores both responses of each pair.
 
@@ -198,26 +218,52 @@ class PairLogps(torch.nn.Module):
             return f"attn_implementation {self.lm.config._attn_implementation} takes no mask of our own"
         return None
 
-    def forward(self, batch, per_token=None):
+    def forward(self, batch, per_token=None, features=False):
         """log π(y|x) = Σ_t log π(y_t | x, y_<t) of both responses.
 
         batch: a PairBatch (data.py).  per_token: "ours" or "plain" returns the N summands instead, for the check at
-        start-up.  Returns (B, 2) fp32, an fp32 sum.
+        start-up.  features: also return the pair's features, (B, FEATURES) fp32.
+        Returns (B, 2) fp32, an fp32 sum.
         """
+        if per_token == "plain":
+            return self.plain_token_logps(batch)
+        hidden = self.hidden(batch)
+        logps = self.token_logps(batch, hidden)  # (N,)
         if per_token:
-            return self.plain_token_logps(batch) if per_token == "plain" else self.token_logps(batch)
-        logps = self.token_logps(batch)  # (N,)
+            return logps
         # unsafe: the check of the lengths would wait for the device.  (2B,) -> (B, 2)
-        return torch.segment_reduce(logps, "sum", lengths=batch.lengths, initial=0.0, unsafe=True).view(-1, 2)
+        logps = torch.segment_reduce(logps, "sum", lengths=batch.lengths, initial=0.0, unsafe=True).view(-1, 2)
+        return (logps, self.features(batch, hidden)) if features else logps
 
-    def token_logps(self, batch):
-        """Log-prob of each response token, pair by pair, y1 before y2: (N,) fp32."""
-        hidden = self.lm.base_model(  # (B, T, H), or (2B, T, H) in two rows a pair
+    def hidden(self, batch):
+        """Last hidden states, (B·T, H), or (2B·T, H) in two rows a pair."""
+        return self.lm.base_model(
             input_ids=batch.input_ids, attention_mask=self._mask(batch),
-            position_ids=batch.positions if batch.shared else None, use_cache=False).last_hidden_state
-        states = hidden.flatten(0, 1)[batch.sources]  # (N, H): only states that predict a response token reach the head
+            position_ids=batch.positions if batch.shared else None, use_cache=False).last_hidden_state.flatten(0, 1)
+
+    def token_logps(self, batch, hidden):
+        """Log-prob of each response token, pair by pair, y1 before y2: (N,) fp32."""
+        states = hidden[batch.sources]  # (N, H): only states that predict a response token reach the head
         return token_logps(states, batch.targets, self.lm.get_output_embeddings(),
                            self.chunk_size, self.scale, self.softcap)
+
+    def features(self, batch, hidden):
+        """What labels/head.py reads of a pair: φ(y1) − φ(y2), (B, FEATURES) fp32.
+
+        φ(y) = n^(−1/2) Σ_t [cos(W ê_t + b), ½ cos(W' ĥ_t + b')] over the n tokens of y: random Fourier features (Rahimi and
+        Recht 2007) of the tokens' input embeddings ê and last hidden states ĥ, both of length 1. The product of two such φ
+        is about the mean of a Gaussian kernel over all pairs of tokens, so tokens that the model treats alike count alike.
+        """
+        own = (batch.segments > 0).flatten().nonzero().squeeze(-1)  # (N,) where the response tokens stand, as in targets
+        parts = []
+        for n, states in enumerate((self.lm.get_input_embeddings()(batch.targets), hidden[own])):  # (N, H)
+            weights, phases = random_fourier(states.shape[1], n)
+            unit = torch.nn.functional.normalize(states.float(), dim=-1)
+            waves = torch.cos(unit @ weights.to(unit.device) + phases.to(unit.device)) / (1 + n)  # (N, FEATURES / 2)
+            sums = torch.segment_reduce(waves, "sum", lengths=batch.lengths, axis=0, initial=0.0, unsafe=True)  # (2B, …)
+            parts.append((sums / batch.lengths[:, None].sqrt()).unflatten(0, (-1, 2)))
+        first, second = torch.cat(parts, -1).unbind(1)  # (B, 2, FEATURES)
+        return first - second
 
     def _mask(self, batch):
         """The mask, or the dict of masks by kind of layer, that the model's forward takes."""
