@@ -262,6 +262,15 @@ def test_two_ranks_agree_with_one(train, tiny, tmp_path, monkeypatch):
     assert two.rows()[-1]["head_used"]
 
 
+def test_under_zero_3_the_run_is_the_same(train, engine_configs, monkeypatch):
+    """The features read embeddings that are spread over the ranks."""
+    monkeypatch.setattr(whom, "FEWEST", 8)
+    monkeypatch.setattr(whom, "clearly", lambda gains, errors: True)
+    one, spread = (train(f"stage-{stage}", deepspeed=engine_configs[stage], **KEYS) for stage in (0, 3))
+    assert spread.ledger() == one.ledger() and spread.losses() == pytest.approx(one.losses(), rel=1e-4)
+    assert spread.rows()[-1]["head_used"]
+
+
 @pytest.mark.parametrize("keys, message", [
     ({}, "pseudo_labels head needs labels of random pairs"), ({"target_queries": 9}, "and budget_selection: random"),
     ({"target_queries": 9, "budget_selection": "random", "loss_type": "hinge"},
