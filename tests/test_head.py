@@ -4,6 +4,7 @@
 import json
 import math
 import subprocess
+import types
 
 import pytest
 import torch
@@ -197,6 +198,23 @@ def test_a_head_in_use_is_dropped_where_the_policy_is_clearly_better(tmp_path, c
     state = steps(make(tmp_path / "sure", features.float()), labels, knows, 64)[63][0]
     said = capsys.readouterr().out
     assert not state["head_used"] and state["policy_loss"] < state["head_loss"] and "back to labelled pairs alone" in said
+
+
+@pytest.mark.parametrize("ours, policy, used, expected", [
+    (0.685, 0.693, False, False),  # not clearly better than a coin: one standard error
+    (0.64, 0.693, False, True), (0.64, 0.6, False, False),
+    (0.64, 0.63, True, True),  # a pupil may be a little better
+    (0.64, 0.55, True, False), (0.685, 0.693, True, False)])
+def test_the_guard_by_hand(ours, policy, used, expected, tmp_path, monkeypatch):
+    """200 labels; the standard error of the head's mean log-loss is 0.0078, and the policy's has none."""
+    opinions = make(tmp_path / "run", torch.zeros(640, 2)).opinions
+    spread = 0.11 * torch.where(torch.arange(200) % 2 == 0, 1.0, -1.0)
+    head = types.SimpleNamespace(losses=ours + spread.double())
+    monkeypatch.setattr(whom, "fit_scale", lambda margin, label, weights: (1.0, 0.0))
+    margin = -math.log(math.expm1(policy))  # −log σ(margin) = policy
+    state = opinions._guard(head, [(0, 1, margin)] * 200, used, 9)
+    assert state["head_used"] == expected and state["head_labels"] == 200
+    assert state["head_loss"] == pytest.approx(ours) and state["policy_loss"] == pytest.approx(policy)
 
 
 def test_soft_labels_by_hand(tmp_path):
