@@ -246,24 +246,32 @@ class PairLogps(torch.nn.Module):
             return f"attn_implementation {self.lm.config._attn_implementation} takes no mask of our own"
         return None
 
-    def forward(self, batch, per_token=None):
+    def forward(self, batch, per_token=None, features=None):
         """log π(y|x) = Σ_t log π(y_t | x, y_<t) of both responses.
 
         batch: a PairBatch (data.py).  per_token: "ours" or "plain" returns the N summands instead, for the check at
-        start-up.  Returns (B, 2) fp32, an fp32 sum.
+        start-up.  features: a function of the batch, the last hidden states (B·T, H) and the input embeddings, whose result
+        is returned too; the reward head has one (labels/head.py).  Returns (B, 2) fp32, an fp32 sum.
         """
+        if per_token == "plain":
+            return self.plain_token_logps(batch)
+        hidden = self.hidden(batch)
+        logps = self.token_logps(batch, hidden)  # (N,)
         if per_token:
-            return self.plain_token_logps(batch) if per_token == "plain" else self.token_logps(batch)
-        logps = self.token_logps(batch)  # (N,)
+            return logps
         # unsafe: the check of the lengths would wait for the device.  (2B,) -> (B, 2)
-        return torch.segment_reduce(logps, "sum", lengths=batch.lengths, initial=0.0, unsafe=True).view(-1, 2)
+        logps = torch.segment_reduce(logps, "sum", lengths=batch.lengths, initial=0.0, unsafe=True).view(-1, 2)
+        return (logps, features(batch, hidden, self.lm.get_input_embeddings())) if features else logps
 
-    def token_logps(self, batch):
-        """Log-prob of each response token, pair by pair, y1 before y2: (N,) fp32."""
-        hidden = self.lm.base_model(  # (B, T, H), or (2B, T, H) in two rows a pair
+    def hidden(self, batch):
+        """Last hidden states, (B·T, H), or (2B·T, H) in two rows a pair."""
+        return self.lm.base_model(
             input_ids=batch.input_ids, attention_mask=self._mask(batch),
-            position_ids=batch.positions if batch.shared else None, use_cache=False).last_hidden_state
-        states = hidden.flatten(0, 1)[batch.sources]  # (N, H): only states that predict a response token reach the head
+            position_ids=batch.positions if batch.shared else None, use_cache=False).last_hidden_state.flatten(0, 1)
+
+    def token_logps(self, batch, hidden):
+        """Log-prob of each response token, pair by pair, y1 before y2: (N,) fp32."""
+        states = hidden[batch.sources]  # (N, H): only states that predict a response token reach the head
         return token_logps(states, batch.targets, self.lm.get_output_embeddings(), self.chunk_size, self.scale,
                            self.softcap, self.score_logits, self.grad_logits)
 

@@ -59,7 +59,8 @@ def main(config, command_line=None):
         engine, *_ = deepspeed.initialize(model=policy, optimizer=make_optimizer(config, policy, ds), config=ds)
     check_against_plain_forward(engine, train, test)  # or refuse to train
     if not config.ref_model_name_or_path:
-        add_reference(engine, scoring)  # fills .ref_logps, from the cache where it can
+        # Fills .ref_logps, and what a reward head reads; from the cache where it can.
+        add_reference(engine, scoring, config.pseudo_labels == "head")
 
     run.write_config()
     oracle = Oracle(annotator, run.output / "labels.sqlite", config, run)
@@ -93,6 +94,7 @@ def main(config, command_line=None):
                 answers = oracle.answer(batch.ids, margin_cpu, ask, step)  # (B,)  +1, −1; NaN: no preference; 0: not asked
                 labels = adpo.choose_labels(margin_cpu, answers, ask, config.pseudo_labels, config.after_budget,
                                             config.ties)  # (B,)  o
+                labels = threshold.soften(labels, micro_batch)  # (B,)  as they are, unless pseudo_labels is head
 
                 oracle.count_pseudo_labels(batch.ids, labels, answers)
                 labels = data.to_device(labels, engine.device)
@@ -189,7 +191,7 @@ def metric_sums(losses, rewards, logps, labels, weights, tokens):
     losses, labels, weights: (B,).  rewards, logps: (B, 2).  "Chosen" is by the label that the loss used; a margin of
     exactly 0 counts as half right.
     """
-    labelled = weights * (labels.abs() == 1)  # (B,)
+    labelled = weights * (labels.abs() > 0)  # (B,)  a soft label counts for its side, a tie for none
     first = (labels > 0)[:, None]  # (B, 1)
     ordered = [torch.where(first, x, x.flip(-1)) for x in (rewards.detach(), logps.detach())]  # (B, 2): chosen, rejected
     margin = ordered[0][:, 0] - ordered[0][:, 1]

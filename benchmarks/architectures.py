@@ -208,7 +208,7 @@ def original(lm, batch):
 def step(engine, pairs):
     """One AdamW step on all pairs. Returns (loss, gradient norm, log-probs (N,) before the step)."""
     rows, parameters = list(range(len(pairs))), list(engine.module.parameters())
-    pairs.ref_logps = score(engine, pairs, [rows], "reference")
+    pairs.ref_logps, _ = score(engine, pairs, [rows], "reference")
     engine.train()
     batch = pairs.batch(rows, "cpu")
     with torch.no_grad():

@@ -6,6 +6,8 @@
                   target_query_fraction   with budget_selection: random, any
     Replay        pseudo_labels:     with any of them: a pair that is not asked gives its place in the step to the labelled
                   replay             pair that was trained on longest ago
+    Opinions      pseudo_labels:     with a random budget: every pair is trained towards the opinion of a reward head
+                  head               (labels/head.py), while that predicts labels no worse than the policy; else Replay
 
 A new way to choose is one class like these and its name in THRESHOLDS.
 
@@ -20,6 +22,7 @@ from itertools import accumulate, groupby, islice
 
 import torch
 
+from labels.head import RewardHead
 from labels.oracle import drawn
 from runtime.ranks import from_rank_0, gather_to_rank_0, say
 from runtime.schedule import learning_rate
@@ -27,6 +30,8 @@ from runtime.schedule import learning_rate
 WINDOW = 1024  # labels that the scale is fitted to
 FEWEST = 64  # with fewer labels than this, everything is asked
 AUDITS = 20  # with fewer audited pairs than this, the collapse guard is silent
+NO_HEAD = {"head_used": False, "head_labels": 0, "head_loss": None, "policy_loss": None}
+GROWTH = 1.15  # the reward head is fitted again when there are that many times as many labels
 
 
 def bought(oracle, schedule, first, last):
@@ -51,13 +56,16 @@ class FixedGamma:
     def __init__(self, config, oracle, schedule):
         self.config, self.oracle, self.schedule = config, oracle, schedule
         self.gamma = config.gamma if config.data_selection else float("inf")  # plain DPO asks for every pair
-        replays = config.data_selection and config.pseudo_labels == "replay"
+        replays = config.data_selection and config.pseudo_labels in ("replay", "head")
         self.replay = Replay(oracle, schedule) if replays else None
+        self.opinions = Opinions(oracle, schedule) if replays and config.pseudo_labels == "head" else None
         self.looks_ahead = oracle.asks_together or self.plans or replays
-        self.state = {}
+        self.state = dict(NO_HEAD) if self.opinions else {}
 
     def advance(self, step):
         """Before a step: learn from the labels bought up to the step before."""
+        if self.opinions:
+            self.state = self.opinions.advance(step, self.state)
 
     def scores(self, margin, ids, step):
         """What the gate reads of each pair: its margin.  margin: (B,).  ids: None for a filler.  Returns (B,)."""
@@ -68,7 +76,12 @@ class FixedGamma:
 
     def rows_to_train(self, rows, step):
         """The rows to train on, once the step's answers are known."""
-        return self.replay.fill(step) if self.replay else rows
+        labelled = self.replay.fill(step) if self.replay else None  # always, so that turns do not depend on the guard
+        return labelled if self.replay and not self.state.get("head_used") else rows
+
+    def soften(self, labels, rows):
+        """The labels to train on: the reward head's part in them, where it is used.  labels: (B,), of the pairs `rows`."""
+        return self.opinions.soften(labels, rows) if self.state.get("head_used") else labels
 
     def metrics(self):
         """What a row of metrics reports about a threshold that is not the paper's."""
@@ -161,7 +174,7 @@ class Budget(FixedGamma):
         super().__init__(config, oracle, schedule)
         self.labels = config.target_queries or round(config.target_query_fraction * schedule.pairs_seen())
         rates = [learning_rate(step, schedule.total_steps, config) for step in range(schedule.total_steps)]
-        worth = list(accumulate(rates[::-1]))[::-1] if config.pseudo_labels == "replay" else rates
+        worth = list(accumulate(rates[::-1]))[::-1] if config.pseudo_labels in ("replay", "head") else rates
         self.worth = [max(w, 1e-9 * max(rates)) for w in worth]  # never 0, although a warm-up starts there
         pairs = [min(schedule.step_pairs, len(schedule.pairs) - step % schedule.epoch_steps * schedule.step_pairs)
                  for step in range(schedule.total_steps)]
@@ -195,7 +208,8 @@ class Budget(FixedGamma):
         self.gamma = from_rank_0(self.gamma)
 
     def metrics(self):
-        return {"gate_gamma": self.gamma if self.config.budget_selection == "least_sure" else math.nan, "gate_scale": 1.0}
+        gamma = self.gamma if self.config.budget_selection == "least_sure" else math.nan
+        return {"gate_gamma": gamma, "gate_scale": 1.0} | self.state
 
 
 THRESHOLDS = {"paper": FixedGamma, "calibrated": Calibrated, "budget": Budget}  # by the key `gate`
@@ -238,3 +252,85 @@ class Replay:
         for row in chosen:
             self.pool.move_to_end(row)
         return chosen
+
+
+class Opinions:
+    """What a reward head, fitted to the labels bought, thinks of every pair; and the guard that decides whether to use it.
+
+    Both are functions of the ledger and of what a checkpoint keeps: whether the head is used, and how many labels it was
+    fitted to. The head itself lives on rank 0; its opinions go to all ranks.
+    """
+
+    def __init__(self, oracle, schedule):
+        self.oracle, self.schedule = oracle, schedule
+        self.row_of = {id: row for row, id in enumerate(schedule.pairs.ids)}
+        self.bought, self.learned = [], -2  # (row, label, margin) in the ledger's order; the last step in it
+        self.opinion, self.trust = None, 0.0  # (pairs,) 2t − 1; how right the head is
+
+    def advance(self, step, state):
+        """Before a step: fit the head again if there are enough new labels, and decide whether it is used.  state: what a
+        checkpoint keeps. Returns it anew."""
+        found = None
+        if self.oracle.ledger:
+            for at, labels in bought(self.oracle, self.schedule, self.learned + 1, step - 1):
+                self.bought += [(self.row_of[pair], label, margin) for pair, label, margin, *_ in labels
+                                if pair in self.row_of]
+                self.learned = at
+            due = len(self.bought) >= max(FEWEST, GROWTH * state["head_labels"])
+            if due or (self.opinion is None and state["head_labels"]):  # the latter in a resumed run
+                labels = self.bought if due else self.bought[:state["head_labels"]]
+                head = self._fit(labels)
+                if due:
+                    state = self._guard(head, labels, state["head_used"], step)
+                found = self.opinion, self.trust
+        found, state = from_rank_0((found, state))
+        if found:
+            self.opinion, self.trust = found
+        return state
+
+    def _fit(self, bought):
+        rows, labels = (torch.tensor(column) for column in list(zip(*bought))[:2])
+        features = self.schedule.pairs.features
+        head = RewardHead.fit(features[rows], labels)
+        self.opinion, self.trust = head.opinions(features).float(), head.trust
+        self.opinion[rows] = head.left_out.float()
+        return head
+
+    def _guard(self, head, bought, used, step):
+        """The state for the checkpoint: among others, whether to train on the head's opinions.
+
+        That is so while its left-out log-loss on the last WINDOW labels, all of random pairs, is clearly below a coin's
+        and no more than that of σ(a·m), where m is the policy's margin when it asked. A head that is in use is dropped only
+        where it is clearly worse than the policy, for the policy comes close to what it is trained towards. "Clearly" means
+        two standard errors.
+        """
+        recent = [(label, margin, loss) for (_, label, margin), loss in zip(bought, head.losses.tolist())
+                  if margin is not None][-WINDOW:]  # those of other runs have no margin
+        if len(recent) < FEWEST:
+            return NO_HEAD | {"head_labels": len(bought)}
+        label, margin, ours = (torch.tensor(column, dtype=torch.float64) for column in zip(*recent))
+        a, _ = fit_scale(margin, label, torch.ones_like(margin))
+        policy = -torch.nn.functional.logsigmoid(a * margin * label)
+        better = clearly(math.log(2) - ours, 2) and clearly(policy - ours, -2 if used else 0)
+        if better != used:
+            say(f"step {step:,}: the reward head predicts the last {len(recent):,} labels with a log-loss of "
+                f"{ours.mean():.4f}, the policy with {policy.mean():.4f}: "
+                + ("all pairs are trained towards its opinions" if better else "back to labelled pairs alone"))
+        return {"head_used": better, "head_labels": len(bought), "head_loss": ours.mean().item(),
+                "policy_loss": policy.mean().item()}
+
+    def soften(self, labels, rows):
+        """o of each pair: the head's opinion 2t − 1 where there is no label, else w times that, which does not know the
+        label, plus 1 − w times the label. w is how right the head is (RewardHead.trust).
+
+        labels: (B,), NaN for a tie.  rows: B indices, none for a filler.  Returns (B,); NaN in place of 0, which would mean
+        no label.
+        """
+        opinion = self.opinion[rows].to(labels.dtype) if rows else labels
+        soft = torch.where(labels != 0, self.trust * opinion + (1 - self.trust) * labels.nan_to_num(0), opinion)
+        return soft.masked_fill(soft == 0, math.nan)
+
+
+def clearly(gains, errors):
+    """Whether the mean of these is over `errors` times its standard error.  gains: (n,)."""
+    return gains.mean().item() > errors * gains.std().item() / math.sqrt(len(gains))

@@ -71,8 +71,9 @@ class Config:
     budget_selection: str = key("least_sure", "which pairs of a step a budget goes to: the least certain ones "
                                               "(least_sure) or any (random)", choices=("least_sure", "random"))
     pseudo_labels: str = key("true", "a pair that is not asked about is trained on sign(margin) (true), has no loss "
-                                     "(false), or is replaced by a pair whose label is known (replay)",
-                             choices=("true", "false", "replay"))
+                                     "(false), is replaced by a pair whose label is known (replay), or is trained "
+                                     "towards the opinion of a reward head that is fitted to the labels bought (head)",
+                             choices=("true", "false", "replay", "head"))
     loss_type: str = key("sigmoid", "loss of a pair; sigmoid is DPO's")
     label_smoothing: float = key(0.0, "ε in the sigmoid loss", low=0, high=0.5)
     # Who answers

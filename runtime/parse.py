@@ -387,6 +387,11 @@ def check_adpo(config, path):
     if config.budget_selection != "least_sure" and not targets:
         raise UsageError(f"{path}: budget_selection {config.budget_selection} goes with a budget: set target_query_fraction "
                          "or target_queries, or leave it out")
+    if config.pseudo_labels == "head" and (not targets or config.budget_selection != "random"):
+        raise UsageError(f"{path}: pseudo_labels head needs labels of random pairs, to know how right the head is: set "
+                         "target_query_fraction or target_queries, and budget_selection: random")
+    if config.pseudo_labels == "head" and config.loss_type != "sigmoid":
+        raise UsageError(f"{path}: pseudo_labels head is defined for loss_type sigmoid, not {config.loss_type}")
     if config.gate == "calibrated" and not config.audit_fraction:
         raise UsageError(f"{path}: gate calibrated needs an audit_fraction (0.05 is a good value): only audited pairs show "
                          "whether the policy is right where it is confident")

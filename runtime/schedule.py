@@ -56,7 +56,7 @@ class Schedule:
     def engine_batches(self):
         """The batch sizes that the engine is told: as many micro-steps as the longest step needs."""
         most = max(len(self.micro_batches(self.rows(step))) for step in range(self.total_steps))
-        if self.config.pseudo_labels == "replay":  # any pairs may meet in a step
+        if self.config.pseudo_labels in ("replay", "head"):  # any pairs may meet in a step
             longest = sorted(range(len(self.pairs)), key=lambda row: -self.pairs.lengths[row])[:self.step_pairs]
             most = max(most, len(self.micro_batches(longest)))
         micro = self.config.per_device_train_batch_size

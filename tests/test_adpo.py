@@ -20,6 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import adpo
 import data
 import train
+from labels import head
 from runtime import model
 
 V = 97
@@ -221,6 +222,27 @@ def test_two_rows_a_pair_give_what_one_shared_row_gives():
     shared = module(data.collate(pairs, [0, 1, 2, 3], shared=True))
     apart = module(data.collate(pairs, [0, 1, 2, 3], shared=False))
     torch.testing.assert_close(shared, apart, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_features_are_a_gaussian_kernel_of_tokens_and_do_not_depend_on_the_layout():
+    """Their products against the kernel itself, summed over all pairs of tokens."""
+    module, pairs = adpo.PairLogps(make_lm("llama")), make_pairs(LENGTHS)
+    logps, features = module(data.collate(pairs, [0, 1, 2, 3]), features=head.pair_features)
+    assert features.shape == (4, head.FEATURES) and logps.equal(module(data.collate(pairs, [0, 1, 2, 3])))
+    apart = module(data.collate(pairs, [0, 1, 2, 3], shared=False), features=head.pair_features)[1]
+    torch.testing.assert_close(apart, features, rtol=1e-4, atol=1e-4)
+    half, signed = head.FEATURES // 2, []
+    for _, *responses in pairs.token_ids([0, 1, 2, 3]):  # (n, H) tokens of unit length, with their weight in φ(y1) − φ(y2)
+        units = [torch.nn.functional.normalize(module.lm.get_input_embeddings()(torch.tensor(y).long()), dim=-1)
+                 for y in responses]
+        signed.append((torch.cat(units), torch.cat([torch.full((len(u),), sign / len(u) ** 0.5)
+                                                    for u, sign in zip(units, (1, -1))])))
+    kernel = torch.stack([torch.stack([
+        a @ torch.exp(-torch.cdist(u, v) ** 2 / (2 * head.WIDTH)) @ b for v, b in signed]) for u, a in signed])
+    ours = features[:, :half] @ features[:, :half].T * 2 / half
+    assert (ours - kernel).norm() < 0.05 * kernel.norm()
+    assert (features[:, half:] - features[:, :half]).abs().max() > 0.1  # the hidden states' own part
 
 
 def test_attention_mask_by_hand():

@@ -171,7 +171,7 @@ MOMENTS = {
                         die()
                     yield rows
         score = reference.score
-        reference.score = lambda engine, pairs, batches, what: score(engine, pairs, Dying(batches), what)
+        reference.score = lambda engine, pairs, batches, *more: score(engine, pairs, Dying(batches), *more)
         """),
     "in an evaluation": (5, """
         import adpo
