@@ -75,7 +75,6 @@ OTHERS = {
 METHODS = HEADLINE | OTHERS
 
 
-
 @dataclass(frozen=True)
 class Plan:
     """What is run.  Seeds are counted from 0, tuning seeds from FIRST_TUNING_SEED.
@@ -94,14 +93,17 @@ class Plan:
 
 
 FULL = Plan(
-    (16384, 4096), {"toy": (1e-3, 2e-3, 4e-3), "movies": (1e-3, 2e-3, 4e-3, 8e-3)},
-    {"toy": {"noise-0.2": 2, "noise-0.35": 2, "noise-0.05": 1, "flips-0.2": 1}, "movies": {"noise-0.2": 1, "noise-0.35": 1}},
-    {"toy": {"noise-0.2": (20, 5), "noise-0.35": (10, 3), "noise-0.05": (5, 0), "flips-0.2": (5, 0)},
-     "movies": {"noise-0.2": (5, 2), "noise-0.35": (5, 0), "noise-0.05": (2, 0), "flips-0.2": (2, 0)}},
-    ((HEADLINE, ["noise-0.2"], 5), (HEADLINE, ["noise-0.35"], 5), (HEADLINE, ["noise-0.05", "flips-0.2"], 5),
-     (OTHERS, [*SHARES], 5), (HEADLINE, [*SHARES], 10), (OTHERS, [*SHARES], 10), (HEADLINE, [*SHARES], 20)))
-SHORT = Plan((4096, 1024), {"toy": (2e-3, 4e-3)}, {"toy": {"noise-0.2": 1}}, {"toy": {"noise-0.2": (2, 0)}},
-             ((HEADLINE, ["noise-0.2"], 2),))
+    sizes=(16384, 4096),
+    rates={"toy": (1e-3, 2e-3, 4e-3), "movies": (1e-3, 2e-3, 4e-3, 8e-3)},
+    tuning={"toy": {"noise-0.2": 2, "noise-0.35": 2, "noise-0.05": 1, "flips-0.2": 1},
+            "movies": {"noise-0.2": 1, "noise-0.35": 1}},
+    seeds={"toy": {"noise-0.2": (20, 5), "noise-0.35": (10, 3), "noise-0.05": (5, 0), "flips-0.2": (5, 0)},
+           "movies": {"noise-0.2": (5, 2), "noise-0.35": (5, 0), "noise-0.05": (2, 0), "flips-0.2": (2, 0)}},
+    blocks=((HEADLINE, ["noise-0.2"], 5), (HEADLINE, ["noise-0.35"], 5), (HEADLINE, ["noise-0.05", "flips-0.2"], 5),
+            (OTHERS, [*SHARES], 5), (HEADLINE, [*SHARES], 10), (HEADLINE, [*SHARES], 20)))
+SHORT = Plan(
+    sizes=(4096, 1024), rates={"toy": (2e-3, 4e-3)}, tuning={"toy": {"noise-0.2": 1}},
+    seeds={"toy": {"noise-0.2": (2, 0)}}, blocks=((HEADLINE, ["noise-0.2"], 2),))
 FIRST_TUNING_SEED = 100
 SECONDS = {"toy": (35, 70), "movies": (110, 250)}  # about what a run takes while none has finished, and building a seed
 
