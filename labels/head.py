@@ -96,7 +96,8 @@ class RewardHead:
     def fit(cls, features, labels):
         """Fit w, Σ and λ.  features: (n, d), φ(y1) − φ(y2).  labels: (n,), ±1.
 
-        λ is the one of PENALTIES under which the left-out labels are predicted best; each fit starts from the last. Raises ValueError where there is nothing to fit to.
+        λ is the one of PENALTIES under which the left-out labels are predicted best; each fit starts from the last. Raises
+        ValueError where there is nothing to fit to.
         """
         if not len(labels):
             raise ValueError("a reward head needs at least one label")
