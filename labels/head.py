@@ -136,7 +136,8 @@ class RewardHead:
     def fit(cls, features, labels):
         """Fit w, Σ and λ.  features: (n, d), φ(y1) − φ(y2).  labels: (n,), ±1.
 
-        λ falls until the left-out labels are predicted worse again. Raises ValueError where there is nothing to fit to.
+        λ is the one of PENALTIES under which the left-out labels are predicted best; each fit starts from the last. Raises
+        ValueError where there is nothing to fit to.
         """
         if not len(labels):
             raise ValueError("a reward head needs at least one label")
@@ -147,7 +148,7 @@ class RewardHead:
             margin = leave_one_out(features, labels, w, factor, q)
             losses = -logsigmoid(labels * margin)
             if best and losses.mean() >= best.losses.mean():
-                break
+                continue
             right = (labels * margin > 0).double() + 0.5 * (margin == 0)
             best = cls(w, factor, penalty, 2 * torch.sigmoid(margin) - 1, losses, max(0.0, 2 * right.mean().item() - 1))
         return best
