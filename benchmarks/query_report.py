@@ -1,6 +1,5 @@
 """The tables and the figure of benchmarks/query_efficiency.py, from the results of its runs."""
 
-import json
 import math
 import statistics
 
@@ -139,13 +138,12 @@ def rates_table(bench, task):
     return lines
 
 
-def seconds(bench):
-    """What the runs took, in words."""
+def progress(bench):
+    """How much has been run, in words."""
     runs = [result["seconds"] for task in bench.roots for result in bench.finished(task).values()]
-    built = [json.loads(path.read_text()) for root in bench.roots.values()
-             for path in root.glob("seed-*/pairs-*/seconds.json")]
-    return (f"{len(runs):,} runs of one thread, those for the learning rates included, took {sum(runs) / 3600:.1f} hours, "
-            f"{sum(runs) / max(1, len(runs)):.0f} s each; building the tasks took another {sum(built) / 3600:.1f} hours.")
+    planned = sum(bench.planned(task)[0] for task in bench.roots)
+    return (f"**{len(runs):,} of about {planned:,} planned runs have finished**, those for learning rates included. They "
+            f"took {sum(runs) / 3600:.1f} hours, one thread each, {sum(runs) / max(1, len(runs)):.0f} s a run.")
 
 
 def collect(bench):
@@ -168,7 +166,7 @@ def write(bench, folder):
     kl = " and ".join(f"{KL[task]} nats ({TITLES[task].lower()})" for task in results)
     lines = ["# Query efficiency", "", "Made by `python benchmarks/query_efficiency.py`, whose docstring says how the "
              "comparison is kept fair, what was decided before the runs, and what was cut to save time.", "",
-             seconds(bench), "", "![Accuracy by labels bought](query_efficiency.png)", "",
+             progress(bench), "", "![Accuracy by labels bought](query_efficiency.png)", "",
              ABOUT.format(kl=kl, pairs=pairs, test=bench.plan.sizes[1]), "",
              f"## The primary comparisons, of \"{CANDIDATE}\"", "", "| aim | reached | difference |", "| --- | --- | --: |"]
     lines += [f"| {what} | {'yes' if reached else '**no**'} | {numbers} |" for what, reached, numbers in aims(results)]
