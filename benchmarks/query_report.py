@@ -190,25 +190,30 @@ def style(method):
 
 
 def draw(results, pairs, path):
-    """Accuracy by labels bought: a column a task, a row for each noise of AIMS."""
+    """Accuracy by labels bought: a column a task, a row for each noise of AIMS that has results."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    figure, axes = pyplot.subplots(len(AIMS), max(1, len(results)), figsize=(6.4 * max(1, len(results)), 8.4), squeeze=False)
+    noises = [noise for noise in AIMS if any(noise in by_noise for by_noise in results.values())]
+    rows, columns = max(1, len(noises)), max(1, len(results))
+    figure, axes = pyplot.subplots(rows, columns, figsize=(6.4 * columns, 4.2 * rows), squeeze=False)
     for column, (task, by_noise) in enumerate(results.items()):
-        for axis, noise in zip(axes[:, column], AIMS):
+        for axis, noise in zip(axes[:, column], noises):
             runs = by_noise.get(noise, {})
             axis.set_visible(bool(runs))
             points = {name: (100 * statistics.mean(r["queries"] for r in found.values()) / pairs,
                              *interval([r["accuracy"] for r in found.values()])) for name, found in runs.items()}
             curve = sorted(points[name] for name in CURVE if name in points)
-            axis.plot([x for x, *_ in curve], [y for _, y, _ in curve], "--", color="tab:blue", linewidth=1,
-                      label="random labels")
-            for name, (x, y, wide) in points.items():
-                if name not in (CURVE[0], CURVE[2]):
-                    colour, marker = style(name)
-                    axis.errorbar(x, y, 0 if math.isnan(wide) else wide, color=colour, marker=marker, linestyle="",
-                                  capsize=2, markersize=9 if marker == "*" else 5, label=name)
+            if len(curve) > 2:
+                axis.plot([x for x, *_ in curve], [y for _, y, _ in curve], "--", color="tab:blue", linewidth=1,
+                          label="random labels")
+            shown = [name for name in points if name not in (CURVE[0], CURVE[2])]
+            for n, name in enumerate(shown):
+                (x, y, wide), (colour, marker) = points[name], style(name)
+                # A little apart, where methods buy the same number.
+                x += 0.8 * sum(abs(points[other][0] - x) < 0.5 for other in shown[:n])
+                axis.errorbar(x, y, 0 if math.isnan(wide) else wide, color=colour, marker=marker, linestyle="", capsize=2,
+                              markersize=9 if marker == "*" else 5, label=name)
             axis.set_title(f"{TITLES[task]}: {TITLES[noise]}")
             axis.set_xlabel("labels bought, % of the pairs")
             axis.set_ylabel("held-out accuracy")
