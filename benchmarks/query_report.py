@@ -108,6 +108,8 @@ def aims(results):
             if CANDIDATE not in runs or SUBSET not in runs:
                 continue
             gain = differences(runs, CANDIDATE, SUBSET)
+            if len(gain) < 2:  # without an interval there is nothing to say
+                continue
             mean, half = interval(gain)
             where = f"{TITLES[task]}, {TITLES[noise]}"
             if noise in AIMS and ALL in runs:
