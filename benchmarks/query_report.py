@@ -192,11 +192,15 @@ def style(method):
 
 
 def draw(results, pairs, path):
-    """Accuracy by labels bought: a column a task, a row for each noise of AIMS that has results."""
+    """Accuracy by labels bought: a column a task, a row for each noise of AIMS. A single seed has no interval, and is left
+    out."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    noises = [noise for noise in AIMS if any(noise in by_noise for by_noise in results.values())]
+    results = {task: {noise: {name: found for name, found in runs.items() if len(found) > 1}
+                      for noise, runs in by_noise.items()} for task, by_noise in results.items()}
+    results = {task: by_noise for task, by_noise in results.items() if any(by_noise.values())}
+    noises = [noise for noise in AIMS if any(by_noise.get(noise) for by_noise in results.values())]
     rows, columns = max(1, len(noises)), max(1, len(results))
     figure, axes = pyplot.subplots(rows, columns, figsize=(6.4 * columns, 4.2 * rows), squeeze=False)
     for column, (task, by_noise) in enumerate(results.items()):
