@@ -250,13 +250,9 @@ def environment(bench):
     yield bench.cuda or None, f"a large bf16 product runs at {bench.matrix_rate() / 1e12:,.3g} TFLOP/s"
 
 
-def base_run(bench):
-    """SmolLM2's shape as a user would start it."""
-    return bench.once("smollm2", "SmolLM2-135M", 30)
-
-
 def smollm2(bench):
-    ran, steps = base_run(bench), bench.steps(30)
+    """As a user would start it."""
+    ran, steps = bench.once("smollm2", "SmolLM2-135M", 30), bench.steps(30)
     yield ran.code == 0, "the check at the start passed and the run ended" if ran.code == 0 else ran.why()
     if not ran.rows:
         return

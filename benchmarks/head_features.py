@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 from benchmarks import movies  # noqa: E402
-from benchmarks.reward_head import RewardHead, principal  # noqa: E402
+from benchmarks.reward_head import RewardHead, principal, variances  # noqa: E402
 from runtime import toy  # noqa: E402
 from runtime.config import Config  # noqa: E402
 from runtime.model import load_policy, load_tokenizer  # noqa: E402
@@ -154,7 +154,7 @@ class Task:
         return head, f"{(truth * opinion > 0).double().mean():.4f} / {loss:.3f}"
 
     def rounds(self, features, noise, choose, count=9):
-        """The score after `count` rounds, each of which buys the pairs that `choose` scores highest; the first is random."""
+        """The score after `count` rounds. The first buys random pairs, each later one those that `choose` scores highest."""
         size = BOUGHT // count
         bought, left = self.pool[:BOUGHT - size * (count - 1)], self.pool[BOUGHT - size * (count - 1):]
         for n in range(count - 1):
@@ -168,7 +168,7 @@ class Task:
 def information(head, features):
     """BALD (Houlsby et al. 2011, arXiv 1112.5745): mutual information of a pair's label and w, in nats, (n,)."""
     features = features.double()
-    v = torch.linalg.solve_triangular(head.factor, features.T, upper=False).square().sum(0)
+    v = variances(features, head.factor)
     z = torch.linspace(-4, 4, 41, dtype=torch.float64)
     weight = torch.exp(-z * z / 2) / torch.exp(-z * z / 2).sum()
     m = (features @ head.w)[:, None] + v.sqrt()[:, None] * z  # (n, 41)

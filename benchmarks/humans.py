@@ -38,7 +38,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import train  # noqa: E402
-from benchmarks.query_efficiency import METHODS, choose  # noqa: E402
+from benchmarks.query_efficiency import METHODS, choose, extended  # noqa: E402
 from benchmarks.query_report import text  # noqa: E402
 from runtime.formats import parse_row  # noqa: E402
 from runtime.run import Run  # noqa: E402
@@ -138,10 +138,9 @@ class Humans:
 
     def rate(self, method):
         """(the learning rate of a method, another that is to be tried): see query_efficiency.choose."""
-        grid = self.size.rates
-        tried = {rate: [found["accuracy"]] for rate in (min(grid) / 2, *grid, 2 * max(grid))
+        tried = {rate: [found["accuracy"]] for rate in extended(self.size.rates)
                  if (found := self.result(method, rate, 0))}
-        return choose(tried, grid)
+        return choose(tried, self.size.rates)
 
     def run_all(self):
         folds = range(1, 1 + self.size.folds)
@@ -177,7 +176,7 @@ def finish(run, engine, tokenizer, summary):
 
 def page(humans, source, longer, where):
     """The results as Markdown.  where: the machine."""
-    found = humans.finished()
+    found, rates = humans.finished(), extended(humans.size.rates)
     lines = ["# People's labels", "", f"`python benchmarks/humans.py MODEL PAIRS`, with {Path(humans.model).name} and "
              f"{Path(source).name}, on {where}: {humans.pairs:,} pairs to train on, "
              f"{-(-humans.pairs // STEP)} steps of {STEP}, and a fold's part of the prompts held out. Methods that buy a "
@@ -199,17 +198,11 @@ def page(humans, source, longer, where):
         lines.append(f"| {method} | {rate:g} | {len(values)} | {statistics.mean(v['queries'] for v in values):,.0f} | "
                      f"{f'{statistics.mean(right):.1%}' if right else ''} | {accuracy} | {log_loss} | {' | '.join(cells)} |")
     lines += ["", "Learning rates, by accuracy on part 0, which no row above has seen as test pairs:", "",
-              "| method | " + " | ".join(f"{rate:g}" for rate in rates(humans)) + " |",
-              "| --- |" + " --: |" * len(rates(humans))]
+              "| method | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "| --- |" + " --: |" * len(rates)]
     for method in NAMES:
-        scores = [humans.result(method, rate, 0) for rate in rates(humans)]
+        scores = [humans.result(method, rate, 0) for rate in rates]
         lines.append(f"| {method} | " + " | ".join(f"{s['accuracy']:.3f}" if s else "" for s in scores) + " |")
     return "\n".join([*lines, ""])
-
-
-def rates(humans):
-    grid = humans.size.rates
-    return min(grid) / 2, *grid, 2 * max(grid)
 
 
 def main():

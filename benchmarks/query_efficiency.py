@@ -157,9 +157,8 @@ class Bench:
                 for n in range(seeds[noise] if method in HEADLINE else 1) for rate in rates]
 
     def rates(self, task):
-        """The grid of learning rates, and the next one at either end."""
-        grid = self.plan.rates[task]
-        return min(grid) / 2, *grid, 2 * max(grid)
+        """All learning rates that may be tried."""
+        return extended(self.plan.rates[task])
 
     def tried(self, task, noise, method):
         """{learning rate: accuracies of its tuning runs}, without the rates whose runs have not all finished."""
@@ -275,6 +274,11 @@ def call(name, *arguments):
     """In a worker: call a function of query_runs.py, whose imports take seconds, once in each worker."""
     from benchmarks import query_runs
     getattr(query_runs, name)(*arguments)
+
+
+def extended(grid):
+    """A grid of learning rates, and the next one at either end."""
+    return min(grid) / 2, *grid, 2 * max(grid)
 
 
 def choose(tried, grid):

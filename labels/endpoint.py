@@ -47,7 +47,7 @@ class GaveUp(Exception):
 
 class Retry(Exception):
     """A request failed and may be sent again. wait: seconds that the server asks us to wait, or None.  busy: it says that it
-    has too much to do, which is no fault of the text."""
+    has too much to do, which says nothing about the text."""
 
     def __init__(self, message, wait=None, busy=False):
         super().__init__(message)
@@ -336,7 +336,7 @@ def spoken(message, cut):
     """(what a message says, whether that may be unfinished reasoning). Reasoning comes in a field of its own, or in tags at
     the beginning of the content.  cut: the reply was cut off at its maximum length."""
     content = message.get("content")
-    if isinstance(content, list):  # in parts, of which some may be reasoning
+    if isinstance(content, list):  # a list of parts; some may be reasoning
         content = "".join(part.get("text") or "" for part in content if part.get("type") == "text")
     content = content if isinstance(content, str) else ""  # null for a refusal, a tool call, or reasoning alone
     if not content.strip():

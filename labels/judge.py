@@ -68,7 +68,7 @@ class Judge(Annotator):
     """
 
     name = "judge"
-    patience = 20  # so many useless replies in a row mean that the judge is no use at all
+    patience = 20  # after this many useless replies in a row, the judge is given up
 
     def __init__(self, texts, model, seed, disagreement="tie", unanswerable="skip", wait_minutes=60.0):
         self.texts, self.model, self.seed = texts, model, seed
@@ -443,7 +443,7 @@ class ChatJudge(Judge):
                 f"{one_line(finish, 20)})")
 
     def what_it_said(self):
-        """Why the judge is no use, in words: what its last replies looked like, and what to do."""
+        """Why the judge is given up, in words: what its last replies looked like, and what to do."""
         common = Counter(one_line(text, 50) for text, _ in self.useless).most_common(3)
         seen = ", ".join(f"{n} × {text!r}" for text, n in common)
         cut = sum(finish == "length" for _, finish in self.useless)

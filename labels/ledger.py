@@ -12,7 +12,7 @@ Departure from the paper and the official code: they keep no answers. Here a pai
 answer from the ledger for free.
 
 An answer may have no preference (label 0: a tie, both bad, cannot be judged). It settles its pair like any other: it was
-paid for, counts as a query, and the pair is never asked again. But it is no label: nothing trains on it, and no audit,
+paid for, counts as a query, and the pair is never asked again. But it is not a label: nothing trains on it, and no audit,
 calibration or replay reads it.
 
 To look at a ledger: `python tools/ledger.py OUTPUT_DIR`.

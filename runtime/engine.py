@@ -276,13 +276,11 @@ def no_backward(engine):
     Without gradients, compiled layers would be compiled once more, into kernels whose last bits differ, but at step 0 every
     margin has to be 0. So they run as in training, and what they save for a backward pass is dropped at once.
     """
-    engine.train(engine.module.compiled)
-    if not engine.module.compiled:
-        with torch.no_grad():
-            yield
-    else:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda saved: None, lambda nothing: None):
-            yield
+    compiled = engine.module.compiled
+    engine.train(compiled)
+    dropping = torch.autograd.graph.saved_tensors_hooks(lambda saved: None, lambda nothing: None)
+    with torch.set_grad_enabled(compiled), dropping if compiled else contextlib.nullcontext():
+        yield
 
 
 def backward(engine, loss, whole, last):

@@ -5,7 +5,7 @@
 
 Responses come from models and may hold anything. markdown-it-py renders them with raw HTML switched off, nh3 removes every
 tag and attribute that is not listed here, and links and images stay as they are written: nothing can be clicked, loaded or
-run. A text of which the rendering would hide a letter is shown as it was written, and says so.
+run. If rendering would hide a letter, the page shows the text as it was written and says so.
 
 The paper and the official code ask nobody. Needs tools/requirements.txt.
 """
