@@ -69,7 +69,7 @@ def gate(margin, gamma, ids=None):
     return margin.abs() <= gamma
 
 
-def choose_labels(margin, answers, ask=None, pseudo_labels="true", after_budget="none", ties="none"):
+def choose_labels(margin, answers, ask=None, pseudo_labels="true", after_budget="none", ties="none", opinions=None):
     """Algorithm 2, the label: o = the annotator's answer where there is one, else sign(m) or none.
 
     margin: (B,).  answers: (B,), +1 (y1 preferred), −1 (y2 preferred), 0 (no answer, now or before), NaN (an answer
@@ -79,9 +79,12 @@ def choose_labels(margin, answers, ask=None, pseudo_labels="true", after_budget=
     ablation "ADPO without pseudo-labels".
     after_budget: of a pair that was to be asked when the budget was spent: "none", no label, or "pseudo_label".
     ties: of an answer without a preference: "none", no label, or "half", NaN, which preference_loss trains towards σ(m) = ½.
+    opinions: (B,) between −1 and 1, of a committee that has learned from all answers: then they are the labels.
     Returns (B,) in margin's dtype, detached: o carries no gradient.
     """
     margin = margin.detach()
+    if opinions is not None:
+        return opinions.to(margin.dtype)
     pseudo = margin.sign() if pseudo_labels == "true" else torch.zeros_like(margin)
     if ask is not None and after_budget == "none":
         pseudo = pseudo.masked_fill(ask, 0)
@@ -113,7 +116,8 @@ LOSSES = {"sigmoid": sigmoid_loss, "ipo": ipo_loss, "hinge": hinge_loss}
 def preference_loss(margin, labels, loss_type="sigmoid", beta=0.1, label_smoothing=0.0):
     """Loss of each pair. Take the mean over all B pairs, including those without a label.
 
-    margin, labels: (B,); labels are +1, −1, 0 for none, or NaN for a tie, whose o is 0.  loss_type: a name in LOSSES.
+    margin, labels: (B,); labels are +1, −1, 0 for none, NaN for a tie, whose o is 0, or for the sigmoid loss any o between
+    −1 and 1, which stands for a chance of (1 + o)/2 that y1 is preferred.  loss_type: a name in LOSSES.
     Returns (B,), 0 where the label is 0.
     """
     labels = labels.detach()
@@ -260,12 +264,15 @@ class PairLogps(torch.nn.Module):
 
     def token_logps(self, batch):
         """Log-prob of each response token, pair by pair, y1 before y2: (N,) fp32."""
-        hidden = self.lm.base_model(  # (B, T, H), or (2B, T, H) in two rows a pair
-            input_ids=batch.input_ids, attention_mask=self._mask(batch),
-            position_ids=batch.positions if batch.shared else None, use_cache=False).last_hidden_state
-        states = hidden.flatten(0, 1)[batch.sources]  # (N, H): only states that predict a response token reach the head
+        # (N, H): only states that predict a response token reach the head
+        states = self.hidden_states(batch).flatten(0, 1)[batch.sources]
         return token_logps(states, batch.targets, self.lm.get_output_embeddings(), self.chunk_size, self.scale,
                            self.softcap, self.score_logits, self.grad_logits)
+
+    def hidden_states(self, batch):
+        """The last hidden state of each token: (B, T, H), or (2B, T, H) in two rows a pair."""
+        return self.lm.base_model(input_ids=batch.input_ids, attention_mask=self._mask(batch),
+                                  position_ids=batch.positions if batch.shared else None, use_cache=False).last_hidden_state
 
     def _mask(self, batch):
         """The mask, or the dict of masks by kind of layer, that the model's forward takes."""
@@ -294,6 +301,31 @@ class PairLogps(torch.nn.Module):
             logits = self.lm(input_ids=row[None], use_cache=False).logits[0, -n - 1:-1]  # (n, V)
             logps.append(logits.float().log_softmax(-1).gather(-1, row[-n:, None]).squeeze(-1))
         return torch.cat(logps)
+
+
+class PairRewards(PairLogps):
+    """The same language model as a reward model: s(x, y) = Σ_t w · h_t over the last hidden states h of y's tokens.
+
+    β·s takes the place of the implicit reward β [log π_θ(y|x) − log π_ref(y|x)]: a sum over tokens as well, and 0 before the
+    first step, where w is 0. Arguments as for PairLogps.
+    """
+
+    def __init__(self, lm, *arguments, **keywords):
+        super().__init__(lm, *arguments, **keywords)
+        embeddings, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+        if head.weight is not embeddings.weight:
+            head.requires_grad_(False)  # nothing reads it
+        self.reward_head = torch.nn.Linear(embeddings.embedding_dim, 1, bias=False, dtype=embeddings.weight.dtype)
+        torch.nn.init.zeros_(self.reward_head.weight)  # w
+
+    def forward(self, batch, per_token=None):
+        """s(x, y) of both responses: (B, 2) fp32, an fp32 sum.  per_token: log-probs all the same, for the check at start-up."""
+        if per_token:
+            return super().forward(batch, per_token)
+        values = self.reward_head(self.hidden_states(batch)).squeeze(-1).float()  # (B, T)  w · h_t, or (2B, T)
+        if not batch.shared:
+            return (values * (batch.segments > 0)).sum(-1).view(-1, 2)
+        return torch.stack([(values * (batch.segments == response)).sum(-1) for response in (1, 2)], -1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -462,6 +462,7 @@ class Pairs:
     place, the row's file and number.
     kind: "train" or "test".  shared: whether a row of a batch holds both responses, or one (see PairBatch).
     ref_logps: (pairs, 2) fp32, log π_ref(y|x), once it is known.  labels: (pairs,) ±1.0, of the test split alone.
+    opinions: (pairs,) between −1 and 1, of a committee (labels/committee.py), where there is one.
     """
     table: datasets.Dataset
     fingerprint: str
@@ -471,6 +472,7 @@ class Pairs:
     shared: bool = True
     ref_logps: torch.Tensor | None = None
     labels: torch.Tensor | None = None
+    opinions: torch.Tensor | None = None
 
     def __post_init__(self):
         self.ids = self.table["id"][:]

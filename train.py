@@ -22,6 +22,7 @@ import torch
 
 import adpo
 import data
+from labels.committee import add_opinions
 from labels.oracle import Oracle, annotator_class
 from labels.threshold import make_threshold
 from runtime import report
@@ -53,6 +54,8 @@ def main(config, command_line=None):
     # The reference is the policy before its first step, unless the config names another model.
     if config.ref_model_name_or_path:
         add_other_reference(config, ds, scoring)
+    if config.pseudo_labels == "committee" and config.data_selection:
+        add_opinions(config, run, annotator, schedule, ds)  # buys all labels; fills .opinions
     policy = load_policy(config)  # adpo.PairLogps around a causal LM
     share_prompts(policy, scoring)
     with starting(config, policy, ds):
@@ -91,8 +94,9 @@ def main(config, command_line=None):
                 scores = threshold.scores(margin_cpu, batch.ids, step)  # (B,)  m, unless a budget is spent at random
                 ask = adpo.gate(scores, threshold.gamma, batch.ids)  # (B,)  |m| ≤ γ
                 answers = oracle.answer(batch.ids, margin_cpu, ask, step)  # (B,)  +1, −1; NaN: no preference; 0: not asked
+                opinions = threshold.opinions(micro_batch)  # (B,)  of a committee, if there is one
                 labels = adpo.choose_labels(margin_cpu, answers, ask, config.pseudo_labels, config.after_budget,
-                                            config.ties)  # (B,)  o
+                                            config.ties, opinions)  # (B,)  o
 
                 oracle.count_pseudo_labels(batch.ids, labels, answers)
                 labels = data.to_device(labels, engine.device)
@@ -189,7 +193,7 @@ def metric_sums(losses, rewards, logps, labels, weights, tokens):
     losses, labels, weights: (B,).  rewards, logps: (B, 2).  "Chosen" is by the label that the loss used; a margin of
     exactly 0 counts as half right.
     """
-    labelled = weights * (labels.abs() == 1)  # (B,)
+    labelled = weights * ((labels != 0) & ~labels.isnan())  # (B,)
     first = (labels > 0)[:, None]  # (B, 1)
     ordered = [torch.where(first, x, x.flip(-1)) for x in (rewards.detach(), logps.detach())]  # (B, 2): chosen, rejected
     margin = ordered[0][:, 0] - ordered[0][:, 1]

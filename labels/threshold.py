@@ -51,7 +51,8 @@ class FixedGamma:
     def __init__(self, config, oracle, schedule):
         self.config, self.oracle, self.schedule = config, oracle, schedule
         self.gamma = config.gamma if config.data_selection else float("inf")  # plain DPO asks for every pair
-        replays = config.data_selection and config.pseudo_labels == "replay"
+        replays = config.data_selection and (
+            config.pseudo_labels == "replay" or config.pseudo_labels == "committee" and schedule.pairs.opinions is None)
         self.replay = Replay(oracle, schedule) if replays else None
         self.looks_ahead = oracle.asks_together or self.plans or replays
         self.state = {}
@@ -70,9 +71,22 @@ class FixedGamma:
         """The rows to train on, once the step's answers are known."""
         return self.replay.fill(step) if self.replay else rows
 
+    def opinions(self, rows):
+        """The labels of these pairs by a committee, (B,), 0 for a filler; None where there is no committee to be used."""
+        every = self.schedule.pairs.opinions
+        return None if every is None else every[rows] if rows else torch.zeros(1)
+
     def metrics(self):
         """What a row of metrics reports about a threshold that is not the paper's."""
         return {}
+
+
+class Nobody(FixedGamma):
+    """Asks about no pair: a committee has bought all labels before the first step (labels/committee.py)."""
+
+    def __init__(self, config, oracle, schedule):
+        super().__init__(config, oracle, schedule)
+        self.gamma = -1.0
 
 
 class Calibrated(FixedGamma):
@@ -198,15 +212,20 @@ class Budget(FixedGamma):
         return {"gate_gamma": self.gamma if self.config.budget_selection == "least_sure" else math.nan, "gate_scale": 1.0}
 
 
-THRESHOLDS = {"paper": FixedGamma, "calibrated": Calibrated, "budget": Budget}  # by the key `gate`
+THRESHOLDS = {"paper": FixedGamma, "calibrated": Calibrated}  # by the key `gate`
 
 
 def make_threshold(config, oracle, schedule):
     """The threshold under this config. A target of labels means a budget; plain DPO needs none of this."""
-    name = config.gate if config.data_selection else "paper"
-    if config.data_selection and (config.target_queries is not None or config.target_query_fraction is not None):
-        name = "budget"
-    return THRESHOLDS[name](config, oracle, schedule)
+    if not config.data_selection:
+        kind = FixedGamma
+    elif config.pseudo_labels == "committee":
+        kind = Nobody
+    elif config.target_queries is not None or config.target_query_fraction is not None:
+        kind = Budget
+    else:
+        kind = THRESHOLDS[config.gate]
+    return kind(config, oracle, schedule)
 
 
 class Replay:

@@ -151,9 +151,9 @@ def load_adapter(config, lm, name, trained):
     return lm
 
 
-def load_policy(config, name=None, trained=True):
-    """The causal LM inside the module that the engine wraps: adpo.PairLogps, with an adapter where one is trained, and
-    without dropout or other noise.  name: of another model than the policy.
+def load_policy(config, name=None, trained=True, kind=adpo.PairLogps):
+    """The causal LM inside the module that the engine wraps, with an adapter where one is trained, and without dropout or
+    other noise.  name: of another model than the policy.  kind: that module, PairLogps or PairRewards.
 
     Its `fingerprint` is the hash of the weights that were loaded.
     """
@@ -163,7 +163,7 @@ def load_policy(config, name=None, trained=True):
     remove_noise(lm)
     if config.gradient_checkpointing:
         recompute_activations(lm)
-    policy = adpo.PairLogps(lm, config.logits_chunk_size, takes_rows=skips_masks(lm))
+    policy = kind(lm, config.logits_chunk_size, takes_rows=skips_masks(lm))
     if config.torch_compile and not policy.compile_layers():
         raise UsageError(f"model {name}: torch_compile finds no layers in {type(lm).__name__}, which names none "
                          "(_no_split_modules): say --torch_compile=false")

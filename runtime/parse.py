@@ -38,7 +38,7 @@ ALIASES = {"Gamma": "gamma", "evaluation_strategy": "eval_strategy", "dtype": "t
            "dataset_num_proc": "preprocessing_num_workers", "max_seq_length": "max_length"}
 
 # Choices that are the names in a table. A budget is not named: target_query_fraction and target_queries select it.
-CHOICES = {"loss_type": [*adpo.LOSSES], "gate": [name for name in THRESHOLDS if name != "budget"],
+CHOICES = {"loss_type": [*adpo.LOSSES], "gate": [*THRESHOLDS],
            "oracle": [*ANNOTATORS, "judge"], "judge": [*JUDGES]}
 
 
@@ -387,6 +387,18 @@ def check_adpo(config, path):
     if config.budget_selection != "least_sure" and not targets:
         raise UsageError(f"{path}: budget_selection {config.budget_selection} goes with a budget: set target_query_fraction "
                          "or target_queries, or leave it out")
+    if config.pseudo_labels == "committee" and config.data_selection:
+        if not targets:
+            raise UsageError(f"{path}: pseudo_labels committee needs a budget: set target_query_fraction or target_queries")
+        if config.loss_type != "sigmoid":
+            raise UsageError(f"{path}: pseudo_labels committee gives chances, and only loss_type sigmoid takes them, not "
+                             f"{config.loss_type}")
+        if config.audit_fraction:
+            raise UsageError(f"{path}: audit_fraction does not go with pseudo_labels committee, which is graded on labels that "
+                             "its members leave out: leave it out")
+        if config.budget_selection != "least_sure":
+            raise UsageError(f"{path}: budget_selection does not go with pseudo_labels committee, which chooses the pairs "
+                             "itself: leave it out")
     if config.gate == "calibrated" and not config.audit_fraction:
         raise UsageError(f"{path}: gate calibrated needs an audit_fraction (0.05 is a good value): only audited pairs show "
                          "whether the policy is right where it is confident")

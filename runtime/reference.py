@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import zlib
+from functools import partial
 from pathlib import Path
 
 import deepspeed
@@ -61,15 +62,20 @@ def add_reference(engine, scoring):
         depends = [data.VERSION, engine.module.fingerprint, pairs.fingerprint, pairs.shared, all_gather(batches),
                    str(next(engine.module.parameters()).dtype), *kernels(engine)]
         path = cache / f"reference-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:32]}.safetensors"
-        logps = from_rank_0(read(path) if rank() == 0 else None)  # rank 0's disk decides for all hosts
-        if logps is None:
-            logps = score(engine, pairs, batches, f"reference log-probs ({pairs.kind})")
-            if rank() == 0:
-                with writing(path):
-                    cache.mkdir(parents=True, exist_ok=True)
-                    with replacing(path) as temporary:
-                        save_file({"logps": logps, "crc": crc(logps)}, temporary)
-        pairs.ref_logps = logps
+        pairs.ref_logps = cached(path, partial(score, engine, pairs, batches, f"reference log-probs ({pairs.kind})"))
+
+
+def cached(path, compute):
+    """What `compute` returns, a tensor on the CPU, from a file where it can. All ranks call it together."""
+    found = from_rank_0(read(path) if rank() == 0 else None)  # rank 0's disk decides for all hosts
+    if found is None:
+        found = compute()
+        if rank() == 0:
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as temporary:
+                    save_file({"values": found, "crc": crc(found)}, temporary)
+    return found
 
 
 def kernels(engine):
@@ -101,14 +107,14 @@ def crc(tensor):
 
 
 def read(path):
-    """The log-probs in a file of the cache, or None if there is none or it is damaged; the latter is reported."""
+    """The tensor in a file that `cached` wrote, or None if there is none or it is damaged; the latter is reported."""
     if not path.is_file():
         return None
     try:
         found = load_file(path)
-        if found["crc"] != crc(found["logps"]):
+        if found["crc"] != crc(found["values"]):
             raise ValueError("its checksum differs")
-        return found["logps"]
+        return found["values"]
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        say(f"{path} is damaged ({one_line(error)}): the log-probs of the reference are computed again")
+        say(f"{path} is damaged ({one_line(error)}): what it holds is computed again")
         return None

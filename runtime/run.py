@@ -121,34 +121,47 @@ class Run:
             f"ZeRO {self.engine_config['zero_optimization'].get('stage', 0)}")
 
     @contextlib.contextmanager
-    def stoppable(self, engine):
-        """Around the loop: where it is Stopped, a checkpoint is written first, so that the same command resumes it."""
-        self.progress = bar(self.total_steps, "train", initial=self.step)
+    def interruptible(self, total, what, done=0):
+        """Around work in which Ctrl-C and SIGTERM ask for a stop, and `progress` shows how far it is."""
+        self.progress, self.doing = bar(total, what, initial=done), what
         self.interrupt.install()
         try:
             yield
         except Stopped:
-            if self.step and self.can_save and not self.in_step and self.step not in checkpoint.complete(self.output):
-                self.save(engine)
             self.interrupt.remove()
             raise
         finally:
             self.progress.close()
         self.interrupt.remove()
 
+    @contextlib.contextmanager
+    def stoppable(self, engine):
+        """Around the loop: where it is Stopped, a checkpoint is written first, so that the same command resumes it."""
+        with self.interruptible(self.total_steps, "train", self.step):
+            try:
+                yield
+            except Stopped:
+                if self.step and self.can_save and not self.in_step and self.step not in checkpoint.complete(self.output):
+                    self.save(engine)
+                raise
+
+    def stop_if_asked(self):
+        """Raise Stopped after Ctrl-C or SIGTERM on any rank."""
+        if on_any_rank(self.interrupt.asked):
+            raise Stopped("interrupted")
+
     def steps(self):
-        """Yield each optimiser step that is still to do, from 0. Raises Stopped after Ctrl-C or SIGTERM on any rank."""
+        """Yield each optimiser step that is still to do, from 0; stop_if_asked before each."""
         self.in_step, self.window_start = False, time.time()
         while self.step < self.total_steps:
-            if on_any_rank(self.interrupt.asked):
-                raise Stopped("interrupted")
+            self.stop_if_asked()
             yield self.step
             self.progress.update()
 
     def show_missing(self, missing, how=""):
         """Tell in the progress bar how many answers are missing, and by which command people give them."""
         answer = f" (answer with `{how}`)" if how else ""
-        self.progress.set_description_str(f"waiting for {missing} labels{answer}" if missing else "train")
+        self.progress.set_description_str(f"waiting for {missing} labels{answer}" if missing else self.doing)
 
     def add(self, sums):
         """Add the metric sums of a micro-batch.  sums: (columns,) fp64."""

@@ -56,7 +56,7 @@ class Schedule:
     def engine_batches(self):
         """The batch sizes that the engine is told: as many micro-steps as the longest step needs."""
         most = max(len(self.micro_batches(self.rows(step))) for step in range(self.total_steps))
-        if self.config.pseudo_labels == "replay":  # any pairs may meet in a step
+        if self.config.pseudo_labels in ("replay", "committee"):  # any pairs may meet in a step
             longest = sorted(range(len(self.pairs)), key=lambda row: -self.pairs.lengths[row])[:self.step_pairs]
             most = max(most, len(self.micro_batches(longest)))
         micro = self.config.per_device_train_batch_size
@@ -73,19 +73,21 @@ def my_batches(rows, pairs, batch_size, config):
     return [ranks[rank()] for ranks in data.split_batch(rows, pairs.lengths, world_size(), batch_size, most_tokens)]
 
 
-def learning_rate(step, total, config):
-    """Learning rate of optimiser step `step` (from 0) of `total`, like the schedules of transformers."""
+def learning_rate(step, total, config, peak=None):
+    """Learning rate of optimiser step `step` (from 0) of `total`, like the schedules of transformers.  peak: another
+    one than the config's."""
+    peak = config.learning_rate if peak is None else peak
     warmup = math.ceil(total * config.warmup_ratio) if config.lr_scheduler_type != "constant" else 0
     if step < warmup:
-        return config.learning_rate * step / warmup
+        return peak * step / warmup
     progress = (step - warmup) / max(1, total - warmup)
     factor = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress}.get(config.lr_scheduler_type, 1.0)
-    return config.learning_rate * factor
+    return peak * factor
 
 
-def set_learning_rate(engine, step, total, config):
+def set_learning_rate(engine, step, total, config, peak=None):
     """Give the engine the learning rate of a step. Returns it."""
-    lr = learning_rate(step, total, config)
+    lr = learning_rate(step, total, config, peak)
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     return lr

@@ -1,0 +1,172 @@
+"""A committee of reward models, which learns from the labels bought and gives every pair its label.  pseudo_labels: committee
+
+    add_opinions    buys the run's labels, in two rounds before the first step, and fills `.opinions` of the training pairs
+
+Each member is the model that the run starts from, with a head that reads a reward (adpo.PairRewards), trained on the labels
+bought as a policy is trained by DPO. Each leaves out one part of the labels, so that the members differ, and so that the
+committee is graded on labels that it has not seen. A policy's own sign(m) tells it what it believes already; what several
+other models agree on tells it something new, and their mean wipes out much of what each of them got wrong.
+
+The first half of the labels goes to random pairs, the second to those on which the members disagree most. Where they agree
+that it could go either way, annotators disagree too, and one more label would tell little.
+
+Departures from the paper: all of it; docs/method.md tells why, and what it brings. Ensembles of reward models: Coste et al.,
+arXiv 2310.02743. Training a policy on their opinions: Fisch et al., arXiv 2405.19316. Choosing by disagreement (BALD):
+Houlsby et al., arXiv 1112.5745. Whatever is learned is a function of the ledger, so a resumed run goes on as it was.
+"""
+
+import contextlib
+import gc
+import hashlib
+import json
+import math
+
+import deepspeed
+import torch
+
+import adpo
+import data
+from labels.oracle import Oracle, drawn
+from labels.threshold import fit_scale
+from runtime.engine import backward, check_against_plain_forward, make_optimizer, skipped_in_a_row, starting
+from runtime.model import load_policy
+from runtime.ranks import from_rank_0, say
+from runtime.reference import cached, score, share_prompts
+from runtime.schedule import my_batches, set_learning_rate
+
+ROUNDS = 2
+
+
+def add_opinions(config, run, annotator, schedule, ds):
+    """Buy the labels of a run and fill `.opinions` of its training pairs, (pairs,) between −1 and 1: twice the mean chance
+    that its members give to y1 being preferred, less 1. None where the members cannot tell which response of a pair that
+    they have not seen is preferred.
+
+    All ranks call it together, before the policy is loaded, because each member takes as much memory.
+    annotator: on rank 0.  ds: the engine's config.
+    """
+    pairs = schedule.pairs
+    with member(config, schedule, ds):
+        pass  # a model that cannot be trained is refused before a label is paid for
+    run.write_config()
+    oracle = Oracle(annotator, run.output / "labels.sqlite", config, run)
+    oracle.check_pairs(pairs.ids)
+    wanted = config.target_queries or round(config.target_query_fraction * schedule.pairs_seen())
+    left_out, margins = left_out_by(pairs, config.committee_size), None
+    with run.interruptible(ROUNDS * config.committee_size, "committee"):
+        for part in range(ROUNDS):
+            labels = buy(oracle, pairs, math.ceil(wanted * (part + 1) / ROUNDS), margins, part, config)
+            margins = torch.stack([member_margins(config, run, schedule, ds, labels, left_out, n)
+                                   for n in range(config.committee_size)])  # (members, pairs)
+    oracle.close()
+    pairs.opinions = 2 * margins.sigmoid().mean(0) - 1 if knows_something(margins, labels, left_out) else None
+
+
+def buy(oracle, pairs, wanted, margins, part, config):
+    """Ask until `wanted` pairs have been asked about: those on which the members disagree most, or at first random ones.
+
+    margins: (members, pairs), or None at first.  part: the round, from 0, which stands for the step in the ledger.
+    Returns the labels of all pairs, (pairs,): +1, −1, NaN for no preference, 0 where this round and those before it asked
+    nobody. So a run that is resumed in a round makes the same choice again.
+    """
+    row_of = {id: row for row, id in reversed([*enumerate(pairs.ids)])}  # a pair that is repeated is asked about once
+    new = from_rank_0(oracle.ledger.unanswered([*row_of], before=part) if oracle.ledger else None)
+    worth = torch.zeros(len(pairs)) if margins is None else bald(margins)  # (pairs,)
+    new.sort(key=lambda id: (-worth[row_of[id]].item(), drawn(f"committee {config.seed} {id}")))
+    left = max(0, wanted - (len(row_of) - len(new)))
+    chosen, later = set(new[:left]), set(new[left:])
+    margin = torch.zeros(len(pairs)) if margins is None else margins.mean(0)
+    answers = oracle.answer(pairs.ids, margin, torch.tensor([id in chosen for id in pairs.ids]), step=part)
+    return answers.masked_fill(torch.tensor([id in later for id in pairs.ids]), 0.0)
+
+
+def bald(margins):
+    """BALD: how much a label would tell about which member is right, in nats: H(mean p) − mean H(p), where p = σ(m) and
+    H(p) = −p log p − (1 − p) log(1 − p).  margins: (members, pairs).  Returns (pairs,) fp64."""
+    p = margins.double().sigmoid()
+
+    def entropy(p):
+        return torch.special.entr(p) + torch.special.entr(1 - p)
+    return entropy(p.mean(0)) - entropy(p).mean(0)
+
+
+def left_out_by(pairs, members):
+    """Which member does not train on each pair: (pairs,), drawn from its id."""
+    return torch.tensor([drawn(f"part {id}") % members for id in pairs.ids])
+
+
+def knows_something(margins, labels, left_out):
+    """Whether the members tell which response is preferred in pairs that they have not seen, past the 95 % interval of
+    their scale a, the one for which σ(a·m) is the chance that the annotator prefers y1. Says how often they are right.
+
+    margins: (members, pairs).  labels, left_out: (pairs,), of `buy` and `left_out_by`.
+    """
+    rows = (labels.abs() == 1).nonzero().flatten()
+    unseen, labels = margins[left_out[rows], rows], labels[rows]  # (n,)
+    a, error = fit_scale(unseen, labels, torch.ones(len(rows)))
+    right = ((unseen * labels > 0).double().mean() if len(rows) else torch.tensor(0.0)).item()
+    knows = a > 1.96 * error
+    say(f"committee: {len(rows):,} labels; a member agrees with {right:.1%} of those that it has not seen"
+        + ("" if knows else ": no better than a coin, so its opinion is not used, and the labelled pairs are replayed"))
+    return knows
+
+
+@contextlib.contextmanager
+def member(config, schedule, ds):
+    """The engine of a member before its first step, freed afterwards."""
+    module = load_policy(config, kind=adpo.PairRewards)
+    share_prompts(module, [(schedule.pairs, None)])
+    with starting(config, module, ds):
+        engine, *_ = deepspeed.initialize(model=module, optimizer=make_optimizer(config, module, ds), config=ds)
+    try:
+        check_against_plain_forward(engine, schedule.pairs)
+        yield engine
+    finally:
+        engine.destroy()
+        del engine, module
+        gc.collect()
+
+
+def member_margins(config, run, schedule, ds, labels, left_out, n):
+    """m = r(x, y1) − r(x, y2) of all pairs by member n, trained on the labels of the others' parts: (pairs,) on the CPU.
+
+    A member that has finished is read from output_dir/committee, so a run that was stopped goes on with the next one.
+    """
+    seen = torch.where(left_out == n, 0.0, labels)  # (pairs,)
+    digest = hashlib.blake2b(json.dumps([n, seen.tolist()]).encode(), digest_size=8).hexdigest()
+
+    def trained():
+        run.stop_if_asked()
+        with member(config, schedule, ds) as engine:
+            train(engine, config, run, schedule, seen, n)
+            batches = my_batches(range(len(schedule.pairs)), schedule.pairs, config.per_device_eval_batch_size, config)
+            scores = score(engine, schedule.pairs, batches, f"scores of member {n + 1}")  # (pairs, 2)
+            return adpo.margins(config.beta * scores)
+    margins = cached(run.output / "committee" / f"{digest}.safetensors", trained)
+    run.progress.update()
+    return margins
+
+
+def train(engine, config, run, schedule, labels, n):
+    """Train a member: DPO's loss −log σ(o·m) on the pairs that have a label.  labels: (pairs,).  n: which member."""
+    pairs, rows, rate = schedule.pairs, labels.nonzero().flatten(), config.committee_learning_rate
+    labels = adpo.choose_labels(torch.zeros(len(pairs)), labels, None, "false", ties=config.ties)
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + n)
+    epoch_steps = math.ceil(len(rows) / schedule.step_pairs)
+    total, skipped = math.ceil(config.committee_epochs * epoch_steps), 0
+    for step in range(total):
+        run.stop_if_asked()
+        if step % epoch_steps == 0:
+            order = rows[torch.randperm(len(rows), generator=generator)].tolist()
+        start = step % epoch_steps * schedule.step_pairs
+        chosen = order[start:start + schedule.step_pairs]
+        engine.train()
+        set_learning_rate(engine, step, total, config, rate)
+        micro_batches = schedule.micro_batches(chosen)
+        for k, micro_batch in enumerate(micro_batches, 1):
+            batch = pairs.batch(micro_batch, engine.device)
+            margin = adpo.margins(config.beta * engine(batch))  # (B,)
+            answers = data.to_device(labels[batch.rows.cpu()], engine.device)  # (B,)
+            losses = adpo.preference_loss(margin, answers, config.loss_type, config.beta, config.label_smoothing)
+            norm = backward(engine, (losses * batch.weights).sum(), len(chosen), last=k == len(micro_batches))
+        skipped = skipped_in_a_row(skipped, engine, norm, step, [pairs.ids[row] for row in chosen])
