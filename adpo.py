@@ -319,7 +319,7 @@ class PairRewards(PairLogps):
         torch.nn.init.zeros_(self.reward_head.weight)  # w
 
     def forward(self, batch, per_token=None):
-        """s(x, y) of both responses: (B, 2) fp32, an fp32 sum.  per_token: log-probs all the same, for the check at start-up."""
+        """s(x, y) of both responses: (B, 2) fp32, an fp32 sum.  per_token: log-probs, as PairLogps has them."""
         if per_token:
             return super().forward(batch, per_token)
         values = self.reward_head(self.hidden_states(batch)).squeeze(-1).float()  # (B, T)  w · h_t, or (2B, T)

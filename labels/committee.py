@@ -1,11 +1,10 @@
-"""A committee of reward models, which learns from the labels bought and gives every pair its label.  pseudo_labels: committee
+"""A committee of reward models, which learns from the labels bought and gives every pair a label.  pseudo_labels: committee
 
     add_opinions    buys the run's labels, in two rounds before the first step, and fills `.opinions` of the training pairs
 
 Each member is the model that the run starts from, with a head that reads a reward (adpo.PairRewards), trained on the labels
-bought as a policy is trained by DPO. Each leaves out one part of the labels, so that the members differ, and so that the
-committee is graded on labels that it has not seen. A policy's own sign(m) tells it what it believes already; what several
-other models agree on tells it something new, and their mean wipes out much of what each of them got wrong.
+bought as a policy is trained by DPO, each in an order of its own. A policy's own sign(m) tells it what it believes already.
+What several other models agree on tells it something new, and their mean wipes out much of what each of them got wrong.
 
 The first half of the labels goes to random pairs, the second to those on which the members disagree most. Where they agree
 that it could go either way, annotators disagree too, and one more label would tell little.
@@ -39,39 +38,44 @@ ROUNDS = 2
 
 def add_opinions(config, run, annotator, schedule, ds):
     """Buy the labels of a run and fill `.opinions` of its training pairs, (pairs,) between −1 and 1: twice the mean chance
-    that its members give to y1 being preferred, less 1. None where the members cannot tell which response of a pair that
-    they have not seen is preferred.
+    that its members give to y1 being preferred, less 1. None where the first round's members cannot tell what annotators
+    will prefer in the second.
 
     All ranks call it together, before the policy is loaded, because each member takes as much memory.
     annotator: on rank 0.  ds: the engine's config.
     """
-    pairs = schedule.pairs
+    pairs, rows = schedule.pairs, schedule.rows_seen()
     with member(config, schedule, ds):
         pass  # a model that cannot be trained is refused before a label is paid for
     run.write_config()
     oracle = Oracle(annotator, run.output / "labels.sqlite", config, run)
     oracle.check_pairs(pairs.ids)
-    wanted = config.target_queries or round(config.target_query_fraction * schedule.pairs_seen())
-    left_out, margins = left_out_by(pairs, config.committee_size), None
+    wanted = config.target_queries or round(config.target_query_fraction * len(rows))
+    margins, knows, seen = None, True, None
     with run.interruptible(ROUNDS * config.committee_size, "committee"):
         for part in range(ROUNDS):
-            labels = buy(oracle, pairs, math.ceil(wanted * (part + 1) / ROUNDS), margins, part, config)
-            margins = torch.stack([member_margins(config, run, schedule, ds, labels, left_out, n)
+            labels = buy(oracle, pairs, rows, math.ceil(wanted * (part + 1) / ROUNDS), margins, part, config)
+            if margins is not None:
+                knows = knows_something(margins.mean(0), labels.masked_fill(seen, 0.0))
+            seen = labels != 0  # (pairs,)
+            margins = torch.stack([member_margins(config, run, schedule, ds, labels, n)
                                    for n in range(config.committee_size)])  # (members, pairs)
     oracle.close()
-    pairs.opinions = 2 * margins.sigmoid().mean(0) - 1 if knows_something(margins, labels, left_out) else None
+    pairs.opinions = 2 * margins.sigmoid().mean(0) - 1 if knows else None
 
 
-def buy(oracle, pairs, wanted, margins, part, config):
+def buy(oracle, pairs, rows, wanted, margins, part, config):
     """Ask until `wanted` pairs have been asked about: those on which the members disagree most, or at first random ones.
 
-    margins: (members, pairs), or None at first.  part: the round, from 0, which stands for the step in the ledger.
+    rows: the pairs to choose from.  margins: (members, pairs), or None at first.  part: the round, from 0, which the ledger
+    keeps as the step.
     Returns the labels of all pairs, (pairs,): +1, −1, NaN for no preference, 0 where this round and those before it asked
     nobody. So a run that is resumed in a round makes the same choice again.
     """
-    row_of = {id: row for row, id in reversed([*enumerate(pairs.ids)])}  # a pair that is repeated is asked about once
+    row_of = {pairs.ids[row]: row for row in rows}  # a pair that is repeated is asked about once
     new = from_rank_0(oracle.ledger.unanswered([*row_of], before=part) if oracle.ledger else None)
-    worth = torch.zeros(len(pairs)) if margins is None else bald(margins)  # (pairs,)
+    at_random = margins is None or config.budget_selection == "random"
+    worth = torch.zeros(len(pairs)) if at_random else bald(margins)  # (pairs,)
     new.sort(key=lambda id: (-worth[row_of[id]].item(), drawn(f"committee {config.seed} {id}")))
     left = max(0, wanted - (len(row_of) - len(new)))
     chosen, later = set(new[:left]), set(new[left:])
@@ -90,24 +94,20 @@ def bald(margins):
     return entropy(p.mean(0)) - entropy(p).mean(0)
 
 
-def left_out_by(pairs, members):
-    """Which member does not train on each pair: (pairs,), drawn from its id."""
-    return torch.tensor([drawn(f"part {id}") % members for id in pairs.ids])
+def knows_something(margin, labels):
+    """Whether a committee tells which response is preferred in pairs that it had not seen, past the 95 % interval of the
+    scale a for which σ(a·m) is the chance that the annotator prefers y1. Says how often it is right.
 
-
-def knows_something(margins, labels, left_out):
-    """Whether the members tell which response is preferred in pairs that they have not seen, past the 95 % interval of
-    their scale a, the one for which σ(a·m) is the chance that the annotator prefers y1. Says how often they are right.
-
-    margins: (members, pairs).  labels, left_out: (pairs,), of `buy` and `left_out_by`.
+    margin, labels: (pairs,), NaN or 0 where there is no margin, or no label that it had not seen.
     """
-    rows = (labels.abs() == 1).nonzero().flatten()
-    unseen, labels = margins[left_out[rows], rows], labels[rows]  # (n,)
-    a, error = fit_scale(unseen, labels, torch.ones(len(rows)))
-    right = ((unseen * labels > 0).double().mean() if len(rows) else torch.tensor(0.0)).item()
-    knows = a > 1.96 * error
-    say(f"committee: {len(rows):,} labels; a member agrees with {right:.1%} of those that it has not seen"
-        + ("" if knows else ": no better than a coin, so its opinion is not used, and the labelled pairs are replayed"))
+    known = (labels.abs() == 1) & ~margin.isnan()
+    margin, labels = margin[known], labels[known]  # (n,)
+    if not len(labels):
+        return True  # the labels came from other runs, so that nothing was left to ask
+    a, error = fit_scale(margin, labels, torch.ones(len(labels)))
+    knows, right = a > 1.96 * error, (margin * labels > 0).double().mean().item()
+    say(f"committee: right about {right:.1%} of the {len(labels):,} labels that it bought where it was torn"
+        + ("" if knows else ", no better than a coin: it is not listened to, and the labelled pairs are replayed"))
     return knows
 
 
@@ -127,19 +127,19 @@ def member(config, schedule, ds):
         gc.collect()
 
 
-def member_margins(config, run, schedule, ds, labels, left_out, n):
-    """m = r(x, y1) − r(x, y2) of all pairs by member n, trained on the labels of the others' parts: (pairs,) on the CPU.
+def member_margins(config, run, schedule, ds, labels, n):
+    """m = r(x, y1) − r(x, y2) by member n, trained on these labels: (pairs,) on the CPU, NaN for a pair that the run does
+    not come to.
 
     A member that has finished is read from output_dir/committee, so a run that was stopped goes on with the next one.
     """
-    seen = torch.where(left_out == n, 0.0, labels)  # (pairs,)
-    digest = hashlib.blake2b(json.dumps([n, seen.tolist()]).encode(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(json.dumps([n, labels.tolist()]).encode(), digest_size=8).hexdigest()
 
     def trained():
         run.stop_if_asked()
         with member(config, schedule, ds) as engine:
-            train(engine, config, run, schedule, seen, n)
-            batches = my_batches(range(len(schedule.pairs)), schedule.pairs, config.per_device_eval_batch_size, config)
+            train(engine, config, run, schedule, labels, n)
+            batches = my_batches(schedule.rows_seen(), schedule.pairs, config.per_device_eval_batch_size, config)
             scores = score(engine, schedule.pairs, batches, f"scores of member {n + 1}")  # (pairs, 2)
             return adpo.margins(config.beta * scores)
     margins = cached(run.output / "committee" / f"{digest}.safetensors", trained)

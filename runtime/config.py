@@ -68,14 +68,14 @@ class Config:
     target_query_fraction: float | None = key(None, "a budget instead of gamma: the share of all pairs to ask about, the "
                                                     "least certain ones of each step", low=1e-6, high=1)
     target_queries: int | None = key(None, "the same budget as a number of labels for the whole run", low=1)
-    budget_selection: str = key("least_sure", "which pairs of a step a budget goes to: the least certain ones "
-                                              "(least_sure) or any (random)", choices=("least_sure", "random"))
+    budget_selection: str = key("least_sure", "which pairs a budget goes to: the least certain ones of a step, "
+                                              "or of a committee (least_sure), or any (random)", choices=("least_sure", "random"))
     pseudo_labels: str = key("true", "a pair that is not asked about is trained on sign(margin) (true), has no loss "
-                                     "(false), or is replaced by a pair whose label is known (replay); committee: all labels "
-                                     "are bought before the first step, and reward models that learn from them give "
-                                     "every pair its label", choices=("true", "false", "replay", "committee"))
-    committee_size: int = key(4, "reward models of a committee; each leaves out one part of the labels", low=2)
-    committee_epochs: float = key(4.0, "passes of each of them over its labels", low=0.01, high=1e6)
+                                     "(false), or is replaced by a pair whose label is known (replay); committee: all "
+                                     "labels are bought before the first step, and reward models that learn from them "
+                                     "label every pair", choices=("true", "false", "replay", "committee"))
+    committee_size: int = key(4, "reward models of a committee", low=2)
+    committee_epochs: float = key(4.0, "passes of each of them over the labels bought", low=0.01, high=1e6)
     committee_learning_rate: float | None = key(None, "their peak learning rate; null: learning_rate", low=0)
     loss_type: str = key("sigmoid", "loss of a pair; sigmoid is DPO's")
     label_smoothing: float = key(0.0, "ε in the sigmoid loss", low=0, high=0.5)

@@ -394,11 +394,8 @@ def check_adpo(config, path):
             raise UsageError(f"{path}: pseudo_labels committee gives chances, and only loss_type sigmoid takes them, not "
                              f"{config.loss_type}")
         if config.audit_fraction:
-            raise UsageError(f"{path}: audit_fraction does not go with pseudo_labels committee, which is graded on labels that "
-                             "its members leave out: leave it out")
-        if config.budget_selection != "least_sure":
-            raise UsageError(f"{path}: budget_selection does not go with pseudo_labels committee, which chooses the pairs "
-                             "itself: leave it out")
+            raise UsageError(f"{path}: audit_fraction does not go with pseudo_labels committee, which is graded on the "
+                             "labels that it buys: leave it out")
     if config.gate == "calibrated" and not config.audit_fraction:
         raise UsageError(f"{path}: gate calibrated needs an audit_fraction (0.05 is a good value): only audited pairs show "
                          "whether the policy is right where it is confident")

@@ -45,9 +45,16 @@ class Schedule:
 
     def scoring_batches(self):
         """[(split, this rank's batches)] of one pass over all the pairs that the run will see, cut as it will cut them."""
-        first_epoch = range(min(self.total_steps, self.epoch_steps))
-        train = [(self.pairs, [rows for step in first_epoch for rows in self.micro_batches(self.rows(step))])]
+        train = [(self.pairs, [rows for step in self.first_epoch() for rows in self.micro_batches(self.rows(step))])]
         return train + ([(self.test, self.test_batches())] if self.test else [])
+
+    def first_epoch(self):
+        """Its steps, or those of them that the run has."""
+        return range(min(self.total_steps, self.epoch_steps))
+
+    def rows_seen(self):
+        """Indices of the pairs that the run comes to."""
+        return sorted(row for step in self.first_epoch() for row in self.rows(step))
 
     def pairs_seen(self, steps=None):
         """How many different pairs the run comes to in its first `steps` steps (or in all)."""

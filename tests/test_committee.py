@@ -1,0 +1,218 @@
+"""labels/committee.py and adpo.PairRewards: `python -m pytest tests/test_committee.py`."""
+
+import itertools
+import json
+import math
+import random
+
+import pytest
+import torch
+from helpers import Run
+from safetensors.torch import load_file
+
+import adpo
+import data
+from labels.committee import bald, knows_something
+from labels.ledger import Ledger
+from runtime import toy
+from runtime.config import Config
+from runtime.model import load_policy, load_tokenizer
+
+# Enough for the members to learn the pairs of `easy` with a random model.
+KEYS = {"pseudo_labels": "committee", "target_queries": 64, "committee_size": 2, "committee_epochs": 6,
+        "committee_learning_rate": 5e-3, "max_steps": 12}
+SAVING = {"save_strategy": "steps", "save_steps": 5}
+
+
+@pytest.fixture(scope="module")
+def easy(tmp_path_factory):
+    """A data set whose better response says "perfect", and the other "rotten"."""
+    folder, rng = tmp_path_factory.mktemp("easy"), random.Random(0)
+    for name, count in (("train", 120), ("test", 40)):
+        rows = []
+        for n in range(count):
+            start = rng.choice(toy.CLAUSES).format(aspect=rng.choice(toy.ASPECTS), word=rng.choice(toy.OPINIONS))
+            responses = [f" {start} and the service seemed {word} ." for word in ("perfect", "rotten")]
+            label = rng.choice("ab")
+            rows.append({"prompt": toy.PROMPT.format(place=toy.PLACES[n % 40], city=toy.CITIES[n // 40]), "label": label,
+                         "response_a": responses[label == "b"], "response_b": responses[label == "a"]})
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"{{{folder}: 1.0}}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One member
+
+@pytest.fixture(scope="module")
+def config(tiny):
+    return Config(model_name_or_path=f"{tiny}/model", dataset_mixer={f"{tiny}/pairs": 1.0}, max_prompt_length=16,
+                  max_length=64)
+
+
+@pytest.fixture(scope="module")
+def pairs(config):
+    renderer = data.Renderer(load_tokenizer(config), config.max_prompt_length, config.max_length)
+    return data.load_pairs(config.dataset_mixer, ["train"], renderer, "train")[0]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_reward_sums_the_states_of_the_response(config, pairs, shared):
+    """Compare with the model's own forward on each response alone."""
+    module = load_policy(config, kind=adpo.PairRewards)
+    with torch.no_grad():
+        assert (module(data.collate(pairs, [0], shared)) == 0).all()  # before the first step
+        torch.nn.init.normal_(module.reward_head.weight)
+        rows = [3, 0, 7]
+        found = module(data.collate(pairs, rows, shared))  # (B, 2)
+        for pair, (prompt, *responses) in zip(found, pairs.token_ids(rows)):
+            for reward, response in zip(pair, responses):
+                ids = torch.tensor([*prompt, *response])[None]
+                states = module.lm(ids, output_hidden_states=True).hidden_states[-1][0, len(prompt):]  # (n, H)
+                assert reward.item() == pytest.approx((states @ module.reward_head.weight[0]).sum().item(), abs=1e-3)
+
+
+def test_only_what_a_reward_reads_is_trained(config, pairs):
+    module = load_policy(config, kind=adpo.PairRewards)
+    torch.nn.init.ones_(module.reward_head.weight)
+    module(data.collate(pairs, [0, 1])).sum().backward()
+    for name, parameter in module.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Many members
+
+def test_bald_is_the_mutual_information_of_label_and_member():
+    """Compare with Σ p(o, k) log p(o, k) / (p(o) p(k)), and look at its ends."""
+    margins = 3 * torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).double()
+    chances = torch.stack([margins.sigmoid(), (-margins).sigmoid()]) / 4  # (2, members, pairs)  p(o, k)
+    product = chances.sum(1, keepdim=True) * 0.25
+    torch.testing.assert_close(bald(margins), (chances * (chances / product).log()).sum((0, 1)))
+    agreed, torn, sure = torch.tensor([[0.0, 30.0, 1e9], [0.0, -30.0, 1e9]]).T
+    assert bald(agreed[:, None]).item() == bald(sure[:, None]).item() == 0  # nothing to be learned
+    assert bald(torn[:, None]).item() == pytest.approx(math.log(2))
+
+
+def test_a_committee_is_graded_on_labels_that_it_had_not_seen(capsys):
+    labels = torch.tensor([1.0, -1.0] * 100 + [0.0, math.nan, 1.0])
+    margin = torch.cat([labels[:200], torch.tensor([9.0, 9.0, math.nan])])
+    assert knows_something(margin, labels)
+    assert "right about 100.0% of the 200 labels" in capsys.readouterr().out
+    assert not knows_something(-margin, labels)
+    half = margin.clone()
+    half[:100] *= -1
+    assert not knows_something(half, labels)
+    assert "right about 50.0% of the 200 labels that it bought where it was torn, no better" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Whole runs
+
+@pytest.fixture(scope="module")
+def whole(train, easy):
+    return train("committee", dataset_mixer=easy, **KEYS, **SAVING)
+
+
+def opinions_file(run):
+    return sorted((run.output / "committee").iterdir())
+
+
+def test_all_labels_are_bought_before_the_first_step_and_every_pair_is_trained_on(whole):
+    rows = whole.rows()
+    assert [row["queries"] for row in rows if row["split"] == "train"][1:] == [64] * 11
+    assert whole.summary()["queries"] == 64 and "no better than a coin" not in whole.stdout
+    assert whole.summary()["pseudo_label_accuracy"] > 0.9
+    ledger = Ledger(whole.output / "labels.sqlite")
+    asked = ledger.labels(0, 1)
+    ledger.close()
+    assert [step for *_, step, _ in asked] == [0] * 32 + [1] * 32
+    assert all(margin == 0 for _, _, margin, step, _ in asked if step == 0)
+    assert len(opinions_file(whole)) == 2 * 2  # two rounds
+    assert whole.summary()["pseudo_labels"] == 96 - 64  # of 12 steps of 8
+
+
+def test_the_opinions_are_the_mean_of_the_members(train, easy, monkeypatch):
+    """The loss of the first step, where the policy's margins are 0, is log 2 whatever the labels; its gradient is not. So
+    look at what the loop was given."""
+    seen = []
+    choose = adpo.choose_labels
+
+    def watched(*arguments, **keywords):
+        if len(arguments) == 7:
+            seen.append(arguments[6])
+        return choose(*arguments, **keywords)
+    monkeypatch.setattr(adpo, "choose_labels", watched)
+    again = train("committee-again", dataset_mixer=easy, **KEYS | {"max_steps": 15})  # one epoch
+    margins = [load_file(path)["values"] for path in opinions_file(again)]
+    given = torch.cat(seen).sort().values
+    found = []
+    for first, second in itertools.combinations(margins, 2):  # two of the four are those of the second round
+        found.append((first.sigmoid() + second.sigmoid() - 1).sort().values)
+    assert min((given - mean).abs().max().item() for mean in found) < 1e-6
+    assert given.abs().max() < 1 and given.abs().mean() > 0.1
+
+
+def test_two_processes_buy_and_learn_together(whole, train, easy):
+    """Their members differ in the last bits, which may decide between pairs that are worth the same."""
+    two = train("committee-2", 2, dataset_mixer=easy, **KEYS | {"per_device_train_batch_size": 4})
+    first_half = [{row for row in run.ledger() if row[2] == 0} for run in (two, whole)]
+    assert first_half[0] == first_half[1] and len(two.ledger()) == 64
+    assert two.losses() == pytest.approx(whole.losses(), abs=0.03)
+
+
+def test_a_resumed_run_is_the_whole_one(whole, train, easy, tmp_path):
+    keys = dict(KEYS, dataset_mixer=easy, **SAVING)
+    output = tmp_path / "run"
+    train("committee-cut", output_dir=output, oracle="dataset", **keys)
+    for path in output.iterdir():  # as if killed after step 10
+        if path.is_file() and not path.name.startswith("labels.sqlite") and path.name != "config.yaml":
+            path.unlink()
+    for path in opinions_file(Run(output, "", "", 0))[::2]:
+        path.unlink()
+    resumed = train("committee-resumed", output_dir=output, **keys)
+    assert "resumed from" in resumed.stdout and resumed.ledger() == whole.ledger()
+    assert all(torch.equal(value, whole.weights()[name]) for name, value in resumed.weights().items())
+
+
+def test_a_run_that_stops_in_the_second_round_makes_the_same_choice_again(whole, train, easy, tmp_path):
+    """As if it had been killed when half of the second round's answers were there."""
+    keys = dict(KEYS, dataset_mixer=easy, output_dir=tmp_path / "run", **SAVING)
+    train("committee-first", **keys)
+    ledger = Ledger(tmp_path / "run" / "labels.sqlite")
+    late = [pair for pair, *_ in ledger.labels(1, 1)][::2]
+    with ledger.transaction():
+        ledger.db.executemany("DELETE FROM answers WHERE pair = ?", [(pair,) for pair in late])
+    ledger.close()
+    for path in (tmp_path / "run").iterdir():
+        if path.is_dir():
+            for file in sorted(path.rglob("*"), reverse=True):
+                file.rmdir() if file.is_dir() else file.unlink()
+            path.rmdir()
+        elif not path.name.startswith("labels.sqlite") and path.name != "config.yaml":
+            path.unlink()
+    again = train("committee-second", **keys)
+    assert again.ledger() == whole.ledger()
+    assert all(torch.equal(value, whole.weights()[name]) for name, value in again.weights().items())
+
+
+def test_members_that_learn_nothing_are_not_believed(tiny, train, tmp_path):
+    """Labels at random: the labelled pairs are replayed, as with a budget and replay."""
+    rng = random.Random(1)
+    for name in ("train", "test"):
+        rows = [json.loads(line) for line in (tiny / "pairs" / f"{name}.jsonl").read_text().splitlines()]
+        (tmp_path / f"{name}.jsonl").write_text("".join(
+            json.dumps(row | {"label": rng.choice("ab")}) + "\n" for row in rows))
+    run = train("committee-noise", dataset_mixer=f"{{{tmp_path}: 1.0}}", **KEYS)
+    assert "no better than a coin: it is not listened to" in run.stdout
+    assert run.summary()["pseudo_labels"] == 0 and run.summary()["queries"] == 64
+    assert all(row["rewards/accuracies"] is not None for row in run.rows())
+
+
+@pytest.mark.parametrize("keys, message", [
+    ({}, "pseudo_labels committee needs a budget: set target_query_fraction or target_queries"),
+    ({"target_queries": 9, "loss_type": "hinge"}, "only loss_type sigmoid takes them, not hinge"),
+    ({"target_queries": 9, "audit_fraction": 0.1}, "audit_fraction does not go with pseudo_labels committee"),
+    ({"target_queries": 9, "committee_size": 1}, "committee_size: expected a whole number of at least 2, found 1")])
+def test_what_does_not_go_with_a_committee_is_refused(keys, message, train):
+    run = train("refused", check=2, pseudo_labels="committee", **keys)
+    assert message in run.stderr and run.stderr.count("\n") == 1
