@@ -21,7 +21,7 @@ intervals (Student's t).
 # Nats at which generations are compared. On the tuning seeds, at all learning rates, the headline methods have less at
 # λ = 0.25 and more at λ = 0.5.
 KL = {"toy": 3, "movies": 3}
-ALL, SUBSET, RANDOM, CANDIDATE = "DPO, all labels", "random subset", "random, replay", "budget, replay"
+ALL, SUBSET, RANDOM, CANDIDATE = "DPO, all labels", "random subset", "random, replay", "committee"
 CURVE = ["random 12.5 %, replay", RANDOM, "random 50 %, replay", ALL]
 AIMS = {"noise-0.2": (-0.005, 0.02), "noise-0.35": (-0.01, 0.03)}  # against DPO on all labels, and against a random subset
 NOT_BELOW_RANDOM = -0.005

@@ -16,8 +16,6 @@ Houlsby et al., arXiv 1112.5745. Whatever is learned is a function of the ledger
 
 import contextlib
 import gc
-import hashlib
-import json
 import math
 
 import deepspeed
@@ -27,10 +25,11 @@ import adpo
 import data
 from labels.oracle import Oracle, drawn
 from labels.threshold import fit_scale
+from runtime.config import FREE_ON_RESUME
 from runtime.engine import backward, check_against_plain_forward, make_optimizer, skipped_in_a_row, starting
 from runtime.model import load_policy
 from runtime.ranks import from_rank_0, say
-from runtime.reference import cached, score, share_prompts
+from runtime.reference import cached, kernels, score, share_prompts
 from runtime.schedule import my_batches, set_learning_rate
 
 ROUNDS = 2
@@ -45,8 +44,9 @@ def add_opinions(config, run, annotator, schedule, ds):
     annotator: on rank 0.  ds: the engine's config.
     """
     pairs, rows = schedule.pairs, schedule.rows_seen()
-    with member(config, schedule, ds):
-        pass  # a model that cannot be trained is refused before a label is paid for
+    with member(config, schedule, ds) as engine:  # a model that cannot be trained is refused before a label is paid for
+        about = [data.VERSION, engine.module.fingerprint, pairs.fingerprint, pairs.shared, *kernels(engine),
+                 schedule.step_pairs, rows, learning_keys(config)]
     run.write_config()
     oracle = Oracle(annotator, run.output / "labels.sqlite", config, run)
     oracle.check_pairs(pairs.ids)
@@ -58,7 +58,7 @@ def add_opinions(config, run, annotator, schedule, ds):
             if margins is not None:
                 knows = knows_something(margins.mean(0), labels.masked_fill(seen, 0.0))
             seen = labels != 0  # (pairs,)
-            margins = torch.stack([member_margins(config, run, schedule, ds, labels, n)
+            margins = torch.stack([member_margins(config, run, schedule, ds, labels, n, about)
                                    for n in range(config.committee_size)])  # (members, pairs)
     oracle.close()
     pairs.opinions = 2 * margins.sigmoid().mean(0) - 1 if knows else None
@@ -127,14 +127,20 @@ def member(config, schedule, ds):
         gc.collect()
 
 
-def member_margins(config, run, schedule, ds, labels, n):
+def learning_keys(config):
+    """The values of all keys on which may depend what a member learns from the labels that it is given."""
+    others = {"budget_selection", "target_queries", "target_query_fraction", "committee_size", "max_steps",
+              "num_train_epochs"} | ({"learning_rate"} if config.committee_learning_rate is not None else set())
+    return {name: value for name, value in vars(config).items() if name not in FREE_ON_RESUME | others}
+
+
+def member_margins(config, run, schedule, ds, labels, n, about):
     """m = r(x, y1) − r(x, y2) by member n, trained on these labels: (pairs,) on the CPU, NaN for a pair that the run does
     not come to.
 
-    A member that has finished is read from output_dir/committee, so a run that was stopped goes on with the next one.
+    They are cached, so that a run that was stopped goes on with the next member, and that one with another learning rate
+    for its policy need not train them again.  about: what they depend on, besides n and the labels.
     """
-    digest = hashlib.blake2b(json.dumps([n, labels.tolist()]).encode(), digest_size=8).hexdigest()
-
     def trained():
         run.stop_if_asked()
         with member(config, schedule, ds) as engine:
@@ -142,7 +148,7 @@ def member_margins(config, run, schedule, ds, labels, n):
             batches = my_batches(schedule.rows_seen(), schedule.pairs, config.per_device_eval_batch_size, config)
             scores = score(engine, schedule.pairs, batches, f"scores of member {n + 1}")  # (pairs, 2)
             return adpo.margins(config.beta * scores)
-    margins = cached(run.output / "committee" / f"{digest}.safetensors", trained)
+    margins = cached("committee", [n, labels.tolist(), about], trained)
     run.progress.update()
     return margins
 

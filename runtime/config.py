@@ -68,8 +68,9 @@ class Config:
     target_query_fraction: float | None = key(None, "a budget instead of gamma: the share of all pairs to ask about, the "
                                                     "least certain ones of each step", low=1e-6, high=1)
     target_queries: int | None = key(None, "the same budget as a number of labels for the whole run", low=1)
-    budget_selection: str = key("least_sure", "which pairs a budget goes to: the least certain ones of a step, "
-                                              "or of a committee (least_sure), or any (random)", choices=("least_sure", "random"))
+    budget_selection: str = key("least_sure", "which pairs a budget goes to: the least certain ones of a "
+                                              "step, or of a committee (least_sure), or any (random)",
+                                choices=("least_sure", "random"))
     pseudo_labels: str = key("true", "a pair that is not asked about is trained on sign(margin) (true), has no loss "
                                      "(false), or is replaced by a pair whose label is known (replay); committee: all "
                                      "labels are bought before the first step, and reward models that learn from them "

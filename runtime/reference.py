@@ -57,22 +57,26 @@ def add_reference(engine, scoring):
     they are part of the cache's key: padding changes the last bits of a log-prob, and so does another kernel, but at step 0
     every margin has to be 0, not nearly 0.
     """
-    cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "adpo"
     for pairs, batches in scoring:
         depends = [data.VERSION, engine.module.fingerprint, pairs.fingerprint, pairs.shared, all_gather(batches),
                    str(next(engine.module.parameters()).dtype), *kernels(engine)]
-        path = cache / f"reference-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:32]}.safetensors"
-        pairs.ref_logps = cached(path, partial(score, engine, pairs, batches, f"reference log-probs ({pairs.kind})"))
+        compute = partial(score, engine, pairs, batches, f"reference log-probs ({pairs.kind})")
+        pairs.ref_logps = cached("reference", depends, compute)
 
 
-def cached(path, compute):
-    """What `compute` returns, a tensor on the CPU, from a file where it can. All ranks call it together."""
+def cached(kind, depends, compute):
+    """What `compute` returns, a tensor on the CPU, from the disk where it is there. All ranks call it together.
+
+    kind: the file's name begins with it.  depends: everything that decides the result, for JSON.
+    """
+    cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "adpo"
+    path = cache / f"{kind}-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:32]}.safetensors"
     found = from_rank_0(read(path) if rank() == 0 else None)  # rank 0's disk decides for all hosts
     if found is None:
         found = compute()
         if rank() == 0:
             with writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
+                cache.mkdir(parents=True, exist_ok=True)
                 with replacing(path) as temporary:
                     save_file({"values": found, "crc": crc(found)}, temporary)
     return found
