@@ -27,7 +27,8 @@ AIMS = {"noise-0.2": (-0.005, 0.02), "noise-0.35": (-0.01, 0.03)}  # against DPO
 NOT_BELOW_RANDOM = -0.005
 STUDENT = dict(enumerate([12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
                           2.131, 2.120, 2.110, 2.101, 2.093], 2))  # 95 %, by number of values
-STYLES = {ALL: ("0.4", "s"), SUBSET: ("0.4", "o"), RANDOM: ("tab:blue", "o"), CANDIDATE: ("black", "*"),
+STYLES = {ALL: ("0.4", "s"), SUBSET: ("0.4", "o"), RANDOM: ("tab:blue", "o"), CANDIDATE: ("tab:green", "*"),
+          "budget": ("black", "D"), "committee, random": ("tab:green", "o"), "committee": ("tab:green", "s"),
           "calibrated": ("tab:blue", "D"), "no pseudo-labels": ("tab:orange", "^"), "paper": ("tab:red", "v")}
 
 

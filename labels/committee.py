@@ -44,9 +44,7 @@ def add_opinions(config, run, annotator, schedule, ds):
     annotator: on rank 0.  ds: the engine's config.
     """
     pairs, rows = schedule.pairs, schedule.rows_seen()
-    with member(config, schedule, ds) as engine:  # a model that cannot be trained is refused before a label is paid for
-        about = [data.VERSION, engine.module.fingerprint, pairs.fingerprint, pairs.shared, *kernels(engine),
-                 schedule.step_pairs, rows, learning_keys(config)]
+    about = what_counts(config, schedule, ds)
     run.write_config()
     oracle = Oracle(annotator, run.output / "labels.sqlite", config, run)
     oracle.check_pairs(pairs.ids)
@@ -127,11 +125,17 @@ def member(config, schedule, ds):
         gc.collect()
 
 
-def learning_keys(config):
-    """The values of all keys on which may depend what a member learns from the labels that it is given."""
+def what_counts(config, schedule, ds):
+    """All that decides what a member learns from the labels that it is given, for JSON.
+
+    Loads a member, so that a model that cannot be trained is refused before a label is paid for.
+    """
     others = {"budget_selection", "target_queries", "target_query_fraction", "committee_size", "max_steps",
               "num_train_epochs"} | ({"learning_rate"} if config.committee_learning_rate is not None else set())
-    return {name: value for name, value in vars(config).items() if name not in FREE_ON_RESUME | others}
+    keys = {name: value for name, value in vars(config).items() if name not in FREE_ON_RESUME | others}
+    with member(config, schedule, ds) as engine:
+        return [data.VERSION, engine.module.fingerprint, schedule.pairs.fingerprint, schedule.pairs.shared, *kernels(engine),
+                schedule.step_pairs, schedule.rows_seen(), keys]
 
 
 def member_margins(config, run, schedule, ds, labels, n, about):
@@ -139,7 +143,7 @@ def member_margins(config, run, schedule, ds, labels, n, about):
     not come to.
 
     They are cached, so that a run that was stopped goes on with the next member, and that one with another learning rate
-    for its policy need not train them again.  about: what they depend on, besides n and the labels.
+    for its policy need not train them again.  about: of `what_counts`.
     """
     def trained():
         run.stop_if_asked()
@@ -172,7 +176,8 @@ def train(engine, config, run, schedule, labels, n):
         for k, micro_batch in enumerate(micro_batches, 1):
             batch = pairs.batch(micro_batch, engine.device)
             margin = adpo.margins(config.beta * engine(batch))  # (B,)
-            answers = data.to_device(labels[batch.rows.cpu()], engine.device)  # (B,)
+            answers = labels[micro_batch] if micro_batch else torch.zeros(1)  # (B,); a filler has none
+            answers = data.to_device(answers, engine.device)
             losses = adpo.preference_loss(margin, answers, config.loss_type, config.beta, config.label_smoothing)
             norm = backward(engine, (losses * batch.weights).sum(), len(chosen), last=k == len(micro_batches))
         skipped = skipped_in_a_row(skipped, engine, norm, step, [pairs.ids[row] for row in chosen])

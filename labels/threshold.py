@@ -4,6 +4,8 @@
     Calibrated    gate: calibrated   ask where a·|m| ≤ γ: where the annotator would agree with a chance of at most σ(γ)
     Budget        target_queries,    ask so many pairs of each step that the budget lasts to the end: the least sure ones or,
                   target_query_fraction   with budget_selection: random, any
+    Nobody        pseudo_labels:     ask about no pair: a committee has bought all labels before (labels/committee.py)
+                  committee
     Replay        pseudo_labels:     with any of them: a pair that is not asked gives its place in the step to the labelled
                   replay             pair that was trained on longest ago
 

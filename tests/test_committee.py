@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import Person
 from safetensors.torch import load_file
 
 import adpo
 import data
+from labels.annotators import HumanAnnotator
 from labels.committee import bald, knows_something
 from labels.ledger import Ledger
 from runtime import toy
@@ -150,9 +152,11 @@ def test_the_opinions_are_the_mean_of_the_members(train, easy, monkeypatch):
     assert given.abs().max() < 1 and given.abs().mean() > 0.1
 
 
-def test_two_processes_buy_and_learn_together(whole, train, easy):
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
+def test_two_processes_buy_and_learn_together(stage, whole, train, easy, engine_configs):
     """Their members differ in the last bits, which may decide between pairs that are worth the same."""
-    two = train("committee-2", 2, dataset_mixer=easy, **KEYS | {"per_device_train_batch_size": 4})
+    two = train("committee-2", 2, dataset_mixer=easy, deepspeed=engine_configs[stage],
+                **KEYS | {"per_device_train_batch_size": 4})
     first_half = [{row for row in run.ledger() if row[2] == 0} for run in (two, whole)]
     assert first_half[0] == first_half[1] and len(two.ledger()) == 64
     assert two.losses() == pytest.approx(whole.losses(), abs=0.03)
@@ -190,6 +194,19 @@ def test_a_run_that_stops_in_the_second_round_makes_the_same_choice_again(whole,
     again = train("committee-second", **keys)
     assert again.ledger() == whole.ledger()
     assert all(torch.equal(value, whole.weights()[name]) for name, value in again.weights().items())
+
+
+def test_people_are_asked_in_two_lots(whole, train, easy, tmp_path, monkeypatch):
+    """Nobody is there after the first lot and half of the second: the run stops, and the same command goes on."""
+    monkeypatch.setattr(HumanAnnotator, "poll_seconds", 0.02)
+    keys = dict(KEYS, dataset_mixer=easy, oracle="human", output_dir=tmp_path / "run", **SAVING)
+    with Person(tmp_path / "run", limit=48):
+        stopped = train("committee-waits", check=75, oracle_wait_minutes=0.02, **keys)
+    assert "stopped: no answer for 0.02 minutes" in stopped.stdout and len(stopped.ledger()) == 48
+    with Person(tmp_path / "run"):
+        run = train("committee-goes-on", **keys)
+    assert run.ledger() == whole.ledger()
+    assert all(torch.equal(value, whole.weights()[name]) for name, value in run.weights().items())
 
 
 def test_members_that_learn_nothing_are_not_believed(tiny, train, tmp_path):

@@ -159,7 +159,8 @@ def test_what_finished_elsewhere_is_not_run_again(bench, tmp_path):
     (tmp_path / "kept.json").write_text(bench.dump())
     kept = query_efficiency.read_kept(tmp_path / "kept.json")
     elsewhere = Bench(FULL, tmp_path / "empty", bench.roots, kept=kept)
-    assert len(kept) == len(dump["runs"]) == len(HEADLINE) * 4 * 2 + 1 and elsewhere.finished("toy") == bench.finished("toy") == kept
+    assert len(kept) == len(dump["runs"]) == len(HEADLINE) * 4 * 2 + 1
+    assert elsewhere.finished("toy") == bench.finished("toy") == kept
     assert elsewhere.result(job)["accuracy"] == 0.93 and elsewhere.dump() == bench.dump()
     dump["methods"]["budget, replay"]["beta"] = 0.2
     (tmp_path / "kept.json").write_text(json.dumps(dump))
