@@ -76,7 +76,7 @@ class Config:
                                      "labels are bought before the first step, and reward models that learn from them "
                                      "label every pair", choices=("true", "false", "replay", "committee"))
     committee_size: int = key(4, "reward models of a committee", low=2)
-    committee_epochs: float = key(4.0, "passes of each of them over the labels bought", low=0.01, high=1e6)
+    committee_epochs: float = key(2.0, "passes of each of them over the labels bought", low=0.01, high=1e6)
     committee_learning_rate: float | None = key(None, "their peak learning rate; null: learning_rate", low=0)
     loss_type: str = key("sigmoid", "loss of a pair; sigmoid is DPO's")
     label_smoothing: float = key(0.0, "ε in the sigmoid loss", low=0, high=0.5)

@@ -120,5 +120,5 @@ def read(path):
             raise ValueError("its checksum differs")
         return found["values"]
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        say(f"{path} is damaged ({one_line(error)}): what it holds is computed again")
+        say(f"{path} is damaged ({one_line(error)}): the values in it are computed again")
         return None

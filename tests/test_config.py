@@ -145,7 +145,7 @@ def test_flags_win_over_the_file(write):
     (["--gate=calibrated", "--audit_fraction=0.1", "--target_queries=5"],
      "gate calibrated and target_queries are two ways to decide whom to ask; keep one"),
     (["--gate=budget"], "gate: expected one of paper, calibrated, found 'budget'"),
-    (["--pseudo_labels=soft"], "pseudo_labels: expected one of true, false, replay, found 'soft'"),
+    (["--pseudo_labels=soft"], "pseudo_labels: expected one of true, false, replay, committee, found 'soft'"),
     (["--dataset_splits=train,train"], "'train' is listed twice, so its pairs would count twice"),
     (["--max_steps=0"], "nothing to do in 0 steps"),
     (["--judge_extra_body=low"], "judge_extra_body: expected a mapping of names to values that JSON has, found 'low'"),

@@ -338,7 +338,7 @@ def test_a_run_in_two_processes_and_a_resumed_one_are_the_whole_one(keys, train,
     ({"gate": "calibrated", "audit_fraction": 0.1, "target_queries": 5},
      "gate calibrated and target_queries are two ways to decide whom to ask; keep one"),
     ({"budget_selection": "random"}, "budget_selection random goes with a budget: set target_query_fraction or "),
-    ({"pseudo_labels": "perhaps"}, "pseudo_labels: expected one of true, false, replay, found 'perhaps'")])
+    ({"pseudo_labels": "perhaps"}, "pseudo_labels: expected one of true, false, replay, committee, found 'perhaps'")])
 def test_what_does_not_go_together_is_refused(keys, message, train):
     run = train("refused", check=2, **keys)
     assert message in run.stderr and run.stderr.count("\n") == 1
