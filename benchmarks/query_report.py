@@ -21,14 +21,16 @@ intervals (Student's t).
 # Nats at which generations are compared. On the tuning seeds, at all learning rates, the headline methods have less at
 # λ = 0.25 and more at λ = 0.5.
 KL = {"toy": 3, "movies": 3}
-ALL, SUBSET, RANDOM, CANDIDATE = "DPO, all labels", "random subset", "random, replay", "committee"
+ALL, SUBSET, RANDOM = "DPO, all labels", "random subset", "random, replay"
+CANDIDATES = ["committee", "budget, replay"]  # the present one first
 CURVE = ["random 12.5 %, replay", RANDOM, "random 50 %, replay", ALL]
 AIMS = {"noise-0.2": (-0.005, 0.02), "noise-0.35": (-0.01, 0.03)}  # against DPO on all labels, and against a random subset
 NOT_BELOW_RANDOM = -0.005
 STUDENT = dict(enumerate([12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
                           2.131, 2.120, 2.110, 2.101, 2.093], 2))  # 95 %, by number of values
-STYLES = {ALL: ("0.4", "s"), SUBSET: ("0.4", "o"), RANDOM: ("tab:blue", "o"), CANDIDATE: ("tab:green", "*"),
-          "budget": ("black", "D"), "committee, random": ("tab:green", "o"), "committee": ("tab:green", "s"),
+STYLES = {ALL: ("0.4", "s"), SUBSET: ("0.4", "o"), RANDOM: ("tab:blue", "o"), "budget, replay": ("black", "D"),
+          "committee": ("tab:green", "*"), "committee, random pairs": ("tab:green", "o"),
+          "committee, all labels": ("tab:green", "s"),
           "calibrated": ("tab:blue", "D"), "no pseudo-labels": ("tab:orange", "^"), "paper": ("tab:red", "v")}
 
 
@@ -101,21 +103,21 @@ def paired(runs):
     return lines
 
 
-def aims(results):
+def aims(results, candidate):
     """[(aim, whether it is reached, numbers)] of the primary comparisons, as far as their runs have finished."""
     found = []
     for task, by_noise in results.items():
         for noise, runs in by_noise.items():
-            if CANDIDATE not in runs or SUBSET not in runs:
+            if candidate not in runs or SUBSET not in runs:
                 continue
-            gain = differences(runs, CANDIDATE, SUBSET)
+            gain = differences(runs, candidate, SUBSET)
             if len(gain) < 2:  # without an interval there is nothing to say
                 continue
             mean, half = interval(gain)
             where = f"{TITLES[task]}, {TITLES[noise]}"
             if noise in AIMS and ALL in runs:
                 most, least = AIMS[noise]
-                loss = differences(runs, CANDIDATE, ALL)
+                loss = differences(runs, candidate, ALL)
                 found.append((f"{where}: at most {-100 * most:g} points below DPO on all labels",
                               statistics.mean(loss) >= most, text(loss, "{:+.4f}")))
                 found.append((f"{where}: at least {100 * least:g} points above a random subset, the interval above 0",
@@ -170,9 +172,13 @@ def write(bench, folder):
     lines = ["# Query efficiency", "", "Made by `python benchmarks/query_efficiency.py`, whose docstring says how the "
              "comparison is kept fair, what was decided before the runs, and what was cut to save time.", "",
              progress(bench), "", "![Accuracy by labels bought](query_efficiency.png)", "",
-             ABOUT.format(kl=kl, pairs=pairs, test=bench.plan.sizes[1]), "",
-             f"## The primary comparisons, of \"{CANDIDATE}\"", "", "| aim | reached | difference |", "| --- | --- | --: |"]
-    lines += [f"| {what} | {'yes' if reached else '**no**'} | {numbers} |" for what, reached, numbers in aims(results)]
+             ABOUT.format(kl=kl, pairs=pairs, test=bench.plan.sizes[1])]
+    for candidate in CANDIDATES:
+        lines += ["", f"## The primary comparisons, of \"{candidate}\"", ""]
+        rows = [f"| {what} | {'yes' if reached else '**no**'} | {numbers} |"
+                for what, reached, numbers in aims(results, candidate)]
+        lines += ["| aim | reached | difference |", "| --- | --- | --: |", *rows] if rows else [
+            "Not yet: two seeds have to finish, of this method and of those that it is compared with."]
     for task, by_noise in results.items():
         lines += ["", f"## {TITLES[task]}"]
         for noise, runs in by_noise.items():
@@ -193,14 +199,16 @@ def style(method):
 
 
 def draw(results, pairs, path):
-    """Accuracy by labels bought: a column a task, a row for each noise of AIMS. A single seed has no interval, and is left
-    out."""
+    """Accuracy by labels bought: a column a task, a row for each noise of AIMS. Methods with fewer than three seeds, whose
+    intervals would hide the others, are left out, and noises with fewer than three methods."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-    results = {task: {noise: {name: found for name, found in runs.items() if len(found) > 1}
+    results = {task: {noise: {name: found for name, found in runs.items() if len(found) > 2}
                       for noise, runs in by_noise.items()} for task, by_noise in results.items()}
-    results = {task: by_noise for task, by_noise in results.items() if any(by_noise.values())}
+    results = {task: {noise: runs for noise, runs in by_noise.items() if len(runs) > 2}
+               for task, by_noise in results.items()}
+    results = {task: by_noise for task, by_noise in results.items() if by_noise}
     noises = [noise for noise in AIMS if any(by_noise.get(noise) for by_noise in results.values())]
     rows, columns = max(1, len(noises)), max(1, len(results))
     figure, axes = pyplot.subplots(rows, columns, figsize=(6.4 * columns, 4.2 * rows), squeeze=False)

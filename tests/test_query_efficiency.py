@@ -138,12 +138,12 @@ def test_the_page_says_what_finished(bench, tmp_path, capsys):
         for job in bench.tuning("toy", "noise-0.2", method, FULL.rates["toy"]):
             finish(bench, job, {1e-3: 0.8, 2e-3: 0.9, 4e-3: 0.7}[job.rate])
     for job in bench.reported("toy", HEADLINE, ["noise-0.2"], 3):
-        gain = {query_report.CANDIDATE: 0.03, "DPO, all labels": 0.01}.get(job.method, 0)
+        gain = {query_report.CANDIDATES[0]: 0.03, "DPO, all labels": 0.01}.get(job.method, 0)
         finish(bench, job, 0.9 + gain + 0.01 * job.seed + 0.001 * (job.seed == 2) * (gain > 0))
     query_report.write(bench, tmp_path)
     page = (tmp_path / "query_efficiency.md").read_text()
     assert "at least 2 points above a random subset, the interval above 0 | yes | +0.0303 ± 0.0014 |" in page
-    assert f"| {query_report.CANDIDATE} | 0.002 | 3 | 25.0% | 20.0% |" in page and "**0.9000**" in page
+    assert f"| {query_report.CANDIDATES[0]} | 0.002 | 3 | 25.0% | 20.0% |" in page and "**0.9000**" in page
     assert (tmp_path / "query_efficiency.png").exists()
 
 
