@@ -14,22 +14,19 @@ arXiv 2310.02743. Training a policy on their opinions: Fisch et al., arXiv 2405.
 Houlsby et al., arXiv 1112.5745. Whatever is learned is a function of the ledger, so a resumed run goes on as it was.
 """
 
-import contextlib
-import gc
 import math
 
-import deepspeed
 import torch
 
 import adpo
 import data
 from labels.oracle import Oracle, drawn
-from labels.threshold import fit_scale
+from labels.threshold import fit_scale, labels_to_buy
 from runtime.config import FREE_ON_RESUME
-from runtime.engine import backward, check_against_plain_forward, make_optimizer, skipped_in_a_row, starting
+from runtime.engine import backward, skipped_in_a_row
 from runtime.model import load_policy
 from runtime.ranks import from_rank_0, say
-from runtime.reference import cached, kernels, score, share_prompts
+from runtime.reference import cached, kernels, score, temporary_engine
 from runtime.schedule import my_batches, set_learning_rate
 
 ROUNDS = 2
@@ -48,7 +45,7 @@ def add_opinions(config, run, annotator, schedule, ds):
     run.write_config()
     oracle = Oracle(annotator, run.output / "labels.sqlite", config, run)
     oracle.check_pairs(pairs.ids)
-    wanted = config.target_queries or round(config.target_query_fraction * len(rows))
+    wanted = labels_to_buy(config, schedule)
     margins, knows, seen = None, True, None
     with run.interruptible(ROUNDS * config.committee_size, "committee"):
         for part in range(ROUNDS):
@@ -96,7 +93,8 @@ def knows_something(margin, labels):
     """Whether a committee tells which response is preferred in pairs that it had not seen, past the 95 % interval of the
     scale a for which σ(a·m) is the chance that the annotator prefers y1. Says how often it is right.
 
-    margin, labels: (pairs,), NaN or 0 where there is no margin, or no label that it had not seen.
+    margin: (pairs,), NaN for a pair that the run does not come to.  labels: (pairs,), 0 for a pair that was not asked about,
+    or whose label the committee had learned from.
     """
     known = (labels.abs() == 1) & ~margin.isnan()
     margin, labels = margin[known], labels[known]  # (n,)
@@ -109,20 +107,10 @@ def knows_something(margin, labels):
     return knows
 
 
-@contextlib.contextmanager
 def member(config, schedule, ds):
-    """The engine of a member before its first step, freed afterwards."""
+    """The engine of a member before its first step, as a context; freed afterwards."""
     module = load_policy(config, kind=adpo.PairRewards)
-    share_prompts(module, [(schedule.pairs, None)])
-    with starting(config, module, ds):
-        engine, *_ = deepspeed.initialize(model=module, optimizer=make_optimizer(config, module, ds), config=ds)
-    try:
-        check_against_plain_forward(engine, schedule.pairs)
-        yield engine
-    finally:
-        engine.destroy()
-        del engine, module
-        gc.collect()
+    return temporary_engine(config, module, ds, [(schedule.pairs, None)], trained=True)
 
 
 def what_counts(config, schedule, ds):

@@ -74,7 +74,7 @@ class FixedGamma:
         return self.replay.fill(step) if self.replay else rows
 
     def opinions(self, rows):
-        """The labels of these pairs by a committee, (B,), 0 for a filler; None where there is no committee to be used."""
+        """What the committee says about these pairs, (B,), with 0 for a filler. None if the run does not use one."""
         every = self.schedule.pairs.opinions
         return None if every is None else every[rows] if rows else torch.zeros(1)
 
@@ -163,6 +163,11 @@ def fit_scale(margin, answers, weights):
     return a.item(), ((w * z * wrong).square().sum().sqrt() / curvature).item()  # sandwich estimate: w are not counts
 
 
+def labels_to_buy(config, schedule):
+    """The number of labels that a budget asks for."""
+    return config.target_queries or round(config.target_query_fraction * schedule.pairs_seen())
+
+
 class Budget(FixedGamma):
     """A number of labels in place of γ: each step asks its least sure pairs, so many that the labels last to the end.
 
@@ -175,7 +180,7 @@ class Budget(FixedGamma):
 
     def __init__(self, config, oracle, schedule):
         super().__init__(config, oracle, schedule)
-        self.labels = config.target_queries or round(config.target_query_fraction * schedule.pairs_seen())
+        self.labels = labels_to_buy(config, schedule)
         rates = [learning_rate(step, schedule.total_steps, config) for step in range(schedule.total_steps)]
         worth = list(accumulate(rates[::-1]))[::-1] if config.pseudo_labels == "replay" else rates
         self.worth = [max(w, 1e-9 * max(rates)) for w in worth]  # never 0, although a warm-up starts there

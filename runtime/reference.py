@@ -4,6 +4,7 @@ The reference is the policy before its first step, scored by the policy's own en
 (ref_model_name_or_path) is loaded, scored and freed before the policy is loaded.
 """
 
+import contextlib
 import gc
 import hashlib
 import json
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import data
-from runtime.engine import check_against_plain_forward, no_backward, starting
+from runtime.engine import check_against_plain_forward, make_optimizer, no_backward, starting
 from runtime.errors import one_line
 from runtime.files import replacing, writing
 from runtime.model import load_policy
@@ -30,14 +31,26 @@ def add_other_reference(config, ds, scoring):
     """Fill `.ref_logps` of the splits from the model ref_model_name_or_path.  ds: the engine's config."""
     stage = 3 if ds["zero_optimization"].get("stage") == 3 else 0  # without an optimiser, stages 1 and 2 make no sense
     module = load_policy(config, config.ref_model_name_or_path, trained=False)
-    share_prompts(module, scoring)
-    ds = {**ds, "zero_optimization": {"stage": stage}}
-    with starting(config, module, ds):
-        engine, *_ = deepspeed.initialize(model=module, config=ds)
-    check_against_plain_forward(engine, *(pairs for pairs, _ in scoring))
-    add_reference(engine, scoring)
-    engine.destroy()
+    with temporary_engine(config, module, {**ds, "zero_optimization": {"stage": stage}}, scoring, trained=False) as engine:
+        add_reference(engine, scoring)
     del engine, module
+    gc.collect()
+
+
+@contextlib.contextmanager
+def temporary_engine(config, module, ds, scoring, trained):
+    """The checked engine of a model that is needed only before the policy is loaded, freed afterwards.
+
+    ds: the engine's config.  scoring: [(pairs, anything)], the splits that it reads.  trained: whether it has an optimiser.
+    """
+    share_prompts(module, scoring)
+    with starting(config, module, ds):
+        optimizer = make_optimizer(config, module, ds) if trained else None
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds)
+    check_against_plain_forward(engine, *(pairs for pairs, _ in scoring))
+    yield engine
+    engine.destroy()
+    del engine, module, optimizer
     gc.collect()
 
 
