@@ -277,14 +277,16 @@ FULL = {"gradient_checkpointing": True, "per_device_train_batch_size": 32}
 RATES = {
     "135M": ("SmolLM2-135M", 0.30, [
         ("16,384 tokens, as shipped", {}),
-        ("65,536 tokens, compiled", {"micro_batch_tokens": 65536, "torch_compile": True})]),
+        ("16,384 tokens, compiled", {"torch_compile": True}),
+        ("98,304 tokens, compiled, 192 pairs a step",
+         {"micro_batch_tokens": 98304, "torch_compile": True, "per_device_train_batch_size": 192})]),
     "1B": ("Llama-3.2-1B", None, [
         ("16,384 tokens, compiled", {"torch_compile": True}),
         ("16,384 tokens", {}),
         ("32,768 tokens, checkpointing", {"micro_batch_tokens": 32768, "gradient_checkpointing": True})]),
     "7B": ("Zephyr-7B:8", 0.40, [
-        ("8 of the 32 layers, all weights, 16,384 tokens, checkpointing, compiled", FULL | {"torch_compile": True}),
-        ("the same, not compiled", FULL)]),
+        ("8 of the 32 layers, all weights, 16,384 tokens, checkpointing", FULL),
+        ("the same, compiled", FULL | {"torch_compile": True})]),
     "LoRA": ("Zephyr-7B", 0.40, [
         ("adapter on all linear layers, 16,384 tokens, checkpointing",
          FULL | {"use_peft": True, "lora_target_modules": ["all-linear"]})])}
@@ -483,9 +485,9 @@ def attention(bench):
 def trl(bench):
     if not all(importlib.util.find_spec(name) for name in ("trl", "accelerate", "datasets")):
         return (yield None, "TRL is not installed: skipped")
-    folder, (title, _, rows, peak) = bench.folder / "runs" / "trl", measured(bench, "135M")[0]
-    if not rows:
-        return (yield False, f"train.py, {title}: failed, or no time was left: see gpu.log")
+    folder, ours = bench.folder / "runs" / "trl", [run for run in measured(bench, "135M") if run[2]]
+    if not ours:
+        return (yield False, "train.py: failed, or no time was left: see gpu.log")
     job = {"model": str(bench.model("SmolLM2-135M")), "pairs": str(bench.pairs), "output": str(folder), "reference": None,
            "bf16": True, "checkpointing": False, "precompute": True, "threads": max(1, os.cpu_count() // 2)}
     folder.with_suffix(".json").write_text(json.dumps(job))
@@ -493,15 +495,19 @@ def trl(bench):
     found = [json.loads(line[4:]) for line in ran.log.splitlines() if line.startswith("TRL ")]
     if not found:
         return (yield False, f"TRL: {ran.why()}")
-    cold, warm = (row["tokens_per_second"] for row in rows)
+    best = max(found, key=lambda row: row["warm"])
+    ratios = []  # (times TRL's speed, share of its memory, title) of each of our runs
     yield "| | tokens/s, at the start | later | peak GB |\n| --- | --: | --: | --: |"
-    yield f"| train.py, {title} | {cold:,.0f} | {warm:,.0f} | {peak / 1e9:.1f} |"
+    for title, _, rows, peak in ours:
+        cold, warm = (row["tokens_per_second"] for row in rows)
+        ratios.append((warm / best["warm"], peak / best["memory"], title))
+        yield f"| train.py, {title} | {cold:,.0f} | {warm:,.0f} | {peak / 1e9:.1f} |"
     for row in found:
         yield "| TRL, {pairs} pairs a step | {cold:,.0f} | {warm:,.0f} | {gb:.1f} |".format(**row, gb=row["memory"] / 1e9)
-    best = max(found, key=lambda row: row["warm"])
-    yield warm >= 2 * best["warm"] and peak <= best["memory"] / 2 if bench.cuda else None, (
-        f"{warm / best['warm']:.2f} times TRL's tokens a second (aim: 2.0) at {peak / best['memory']:.2f} of its memory "
-        "(aim: 0.5), in TRL's faster setting")
+    passed = any(speed >= 2 and memory <= 0.5 for speed, memory, _ in ratios)
+    yield passed if bench.cuda else None, (
+        "next to TRL's faster setting (aim: 2.0 times its tokens a second at 0.5 of its memory): "
+        + "; ".join(f"{title}: {speed:.2f} times at {memory:.2f}" for speed, memory, title in ratios))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -634,7 +640,7 @@ CHECKS = [
     ("4 8", "SmolLM2-135M's shape in bf16, 30 steps",
      "starts, skips no step, step 1 has margin 0 and loss log 2 (0.6931472), memory within 20 % of tools/fit.py", 40,
      smollm2),
-    ("6 135M", "Speed of SmolLM2-135M's shape", "0.30 of the card's matrix rate", 100, partial(rates, name="135M")),
+    ("6 135M", "Speed of SmolLM2-135M's shape", "0.30 of the card's matrix rate", 130, partial(rates, name="135M")),
     ("5", "Waits for the device", "one a micro-step", 25, waits),
     ("10", "Errors", "one line, and the process is gone within ten seconds", 45, errors),
     # These measure no speed, so they run at the same time.
