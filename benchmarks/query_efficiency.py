@@ -8,8 +8,9 @@
 The tasks are the built-in one (runtime/toy.py) and one of real text (benchmarks/movies.py), each with 16,384 training pairs
 and 4,096 test pairs, whose labels have no noise. What makes the comparison fair:
 
-- Each method has its own learning rate at each noise (Plan.tuning says where): the one with the best mean accuracy on seeds
-  that are not reported (from 100 on). The grid is the same for all; if the best is at its edge, the next one is tried too.
+- Each method has its own learning rate and its own β at each noise (Plan.tuning says where): the ones with the best mean
+  accuracy on seeds that are not reported (from 100 on), first the rate with the usual β, then β with that rate. The grids
+  are the same for all; if the best is at an edge, the next one is tried too.
 - Seeds are paired: all methods of a seed see the same model, pairs, labels and order, for the same 256 steps of 64 pairs.
 - All labels that a run buys count, those of audits too.
 
@@ -54,7 +55,8 @@ sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "benchmarks" / "results"
 # Share of the labels to buy at each noise: Bradley-Terry's at three levels, and an annotator who errs at random.
 SHARES = {"noise-0.2": 1 / 4, "noise-0.35": 1 / 3, "noise-0.05": 1 / 4, "flips-0.2": 1 / 4}
-BASE = {"max_length": 96, "max_prompt_length": 32, "beta": 0.1, "per_device_train_batch_size": 64,
+BETA = 0.1  # with which learning rates are chosen
+BASE = {"max_length": 96, "max_prompt_length": 32, "per_device_train_batch_size": 64,
         "per_device_eval_batch_size": 256, "num_threads": 1, "save_strategy": "no", "logging_steps": 64,
         "preprocessing_num_workers": 1}
 PLAIN, REPLAY, SHARE = {"data_selection": False}, {"pseudo_labels": "replay"}, "the noise's share"
@@ -89,14 +91,15 @@ QUICK = [*HEADLINE][:4]
 class Plan:
     """What is run.  Seeds are counted from 0, tuning seeds from FIRST_TUNING_SEED.
 
-    sizes: training and test pairs.  rates: {task: the grid of learning rates}.
-    tuning: {task: {noise: tuning seeds of the headline methods}}. At a noise without any, the rate is that of noise-0.2, and
-    so is that of the other methods everywhere.
+    sizes: training and test pairs.  rates: {task: the grid of learning rates}.  betas: that of β.
+    tuning: {task: {noise: tuning seeds of the headline methods}}. At a noise without any, rate and β are those of noise-0.2,
+    and so are those of the other methods everywhere.
     seeds: {task: {noise: (seeds of the headline methods, of the others)}}.
     blocks: (methods, noises, most seeds), in the order of the work.
     """
     sizes: tuple
     rates: dict
+    betas: tuple
     tuning: dict
     seeds: dict
     blocks: tuple
@@ -104,7 +107,7 @@ class Plan:
 
 FULL = Plan(
     sizes=(16384, 4096),
-    rates={"toy": (1e-3, 2e-3, 4e-3), "movies": (2e-3, 4e-3, 8e-3)},
+    rates={"toy": (1e-3, 2e-3, 4e-3), "movies": (2e-3, 4e-3, 8e-3)}, betas=(0.05, 0.1, 0.2),
     tuning={"toy": {"noise-0.2": 2, "noise-0.35": 2, "noise-0.05": 1, "flips-0.2": 1},
             "movies": {"noise-0.2": 1, "noise-0.35": 1}},
     seeds={"toy": {"noise-0.2": (20, 5), "noise-0.35": (10, 3), "noise-0.05": (5, 0), "flips-0.2": (5, 0)},
@@ -112,7 +115,7 @@ FULL = Plan(
     blocks=((HEADLINE, ["noise-0.2"], 5), (HEADLINE, ["noise-0.35"], 5), (HEADLINE, ["noise-0.05", "flips-0.2"], 5),
             (OTHERS, [*SHARES], 5), (HEADLINE, [*SHARES], 10), (HEADLINE, [*SHARES], 20)))
 SHORT = Plan(
-    sizes=(4096, 1024), rates={"toy": (2e-3, 4e-3)}, tuning={"toy": {"noise-0.2": 1}},
+    sizes=(4096, 1024), rates={"toy": (2e-3, 4e-3)}, betas=(BETA,), tuning={"toy": {"noise-0.2": 1}},
     seeds={"toy": {"noise-0.2": (2, 0)}}, blocks=((QUICK, ["noise-0.2"], 2),))
 FIRST_TUNING_SEED = 100
 SECONDS = {"toy": (35, 70), "movies": (110, 250)}  # about what a run takes while none has finished, and building a seed
@@ -125,6 +128,7 @@ class Job:
     noise: str
     method: str
     rate: float
+    beta: float
     seed: int
 
 
@@ -140,7 +144,7 @@ class Bench:
 
     def folder(self, job):
         method = "".join(c if c.isalnum() or c in ".-" else "_" for c in job.method)
-        return self.outputs / job.task / job.noise / method / f"rate-{job.rate:g}" / f"seed-{job.seed}"
+        return self.outputs / job.task / job.noise / method / f"rate-{job.rate:g}-beta-{job.beta:g}" / f"seed-{job.seed}"
 
     def result(self, job):
         """What a run measured, or None where it has not finished."""
@@ -155,43 +159,51 @@ class Bench:
         if subset := keys.pop("subset", None):
             keys["max_train_samples"] = round(subset * pairs)
         return BASE | keys | {"max_steps": -(-pairs // BASE["per_device_train_batch_size"]), "learning_rate": job.rate,
-                              "seed": job.seed, "model_name_or_path": str(root / "model"),
+                              "beta": job.beta, "seed": job.seed, "model_name_or_path": str(root / "model"),
                               "dataset_mixer": {str(root / f"pairs-{job.noise}"): 1.0}, "output_dir": str(self.folder(job))}
 
     # Which runs
 
-    def tuning(self, task, noise, method, rates):
-        """The runs that tell how good these learning rates are for a method."""
+    def tuning(self, task, noise, method, settings):
+        """The runs that tell how good these settings, (learning rate, β), are for a method."""
         seeds = self.plan.tuning[task]
         noise = noise if noise in seeds and method in HEADLINE else "noise-0.2"
-        return [Job(task, noise, method, rate, FIRST_TUNING_SEED + n)
-                for n in range(seeds[noise] if method in HEADLINE else 1) for rate in rates]
+        return [Job(task, noise, method, *setting, FIRST_TUNING_SEED + n)
+                for n in range(seeds[noise] if method in HEADLINE else 1) for setting in settings]
 
-    def rates(self, task):
-        """All learning rates that may be tried."""
-        return extended(self.plan.rates[task])
-
-    def tried(self, task, noise, method):
-        """{learning rate: accuracies of its tuning runs}, without the rates whose runs have not all finished."""
+    def tried(self, task, noise, method, settings):
+        """{setting: accuracies of its tuning runs}, without the settings whose runs have not all finished."""
         found = {}
-        for rate in self.rates(task):
-            results = [self.result(job) for job in self.tuning(task, noise, method, [rate])]
+        for setting in settings:
+            results = [self.result(job) for job in self.tuning(task, noise, method, [setting])]
             if all(results):
-                found[rate] = [result["accuracy"] for result in results]
+                found[setting] = [result["accuracy"] for result in results]
         return found
 
-    def rate(self, task, noise, method):
-        """(the learning rate of a method, another that is to be tried), None where there is none: see choose."""
-        return choose(self.tried(task, noise, method), self.plan.rates[task])
+    def grids(self, task, rate=None):
+        """Two lists of settings: the learning rates to try and, with that of these which is the best, the values of β."""
+        return [(r, BETA) for r in self.plan.rates[task]], [(rate, beta) for beta in self.plan.betas]
+
+    def setting(self, task, noise, method):
+        """((learning rate, β) of a method as far as it is known, or None; the settings that are to be tried next)."""
+        best = None
+        for axis in range(2):
+            grid = self.grids(task, best and best[0])[axis]
+            tried = self.tried(task, noise, method, extended(grid, axis))
+            chosen, next_ones = choose(tried, grid, axis)
+            best = chosen or best
+            if next_ones:
+                return best, next_ones
+        return best, []
 
     def seeds(self, task, noise, method):
         return range(self.plan.seeds[task][noise][0 if method in HEADLINE else 1])
 
     def reported(self, task, methods, noises, most):
         """The runs that are reported, seed by seed; none of a method whose learning rate is not known yet."""
-        rates = {(noise, method): self.rate(task, noise, method)[0] for noise in noises for method in methods}
-        return [Job(task, noise, method, rate, seed) for seed in range(most) for (noise, method), rate in rates.items()
-                if rate and seed in self.seeds(task, noise, method)]
+        settings = {(noise, method): self.setting(task, noise, method)[0] for noise in noises for method in methods}
+        return [Job(task, noise, method, *setting, seed) for seed in range(most)
+                for (noise, method), setting in settings.items() if setting and seed in self.seeds(task, noise, method)]
 
     def cells(self):
         """(noise, method) of all blocks."""
@@ -199,24 +211,29 @@ class Bench:
                              for method in methods)
 
     def finished(self, task):
-        """{job: result} of all runs of a task that have finished."""
-        jobs = [job for cell in self.cells() for job in self.tuning(task, *cell, self.rates(task))]
+        """{job: result} of all runs of a task that have finished, without those of settings that turned out not to be the
+        best."""
+        jobs = []
+        for cell in self.cells():
+            best = self.setting(task, *cell)[0]
+            for axis, grid in enumerate(self.grids(task, best and best[0])):
+                jobs += self.tuning(task, *cell, extended(grid, axis)) if best or axis == 0 else []
         for methods, noises, most in self.plan.blocks:
             jobs += self.reported(task, methods, noises, most)
         return {job: result for job in dict.fromkeys(jobs) if (result := self.result(job))}
 
     def dump(self):
         """All results, as the JSON that read_kept reads; a line for each run."""
-        runs = [{"job": astuple(job), "result": result}
-                for task in self.roots for job, result in self.finished(task).items()]
+        runs = [{"job": astuple(job), "result": result} for task in self.roots for job, result in (
+            self.finished(task) | {job: result for job, result in self.kept.items() if job.task == task}).items()]
         methods = {name: METHODS[name] for name in dict.fromkeys(row["job"][2] for row in runs)}
         rows = ",\n".join(map(json.dumps, runs))
         return f'{{"methods": {json.dumps(methods)},\n"runs": [\n{rows}\n]}}\n'
 
     def planned(self, task):
-        """(runs, seeds to build); without the runs that follow where the best learning rate is at the edge of the grid."""
-        cells = self.cells()
-        tuning = {job for cell in cells for job in self.tuning(task, *cell, self.plan.rates[task])}
+        """(runs, seeds to build); without the runs that follow where the best setting is at the edge of a grid."""
+        cells, (rates, betas) = self.cells(), self.grids(task)
+        tuning = {job for cell in cells for job in self.tuning(task, *cell, rates + betas[1:])}  # a rate's β is one of them
         seeds = {job.seed for job in tuning}.union(*(self.seeds(task, *cell) for cell in cells))
         return len(tuning) + sum(len(self.seeds(task, *cell)) for cell in cells), len(seeds)
 
@@ -260,15 +277,12 @@ class Bench:
         self.work([("run", job.task, self.keys(job), self.roots[job.task]) for job in jobs], bar)
 
     def run_all(self, bar):
-        """Everything, block by block: first the learning rates that a block needs, then its reported runs."""
+        """Everything, block by block: first the settings that a block needs, then its reported runs."""
         for methods, noises, most in self.plan.blocks:
             for task in self.roots:
                 cells = [(task, noise, method) for noise in noises for method in methods if self.seeds(task, noise, method)]
-                self.run(dict.fromkeys(job for cell in cells for job in self.tuning(*cell, self.plan.rates[task])), bar)
-                more = dict.fromkeys(job for cell in cells if (rate := self.rate(*cell)[1])
-                                     for job in self.tuning(*cell, [rate]))
-                bar.total += sum(not self.result(job) for job in more)
-                self.run(more, bar)
+                while wanted := {cell: more for cell in cells if (more := self.setting(*cell)[1])}:
+                    self.run(dict.fromkeys(job for cell, more in wanted.items() for job in self.tuning(*cell, more)), bar)
                 self.run(self.reported(task, methods, noises, most), bar)
 
 
@@ -287,22 +301,25 @@ def call(name, *arguments):
     getattr(query_runs, name)(*arguments)
 
 
-def extended(grid):
-    """A grid of learning rates, and the next one at either end."""
-    return min(grid) / 2, *grid, 2 * max(grid)
+def extended(grid, axis):
+    """Settings that differ in one axis, and the next one at either end."""
+    def next_to(setting, factor):
+        return tuple(factor * value if n == axis else value for n, value in enumerate(setting))
+    return [next_to(min(grid), 0.5), *grid, next_to(max(grid), 2)]
 
 
-def choose(tried, grid):
-    """(the best learning rate, another that is to be tried).  tried: {rate: accuracies}.
+def choose(tried, grid, axis):
+    """(the best setting as far as it is known, or None; those that are to be tried next).  tried: {setting: accuracies}.
 
-    (None, None) until the grid has been tried. Where the best is at its edge, the next one is to be tried, one in all.
+    None until the grid has been tried. Where the best is at its edge, the next one is to be tried, one in all.
     """
-    if not set(grid) <= tried.keys():
-        return None, None
-    best = max(tried, key=lambda rate: statistics.mean(tried[rate]))
-    if len(tried) > len(grid) or min(grid) < best < max(grid):
-        return best, None
-    return best, best / 2 if best == min(grid) else 2 * best
+    if missing := [setting for setting in grid if setting not in tried]:
+        return None, missing
+    best = max(tried, key=lambda setting: statistics.mean(tried[setting]))
+    if len(grid) == 1 or len(tried) > len(grid) or min(grid) < best < max(grid):
+        return best, []
+    low, *_, high = extended(grid, axis)
+    return best, [low if best == min(grid) else high]
 
 
 def main():

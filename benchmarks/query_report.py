@@ -3,13 +3,15 @@
 import math
 import statistics
 
+from benchmarks.query_efficiency import extended
+
 TITLES = {"toy": "The built-in task", "movies": "Movie reviews",
           "noise-0.2": "20 % of the labels wrong", "noise-0.35": "35 % wrong", "noise-0.05": "5 % wrong",
           "flips-0.2": "20 % wrong at random"}
 ABOUT = """\
-Each method has its own learning rate, chosen on seeds that are not reported (tables at the end). Seeds are paired: all
-methods of a seed see the same model, pairs, labels and order. β = 0.1, AdamW, one epoch's steps of 64 pairs. Means ± 95 %
-intervals (Student's t).
+Each method has its own learning rate and β, chosen on seeds that are not reported (tables at the end). Seeds are paired: all
+methods of a seed see the same model, pairs, labels and order. AdamW, one epoch's steps of 64 pairs. Means ± 95 % intervals
+(Student's t).
 
 - **Labels**: bought, audits included, as a share of the {pairs:,} pairs. **Wrong**: the share of them that contradicts the
   gold reward.
@@ -77,15 +79,16 @@ def equivalent(runs, method, pairs):
     return f"under {points[0][0]:.1%}" if mine < points[0][1] else "over 100%"
 
 
-def table(runs, rates, task, pairs):
-    lines = ["| method | learning rate | seeds | labels | wrong | accuracy | log-loss | reward | equals |",
-             "| --- | --: | --: | --: | --: | --: | --: | --: | --: |"]
+def table(runs, settings, task, pairs):
+    lines = ["| method | learning rate | β | seeds | labels | wrong | accuracy | log-loss | reward | equals |",
+             "| --- |" + " --: |" * 9]
     for name, found in runs.items():
         results = [*found.values()]
         rewards = [reward for r in results if (reward := reward_at(r["mixtures"], KL[task])) is not None]
         short = f" ({len(results) - len(rewards)} not reached)" if len(rewards) < len(results) else ""
         lines.append(
-            f"| {name} | {rates[name]:g} | {len(results)} | {statistics.mean(r['queries'] for r in results) / pairs:.1%} | "
+            f"| {name} | {settings[name][0]:g} | {settings[name][1]:g} | {len(results)} | "
+            f"{statistics.mean(r['queries'] for r in results) / pairs:.1%} | "
             f"{statistics.mean(r['wrong'] for r in results):.1%} | {text([r['accuracy'] for r in results])} | "
             f"{text([r['log_loss'] for r in results], '{:.3f}')} | "
             f"{text(rewards, '{:.2f}') + short if rewards else 'not reached'} | {equivalent(runs, name, pairs) or ''} |")
@@ -127,18 +130,22 @@ def aims(results, candidate):
     return found
 
 
-def rates_table(bench, task):
-    """Held-out accuracy of the tuning runs by learning rate, the best in bold; one row a method and noise."""
-    columns = bench.rates(task)
-    lines = ["| noise | method | seeds | " + " | ".join(f"{rate:g}" for rate in columns) + " |",
+def tuning_table(bench, task, axis):
+    """Held-out accuracy of the tuning runs by learning rate (axis 0) or, at the best of them, by β (axis 1), the best in
+    bold; one row a method and noise."""
+    columns = [setting[axis] for setting in extended(bench.grids(task)[axis], axis)]
+    lines = ["| noise | method | seeds | " + " | ".join(f"{value:g}" for value in columns) + " |",
              "| --- | --- | --: |" + " --: |" * len(columns)]
     cells = dict.fromkeys((job.noise, method) for noise, method in bench.cells()
-                          for job in bench.tuning(task, noise, method, columns[:1]))
+                          for job in bench.tuning(task, noise, method, bench.grids(task)[0]))
     for noise, method in cells:
-        if tried := bench.tried(task, noise, method):
-            best, seeds = bench.rate(task, noise, method)[0], len(next(iter(tried.values())))
-            scores = [f"{statistics.mean(tried[rate]):.4f}" if rate in tried else "" for rate in columns]
-            scores = [f"**{score}**" if rate == best else score for rate, score in zip(columns, scores)]
+        best = bench.setting(task, noise, method)[0]
+        if best:
+            settings = extended(bench.grids(task, best[0])[axis], axis)
+            tried = bench.tried(task, noise, method, settings)
+            means = [statistics.mean(tried[setting]) if setting in tried else None for setting in settings]
+            top, seeds = max(filter(None, means)), len(next(iter(tried.values())))
+            scores = ["" if mean is None else f"**{mean:.4f}**" if mean == top else f"{mean:.4f}" for mean in means]
             lines.append(f"| {TITLES[noise]} | {method} | {seeds} | {' | '.join(scores)} |")
     return lines
 
@@ -147,26 +154,26 @@ def progress(bench):
     """How much has been run, in words."""
     runs = [result["seconds"] for task in bench.roots for result in bench.finished(task).values()]
     planned = sum(bench.planned(task)[0] for task in bench.roots)
-    return (f"**{len(runs):,} of about {planned:,} planned runs have finished**, those for learning rates included. They "
-            f"took {sum(runs) / 3600:.1f} hours, one thread each, {sum(runs) / max(1, len(runs)):.0f} s a run.")
+    return (f"**{len(runs):,} of about {planned:,} planned runs have finished**, those for learning rates and β included. "
+            f"They took {sum(runs) / 3600:.1f} hours, one thread each, {sum(runs) / max(1, len(runs)):.0f} s a run.")
 
 
 def collect(bench):
-    """({task: {noise: {method: {seed: result}}}}, {task: {noise: {method: learning rate}}}) of the reported runs."""
-    results, rates = {}, {}
+    """({task: {noise: {method: {seed: result}}}}, {task: {noise: {method: (learning rate, β)}}}) of the reported runs."""
+    results, settings = {}, {}
     for task in bench.roots:
         for methods, noises, most in bench.plan.blocks:
             for job in bench.reported(task, methods, noises, most):
                 if result := bench.result(job):
                     where = results.setdefault(task, {}).setdefault(job.noise, {}).setdefault(job.method, {})
                     where[str(job.seed)] = result
-                    rates.setdefault(task, {}).setdefault(job.noise, {})[job.method] = job.rate
-    return results, rates
+                    settings.setdefault(task, {}).setdefault(job.noise, {})[job.method] = job.rate, job.beta
+    return results, settings
 
 
 def write(bench, folder):
     """query_efficiency.md, .json and .png in a folder."""
-    results, rates = collect(bench)
+    results, settings = collect(bench)
     pairs = bench.plan.sizes[0]
     kl = " and ".join(f"{KL[task]} nats ({TITLES[task].lower()})" for task in results)
     lines = ["# Query efficiency", "", "Made by `python benchmarks/query_efficiency.py`, whose docstring says how the "
@@ -182,11 +189,11 @@ def write(bench, folder):
     for task, by_noise in results.items():
         lines += ["", f"## {TITLES[task]}"]
         for noise, runs in by_noise.items():
-            lines += ["", f"### {TITLES[noise]}", "", *table(runs, rates[task][noise], task, pairs), "", *paired(runs)]
+            lines += ["", f"### {TITLES[noise]}", "", *table(runs, settings[task][noise], task, pairs), "", *paired(runs)]
     for task in results:
-        lines += ["", f"## Learning rates: {TITLES[task].lower()}", "",
-                  "Held-out accuracy of the runs that chose them. A method that is missing at a noise has its rate of 20 %.",
-                  "", *rates_table(bench, task)]
+        lines += ["", f"## Learning rates and β: {TITLES[task].lower()}", "", "Held-out accuracy of the runs that chose "
+                  "them, by learning rate with β = 0.1, then by β with the best of these. A method that is missing at a "
+                  "noise has what it has at 20 %.", "", *tuning_table(bench, task, 0), "", *tuning_table(bench, task, 1)]
     (folder / "query_efficiency.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
     (folder / "query_efficiency.json").write_text(bench.dump(), encoding="utf-8")
     draw(results, pairs, folder / "query_efficiency.png")

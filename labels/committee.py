@@ -118,7 +118,7 @@ def what_counts(config, schedule, ds):
 
     Loads a member, so that a model that cannot be trained is refused before a label is paid for.
     """
-    others = {"budget_selection", "target_queries", "target_query_fraction", "committee_size", "max_steps",
+    others = {"beta", "budget_selection", "target_queries", "target_query_fraction", "committee_size", "max_steps",
               "num_train_epochs"} | ({"learning_rate"} if config.committee_learning_rate is not None else set())
     keys = {name: value for name, value in vars(config).items() if name not in FREE_ON_RESUME | others}
     with member(config, schedule, ds) as engine:
@@ -138,8 +138,7 @@ def member_margins(config, run, schedule, ds, labels, n, about):
         with member(config, schedule, ds) as engine:
             train(engine, config, run, schedule, labels, n)
             batches = my_batches(schedule.rows_seen(), schedule.pairs, config.per_device_eval_batch_size, config)
-            scores = score(engine, schedule.pairs, batches, f"scores of member {n + 1}")  # (pairs, 2)
-            return adpo.margins(config.beta * scores)
+            return adpo.margins(score(engine, schedule.pairs, batches, f"rewards by member {n + 1}"))
     margins = cached("committee", [n, labels.tolist(), about], trained)
     run.progress.update()
     return margins
@@ -163,9 +162,9 @@ def train(engine, config, run, schedule, labels, n):
         micro_batches = schedule.micro_batches(chosen)
         for k, micro_batch in enumerate(micro_batches, 1):
             batch = pairs.batch(micro_batch, engine.device)
-            margin = adpo.margins(config.beta * engine(batch))  # (B,)
+            margin = adpo.margins(engine(batch))  # (B,)
             answers = labels[micro_batch] if micro_batch else torch.zeros(1)  # (B,); a filler has none
             answers = data.to_device(answers, engine.device)
-            losses = adpo.preference_loss(margin, answers, config.loss_type, config.beta, config.label_smoothing)
+            losses = adpo.preference_loss(margin, answers, label_smoothing=config.label_smoothing)
             norm = backward(engine, (losses * batch.weights).sum(), len(chosen), last=k == len(micro_batches))
         skipped = skipped_in_a_row(skipped, engine, norm, step, [pairs.ids[row] for row in chosen])

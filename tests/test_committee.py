@@ -71,7 +71,8 @@ def test_a_reward_sums_the_states_of_the_response(config, pairs, shared):
             for reward, response in zip(pair, responses):
                 ids = torch.tensor([*prompt, *response])[None]
                 states = module.lm(ids, output_hidden_states=True).hidden_states[-1][0, len(prompt):]  # (n, H)
-                assert reward.item() == pytest.approx((states @ module.reward_head.weight[0]).sum().item(), abs=1e-3)
+                expected = 0.1 * (states @ module.reward_head.weight[0]).sum().item()
+                assert reward.item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_only_what_a_reward_reads_is_trained(config, pairs):
@@ -150,6 +151,12 @@ def test_the_opinions_are_the_mean_of_the_members(train, easy, monkeypatch):
     given = torch.cat(seen).sort().values
     torch.testing.assert_close(given, (margins[0].sigmoid() + margins[1].sigmoid() - 1).sort().values)
     assert given.abs().max() < 1 and given.abs().mean() > 0.1
+
+
+def test_another_rate_or_beta_of_the_policy_needs_no_new_members(whole, train, easy):
+    before = members()
+    other = train("committee-beta", dataset_mixer=easy, beta=0.5, learning_rate=3e-4, **KEYS)
+    assert members() == before and other.ledger() == whole.ledger() and other.losses() != whole.losses()
 
 
 @pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])

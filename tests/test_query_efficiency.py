@@ -28,59 +28,82 @@ def finish(bench, job, accuracy, **more):
     (bench.folder(job) / "result.json").write_text(json.dumps(found))
 
 
-@pytest.mark.parametrize("tried, chosen", [
-    ({1e-3: [0.8], 2e-3: [0.9]}, (None, None)),  # the grid has not been tried
-    ({1e-3: [0.8], 2e-3: [0.9], 4e-3: [0.7]}, (2e-3, None)),
-    ({1e-3: [0.8, 0.9], 2e-3: [0.84, 0.84], 4e-3: [0.7, 0.7]}, (1e-3, 5e-4)),  # by the mean
-    ({1e-3: [0.8], 2e-3: [0.8], 4e-3: [0.9]}, (4e-3, 8e-3)),
-    ({1e-3: [0.8], 2e-3: [0.8], 4e-3: [0.9], 8e-3: [0.95]}, (8e-3, None))])  # one more than the grid, in all
-def test_the_learning_rate_is_the_best_of_the_tuning_runs(tried, chosen):
-    assert choose(tried, (1e-3, 2e-3, 4e-3)) == chosen
+@pytest.mark.parametrize("tried, chosen, more", [
+    ({1e-3: [0.8], 2e-3: [0.9]}, None, [4e-3]),  # the grid has not been tried
+    ({1e-3: [0.8], 2e-3: [0.9], 4e-3: [0.7]}, 2e-3, []),
+    ({1e-3: [0.8, 0.9], 2e-3: [0.84, 0.84], 4e-3: [0.7, 0.7]}, 1e-3, [5e-4]),  # by the mean
+    ({1e-3: [0.8], 2e-3: [0.8], 4e-3: [0.9]}, 4e-3, [8e-3]),
+    ({1e-3: [0.8], 2e-3: [0.8], 4e-3: [0.9], 8e-3: [0.95]}, 8e-3, [])])  # one more than the grid, in all
+def test_the_best_of_the_tuning_runs_is_chosen(tried, chosen, more):
+    for axis, setting in enumerate((lambda rate: (rate, 0.1), lambda beta: (3e-3, beta))):
+        grid = [setting(value) for value in (1e-3, 2e-3, 4e-3)]
+        found = choose({setting(value): accuracies for value, accuracies in tried.items()}, grid, axis)
+        assert found == (chosen and setting(chosen), [setting(value) for value in more])
+    assert choose({(1e-3, 0.1): [0.5]}, [(1e-3, 0.1)], 1) == ((1e-3, 0.1), [])  # a grid of one is not searched
+
+
+def test_the_learning_rate_is_chosen_first_and_then_beta(bench):
+    cell = "toy", "noise-0.2", "random subset"
+    asked = []
+    while more := bench.setting(*cell)[1]:
+        asked.append(more)
+        for job in bench.tuning(*cell, more):
+            finish(bench, job, 0.9 - abs(job.rate - 8e-3) - abs(job.beta - 0.2))
+    rates, edge, betas, last = asked
+    assert rates == [(rate, 0.1) for rate in FULL.rates["toy"]] and edge == [(8e-3, 0.1)]
+    assert betas == [(8e-3, 0.05), (8e-3, 0.2)] and last == [(8e-3, 0.4)]
+    assert bench.setting(*cell) == ((8e-3, 0.2), [])
 
 
 def test_all_methods_are_tuned_on_the_same_grid_and_never_on_reported_seeds(bench):
     for task in FULL.rates:
-        tuning = {job for noise in SHARES for method in METHODS
-                  for job in bench.tuning(task, noise, method, FULL.rates[task])}
-        assert {job.rate for job in tuning} == set(FULL.rates[task]) and {job.method for job in tuning} == set(METHODS)
+        rates = bench.grids(task)[0]
+        tuning = {job for noise in SHARES for method in METHODS for job in bench.tuning(task, noise, method, rates)}
         for method in METHODS:
+            assert bench.setting(task, "noise-0.2", method) == (None, rates)
             assert {job.rate for job in tuning if job.method == method} == set(FULL.rates[task])
         reported = {seed for noise in SHARES for method in METHODS for seed in bench.seeds(task, noise, method)}
         assert max(reported) < min(job.seed for job in tuning)
 
 
+def tune(bench, best=2e-3):
+    """Finish the tuning runs of the headline methods at 20 % noise of the built-in task, of which this rate is the best."""
+    for method in HEADLINE:
+        while more := bench.setting("toy", "noise-0.2", method)[1]:
+            for job in bench.tuning("toy", "noise-0.2", method, more):
+                finish(bench, job, 0.9 - 10 * abs(job.rate - best) - abs(job.beta - 0.1))
+
+
 def test_what_is_reported_waits_for_its_learning_rate_and_goes_seed_by_seed(bench):
     assert bench.reported("toy", HEADLINE, ["noise-0.2"], 5) == []
-    for method in HEADLINE:
-        for job in bench.tuning("toy", "noise-0.2", method, FULL.rates["toy"]):
-            finish(bench, job, {1e-3: 0.8, 2e-3: 0.9, 4e-3: 0.7}[job.rate])
+    tune(bench)
     jobs = bench.reported("toy", HEADLINE, ["noise-0.2"], 5)
     assert [(job.seed, job.method) for job in jobs] == [(seed, method) for seed in range(5) for method in HEADLINE]
-    assert {job.rate for job in jobs} == {2e-3}
+    assert {(job.rate, job.beta) for job in jobs} == {(2e-3, 0.1)}
     assert bench.reported("toy", HEADLINE, ["noise-0.35"], 5) == []  # another noise has its own
 
 
 def test_every_method_is_a_config_that_train_accepts(bench, tmp_path):
     for noise in SHARES:
         for method in METHODS:
-            job = Job("toy", noise, method, 2e-3, 3)
+            job = Job("toy", noise, method, 2e-3, 0.05, 3)
             path = tmp_path / "keys.yaml"
             path.write_text(json.dumps(bench.keys(job)))
             config = parse_config(["--config", str(path)])
-            assert (config.seed, config.learning_rate, config.max_steps) == (3, 2e-3, 256)
+            assert (config.seed, config.learning_rate, config.beta, config.max_steps) == (3, 2e-3, 0.05, 256)
             assert bench.folder(job) == Path(config.output_dir) and noise in next(iter(config.dataset_mixer))
             if method in HEADLINE and method != "DPO, all labels":
                 share = config.target_query_fraction or config.max_train_samples / 16384
                 assert share == pytest.approx(SHARES[noise], abs=1e-4)
-    assert bench.keys(Job("toy", "noise-0.2", "random subset", 1e-3, 0))["max_train_samples"] == 4096
-    folders = {bench.folder(Job("toy", "noise-0.2", method, 1e-3, 0)) for method in METHODS}
+    assert bench.keys(Job("toy", "noise-0.2", "random subset", 1e-3, 0.1, 0))["max_train_samples"] == 4096
+    folders = {bench.folder(Job("toy", "noise-0.2", method, 1e-3, 0.1, 0)) for method in METHODS}
     assert len(folders) == len(METHODS)
 
 
 def test_the_plan_counts_what_is_run(bench):
     noises = FULL.seeds["toy"]
     reported = sum(len(HEADLINE) * noises[noise][0] + len(OTHERS) * noises[noise][1] for noise in noises)
-    tuning = sum(FULL.tuning["toy"].values()) * 3 * len(HEADLINE) + 3 * len(OTHERS)
+    tuning = sum(FULL.tuning["toy"].values()) * 5 * len(HEADLINE) + 5 * len(OTHERS)  # three rates, and two values of β more
     assert bench.planned("toy") == (reported + tuning, 22)
     assert Bench(SHORT, bench.outputs, {"toy": bench.roots["toy"]}).planned("toy") == (16, 3)
 
@@ -134,24 +157,21 @@ def test_intervals_are_students_and_differences_are_paired():
 
 
 def test_the_page_says_what_finished(bench, tmp_path, capsys):
-    for method in HEADLINE:
-        for job in bench.tuning("toy", "noise-0.2", method, FULL.rates["toy"]):
-            finish(bench, job, {1e-3: 0.8, 2e-3: 0.9, 4e-3: 0.7}[job.rate])
+    tune(bench)
     for job in bench.reported("toy", HEADLINE, ["noise-0.2"], 3):
         gain = {query_report.CANDIDATES[0]: 0.03, "DPO, all labels": 0.01}.get(job.method, 0)
         finish(bench, job, 0.9 + gain + 0.01 * job.seed + 0.001 * (job.seed == 2) * (gain > 0))
     query_report.write(bench, tmp_path)
     page = (tmp_path / "query_efficiency.md").read_text()
     assert "at least 2 points above a random subset, the interval above 0 | yes | +0.0303 ± 0.0014 |" in page
-    assert f"| {query_report.CANDIDATES[0]} | 0.002 | 3 | 25.0% | 20.0% |" in page and "**0.9000**" in page
+    assert f"| {query_report.CANDIDATES[0]} | 0.002 | 0.1 | 3 | 25.0% | 20.0% |" in page
+    assert page.count("**0.9000**") == 2 * len(HEADLINE)
     assert (tmp_path / "query_efficiency.png").exists()
 
 
 def test_what_finished_elsewhere_is_not_run_again(bench, tmp_path):
     """But where the keys of a method have changed, it is."""
-    for method in HEADLINE:
-        for job in bench.tuning("toy", "noise-0.2", method, [*FULL.rates["toy"], 8e-3]):
-            finish(bench, job, {4e-3: 0.9, 8e-3: 0.95}.get(job.rate, 0.8))
+    tune(bench, best=8e-3)
     job, = bench.reported("toy", ["budget, replay"], ["noise-0.2"], 1)
     finish(bench, job, 0.93)
     assert job.rate == 8e-3
@@ -159,10 +179,10 @@ def test_what_finished_elsewhere_is_not_run_again(bench, tmp_path):
     (tmp_path / "kept.json").write_text(bench.dump())
     kept = query_efficiency.read_kept(tmp_path / "kept.json")
     elsewhere = Bench(FULL, tmp_path / "empty", bench.roots, kept=kept)
-    assert len(kept) == len(dump["runs"]) == len(HEADLINE) * 4 * 2 + 1
+    assert len(kept) == len(dump["runs"]) == len(HEADLINE) * (4 + 2) * 2 + 1
     assert elsewhere.finished("toy") == bench.finished("toy") == kept
     assert elsewhere.result(job)["accuracy"] == 0.93 and elsewhere.dump() == bench.dump()
-    dump["methods"]["budget, replay"]["beta"] = 0.2
+    dump["methods"]["budget, replay"]["gamma"] = 0.2
     (tmp_path / "kept.json").write_text(json.dumps(dump))
     assert {job.method for job in query_efficiency.read_kept(tmp_path / "kept.json")} == {*HEADLINE} - {"budget, replay"}
     assert query_efficiency.read_kept(tmp_path / "none.json") == {}
