@@ -1,7 +1,7 @@
 """People's labels: the methods of query_efficiency.py with a real model on pairs that people labelled, cross-validated.
 
     python benchmarks/humans.py MODEL PAIRS                a night on two cores
-    python benchmarks/humans.py MODEL PAIRS --size gpu     about six minutes on one large GPU
+    python benchmarks/humans.py MODEL PAIRS --size gpu     more pairs and folds, on one GPU
     python benchmarks/humans.py MODEL PAIRS --report       run nothing; write the page of the runs that have finished
 
 MODEL: a chat model, such as a folder with SmolLM2-135M-Instruct.  PAIRS: a file, folder or hub id of labelled pairs in any
@@ -46,7 +46,8 @@ from runtime.sources import read_rows  # noqa: E402
 
 PARTS = 6
 SHARE = 1 / 3  # of the labels, for the methods that buy some
-NAMES = ["DPO, all labels", "random subset", "random, replay", "budget, replay", "paper, γ = 0.7"]
+NAMES = ["DPO, all labels", "random subset", "random, replay", "budget, replay", "committee", "committee, random pairs",
+         "paper, γ = 0.7"]
 ALL, SUBSET = NAMES[:2]
 STEP = 16  # pairs
 BASE = {"beta": 0.1, "max_length": 512, "max_prompt_length": 256, "per_device_train_batch_size": STEP,
@@ -63,7 +64,7 @@ class Size:
 
 
 SIZES = {"cpu": Size(768, 3, (1.5e-5, 5e-5), {}),
-         "gpu": Size(10**6, 5, (5e-6, 1.5e-5, 5e-5), {"bf16": True, "micro_batch_tokens": 32768})}
+         "gpu": Size(10**6, 5, (1.5e-5, 5e-5), {"bf16": True, "micro_batch_tokens": 32768})}
 
 
 def split(source, folder):
@@ -119,7 +120,8 @@ class Humans:
         if self.result(method, rate, part):
             return
         output = self.output(method, rate, part)
-        keys = {name: SHARE if name == "target_query_fraction" else value for name, value in METHODS[method].items()}
+        keys = {name: SHARE if name == "target_query_fraction" else value for name, value in METHODS[method].items()
+                if not isinstance(value, dict)}  # what was chosen for each task has its default here
         if keys.pop("subset", None):
             keys["max_train_samples"] = round(SHARE * self.pairs)
         config = output.with_suffix(".yaml")
@@ -137,10 +139,14 @@ class Humans:
         bar.update()
 
     def rate(self, method):
-        """(the learning rate of a method, another that is to be tried): see query_efficiency.choose."""
-        tried = {rate: [found["accuracy"]] for rate in extended(self.size.rates)
-                 if (found := self.result(method, rate, 0))}
-        return choose(tried, self.size.rates)
+        """(the learning rate of a method or None, those that are to be tried next): see query_efficiency.choose."""
+        tried = {(rate,): [found["accuracy"]] for rate in self.rates() if (found := self.result(method, rate, 0))}
+        best, more = choose(tried, [(rate,) for rate in self.size.rates], 0)
+        return best and best[0], [rate for rate, in more]
+
+    def rates(self):
+        """All learning rates that may be tried."""
+        return [rate for rate, in extended([(rate,) for rate in self.size.rates], 0)]
 
     def run_all(self):
         folds = range(1, 1 + self.size.folds)
@@ -149,9 +155,9 @@ class Humans:
                 for method in NAMES:
                     self.run(method, rate, 0, bar)
             for method in NAMES:
-                if more := self.rate(method)[1]:
+                for rate in self.rate(method)[1]:
                     bar.total += 1
-                    self.run(method, more, 0, bar)
+                    self.run(method, rate, 0, bar)
             for part in folds:
                 for method in NAMES:
                     self.run(method, self.rate(method)[0], part, bar)
@@ -176,7 +182,7 @@ def finish(run, engine, tokenizer, summary):
 
 def page(humans, source, longer, where):
     """The results as Markdown.  where: the machine."""
-    found, rates = humans.finished(), extended(humans.size.rates)
+    found, rates = humans.finished(), humans.rates()
     lines = ["# People's labels", "", f"`python benchmarks/humans.py MODEL PAIRS`, with {Path(humans.model).name} and "
              f"{Path(source).name}, on {where}: {humans.pairs:,} pairs to train on, "
              f"{-(-humans.pairs // STEP)} steps of {STEP}, and a fold's part of the prompts held out. Methods that buy a "

@@ -30,15 +30,15 @@ def test_a_pair_without_a_label_is_named(tmp_path):
 
 
 def test_the_methods_run_and_what_has_finished_is_not_run_again(tiny, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(humans, "NAMES", ["DPO, all labels", "random subset"])
+    monkeypatch.setattr(humans, "NAMES", ["DPO, all labels", "random subset", "committee"])
     size = humans.Size(48, 1, (1e-3, 2e-3), {"num_threads": 1, "max_length": 64, "max_prompt_length": 16})
     pairs, longer = humans.split(tiny / "pairs", tmp_path)
     runs = humans.Humans(tiny / "model", size, tmp_path, pairs)
     runs.run_all()
     found = runs.finished()
-    assert [(rate in (5e-4, 1e-3, 2e-3, 4e-3), [*parts]) for rate, parts in found.values()] == [(True, [1])] * 2
+    assert [(rate in (5e-4, 1e-3, 2e-3, 4e-3), [*parts]) for rate, parts in found.values()] == [(True, [1])] * 3
     queries = [parts[1]["queries"] for _, parts in found.values()]
-    assert queries == [runs.pairs, round(runs.pairs / 3)] and runs.pairs <= 48
+    assert queries == [runs.pairs, *[round(runs.pairs / 3)] * 2] and runs.pairs <= 48
     written = {path: path.read_bytes() for path in tmp_path.glob("*/result.json")}
     monkeypatch.setattr(humans, "command", None)  # would fail
     runs.run_all()
