@@ -25,6 +25,7 @@ Run it: `python adpo.py` prints one step of the method on four pairs. The module
 tests/test_adpo.py checks each function against an independent computation.
 """
 
+from functools import partial
 from inspect import signature
 
 import torch
@@ -235,7 +236,12 @@ class PairLogps(torch.nn.Module):
         kinds = self.lm._no_split_modules or ()  # transformers' names of the classes of its layers
         layers = [module for module in self.lm.modules() if type(module).__name__ in kinds]
         for layer in layers:
-            layer.compile(dynamic=True)
+            if getattr(layer, "gradient_checkpointing", False):  # outside: inside it would become a part of the graph
+                layer.gradient_checkpointing = False
+                layer.forward = partial(checkpoint, torch.compile(layer.forward, dynamic=True), use_reentrant=False,
+                                        preserve_rng_state=False)
+            else:
+                layer.compile(dynamic=True)
         self.compiled, self.score_logits, self.grad_logits = True, for_any_length(score_logits), for_any_length(grad_logits)
         return len(layers)
 

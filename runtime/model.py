@@ -221,9 +221,11 @@ def remove_noise(lm):
 
 
 def recompute_activations(lm):
-    """Activation checkpointing under either of its names: transformers before 5.21 has only the older one."""
+    """Activation checkpointing under either of its names: transformers before 5.21 has only the older one. Without noise
+    there is no state of random numbers to keep."""
     new = hasattr(lm, "activation_checkpointing_enable")
-    (lm.activation_checkpointing_enable if new else lm.gradient_checkpointing_enable)({"use_reentrant": False})
+    enable = lm.activation_checkpointing_enable if new else lm.gradient_checkpointing_enable
+    enable({"use_reentrant": False, "preserve_rng_state": False})
 
 
 def weights_fingerprint(config, name):

@@ -152,13 +152,14 @@ def test_two_causal_rows_hold_each_response_after_its_prompt():
     assert (there.flatten()[back] == row)[segments >= 0].all()  # each real token comes back to where it was
 
 
-COMPILED = functools.partial(torch.compile, backend="aot_eager")  # needs no C++ compiler
-
-
-@pytest.mark.parametrize("name, takes_rows", [("llama", True), ("qwen2, two kinds of layers", False), ("gemma2", False)])
-def test_compiled_layers_give_what_they_gave(name, takes_rows, monkeypatch):
-    monkeypatch.setattr(torch, "compile", COMPILED)
+@pytest.mark.parametrize("name, takes_rows, recomputes", [
+    ("llama", True, False), ("llama", True, True), ("qwen2, two kinds of layers", False, False), ("gemma2", False, True)])
+def test_compiled_layers_give_what_they_gave(name, takes_rows, recomputes, monkeypatch):
+    counter = CompileCounterWithBackend("aot_eager")  # needs no C++ compiler
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
     lm, pairs, found = make_lm(name).train(), make_pairs(LENGTHS), []
+    if recomputes:
+        model.recompute_activations(lm)
     module = adpo.PairLogps(lm, chunk_size=7, takes_rows=takes_rows)
     for compiled in (False, True):
         if compiled:
@@ -170,6 +171,8 @@ def test_compiled_layers_give_what_they_gave(name, takes_rows, monkeypatch):
     (expected, expected_grads), (logps, grads) = found
     torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-4)
     assert (grads - expected_grads).norm() <= 1e-5 * expected_grads.norm()
+    operations = {node.target for graph in counter.graphs for node in graph.graph.nodes}
+    assert counter.graphs and not any("checkpoint" in str(target) for target in operations)
     torch.compiler.reset()
 
 
