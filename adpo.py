@@ -25,7 +25,6 @@ Run it: `python adpo.py` prints one step of the method on four pairs. The module
 tests/test_adpo.py checks each function against an independent computation.
 """
 
-from functools import partial
 from inspect import signature
 
 import torch
@@ -238,8 +237,7 @@ class PairLogps(torch.nn.Module):
         for layer in layers:
             if getattr(layer, "gradient_checkpointing", False):  # outside: inside it would become a part of the graph
                 layer.gradient_checkpointing = False
-                layer.forward = partial(checkpoint, torch.compile(layer.forward, dynamic=True), use_reentrant=False,
-                                        preserve_rng_state=False)
+                layer.forward = recomputed(torch.compile(layer.forward, dynamic=True))
             else:
                 layer.compile(dynamic=True)
         self.compiled, self.score_logits, self.grad_logits = True, for_any_length(score_logits), for_any_length(grad_logits)
@@ -427,6 +425,13 @@ def for_any_length(function):
         for tensor in filter(torch.is_tensor, arguments):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return compiled(*arguments)
+    return call
+
+
+def recomputed(function):
+    """`function`, whose activations are computed again in the backward pass instead of kept. It draws no random numbers."""
+    def call(*arguments, **keywords):
+        return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, **keywords)
     return call
 
 
