@@ -235,7 +235,8 @@ class PairLogps(torch.nn.Module):
         kinds = self.lm._no_split_modules or ()  # transformers' names of the classes of its layers
         layers = [module for module in self.lm.modules() if type(module).__name__ in kinds]
         for layer in layers:
-            if getattr(layer, "gradient_checkpointing", False):  # outside: inside it would become a part of the graph
+            if getattr(layer, "gradient_checkpointing", False):
+                # Checkpoint around the compiled layer. Inside it, torch would compile the recomputation as well.
                 layer.gradient_checkpointing = False
                 layer.forward = recomputed(torch.compile(layer.forward, dynamic=True))
             else:
@@ -429,7 +430,8 @@ def for_any_length(function):
 
 
 def recomputed(function):
-    """`function`, whose activations are computed again in the backward pass instead of kept. It draws no random numbers."""
+    """`function`, whose activations are computed again in the backward pass instead of kept. It must not draw random
+    numbers, because their state is not saved."""
     def call(*arguments, **keywords):
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, **keywords)
     return call

@@ -221,8 +221,8 @@ def remove_noise(lm):
 
 
 def recompute_activations(lm):
-    """Activation checkpointing under either of its names: transformers before 5.21 has only the older one. Without noise
-    there is no state of random numbers to keep."""
+    """Activation checkpointing under either of its names: transformers before 5.21 has only the older one. The layers draw
+    no random numbers (remove_noise), so the generator's state need not be saved."""
     new = hasattr(lm, "activation_checkpointing_enable")
     enable = lm.activation_checkpointing_enable if new else lm.gradient_checkpointing_enable
     enable({"use_reentrant": False, "preserve_rng_state": False})
