@@ -69,23 +69,22 @@ def gate(margin, gamma, ids=None):
     return margin.abs() <= gamma
 
 
-def choose_labels(margin, answers, ask=None, pseudo_labels="true", after_budget="none", ties="none", opinions=None):
+def choose_labels(margin, answers, ask=None, pseudo_labels=True, after_budget="none", ties="none", soft_labels=None):
     """Algorithm 2, the label: o = the annotator's answer where there is one, else sign(m) or none.
 
     margin: (B,).  answers: (B,), +1 (y1 preferred), −1 (y2 preferred), 0 (no answer, now or before), NaN (an answer
     without a preference: never a label, however sure the policy is).
     ask: (B,) bool, what the gate said.
-    pseudo_labels: "true", sign(m) for a pair that is not asked; anything else, no label, which with "false" is the paper's
-    ablation "ADPO without pseudo-labels".
+    pseudo_labels: sign(m) for a pair that is not asked; False: no label, the paper's ablation "ADPO without pseudo-labels".
     after_budget: of a pair that was to be asked when the budget was spent: "none", no label, or "pseudo_label".
     ties: of an answer without a preference: "none", no label, or "half", NaN, which preference_loss trains towards σ(m) = ½.
-    opinions: (B,) between −1 and 1, of a committee that has learned from all answers: then they are the labels.
+    soft_labels: (B,) between −1 and 1, from a committee that has learned from all answers: then they are the labels.
     Returns (B,) in margin's dtype, detached: o carries no gradient.
     """
     margin = margin.detach()
-    if opinions is not None:
-        return opinions.to(margin.dtype)
-    pseudo = margin.sign() if pseudo_labels == "true" else torch.zeros_like(margin)
+    if soft_labels is not None:
+        return soft_labels.to(margin.dtype)
+    pseudo = margin.sign() if pseudo_labels else torch.zeros_like(margin)
     if ask is not None and after_budget == "none":
         pseudo = pseudo.masked_fill(ask, 0)
     answers = answers.to(margin.dtype)

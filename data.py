@@ -462,7 +462,7 @@ class Pairs:
     place, the row's file and number.
     kind: "train" or "test".  shared: whether a row of a batch holds both responses, or one (see PairBatch).
     ref_logps: (pairs, 2) fp32, log π_ref(y|x), once it is known.  labels: (pairs,) ±1.0, of the test split alone.
-    opinions: (pairs,) between −1 and 1, of a committee (labels/committee.py), where there is one.
+    soft_labels: (pairs,) between −1 and 1, from a committee (labels/committee.py), where there is one.
     """
     table: datasets.Dataset
     fingerprint: str
@@ -472,7 +472,7 @@ class Pairs:
     shared: bool = True
     ref_logps: torch.Tensor | None = None
     labels: torch.Tensor | None = None
-    opinions: torch.Tensor | None = None
+    soft_labels: torch.Tensor | None = None
 
     def __post_init__(self):
         self.ids = self.table["id"][:]
@@ -501,13 +501,16 @@ class Pairs:
         return list(zip(*columns))
 
     def batch(self, rows, device):
-        """The PairBatch of these rows on `device`, with reference log-probs and labels where the pairs have them."""
+        """The PairBatch of these rows on `device`, with what is known of the pairs: reference log-probs, (soft) labels."""
         assert self.labels is None or self.kind == "test", "training pairs must not hold labels"
         batch = collate(self, rows, self.shared)
         if self.ref_logps is not None:  # (B, 2); a filler's pair may not be one of those that were scored
             batch.ref_logps = self.ref_logps[batch.rows] if rows else torch.zeros(1, 2)
         batch.labels = None if self.labels is None else self.labels[batch.rows]  # (B,)
-        return batch.to(device)
+        batch = batch.to(device)
+        if self.soft_labels is not None:  # (B,), on the CPU, where labels are chosen
+            batch.soft_labels = self.soft_labels[rows] if rows else torch.zeros(1)
+        return batch
 
 
 def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decontaminate_with=None, max_samples=None,
@@ -659,7 +662,7 @@ class PairBatch:
     sources: (N,) flat index of the state that predicts each response token.  targets: (N,) those tokens.
     lengths: (2B,) tokens of each response.  tokens: number of real tokens; the prompt counts once per response.
     longest: tokens of the longest prompt with one response.
-    ref_logps: (B, 2) log π_ref(y|x), labels: (B,) ±1.0, both filled by Pairs.batch where they are known.
+    ref_logps: (B, 2) log π_ref(y|x), labels: (B,) ±1.0, soft_labels: (B,), filled by Pairs.batch where they are known.
     """
     ids: list
     shared: bool
@@ -675,6 +678,7 @@ class PairBatch:
     lengths: torch.Tensor
     ref_logps: torch.Tensor | None = None
     labels: torch.Tensor | None = None
+    soft_labels: torch.Tensor | None = None
 
     def to(self, device):
         """The batch on `device`."""

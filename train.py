@@ -14,6 +14,8 @@ never the gate; metrics are those of all ranks; a run is resumed exactly.
 Legend: B pairs of a micro-batch, T tokens of a row, N response tokens, V vocabulary, H hidden size.
 """
 
+import math
+
 from runtime.launch import launch  # first: it sets what DeepSpeed reads when it is imported
 
 # isort: split
@@ -22,10 +24,10 @@ import torch
 
 import adpo
 import data
-from labels.committee import add_opinions
+from labels.committee import add_soft_labels
 from labels.oracle import Oracle, annotator_class
-from labels.threshold import make_threshold
 from runtime import report
+from runtime.config import has_committee
 from runtime.engine import backward, check_against_plain_forward, make_optimizer, no_backward, norm_to_log, starting
 from runtime.errors import UsageError
 from runtime.model import check_models, load_policy, load_tokenizer
@@ -54,8 +56,8 @@ def main(config, command_line=None):
     # The reference is the policy before its first step, unless the config names another model.
     if config.ref_model_name_or_path:
         add_other_reference(config, ds, scoring)
-    if config.pseudo_labels == "committee" and config.data_selection:
-        add_opinions(config, run, annotator, schedule, ds)  # buys all labels; fills .opinions
+    if has_committee(config):
+        add_soft_labels(config, run, annotator, schedule, ds)  # buys all labels; fills .soft_labels
     policy = load_policy(config)  # adpo.PairLogps around a causal LM
     share_prompts(policy, scoring)
     with starting(config, policy, ds):
@@ -67,22 +69,20 @@ def main(config, command_line=None):
     run.write_config()
     oracle = Oracle(annotator, run.output / "labels.sqlite", config, run)
     oracle.check_pairs(train.ids)
-    threshold = make_threshold(config, oracle, schedule)
-    run.resume(engine, schedule, columns=10, oracle=oracle, threshold=threshold)
+    gamma = threshold(config)
+    run.resume(engine, schedule, columns=10, oracle=oracle)
     if test and config.eval_on_start and run.step == 0:
         evaluate(engine, run, schedule, oracle)
 
     with run.stoppable(engine):  # Ctrl-C or a missing answer writes a checkpoint, and the same command goes on
         for step in run.steps():
-            threshold.advance(step)
             rows = schedule.rows(step)
-            if threshold.looks_ahead:
-                ask_ahead(engine, oracle, threshold, train, schedule.micro_batches(rows), step)
-                rows = threshold.rows_to_train(rows, step)
+            micro_batches = schedule.micro_batches(rows)
+            if oracle.asks_together and gamma >= 0:
+                ask_ahead(engine, oracle, gamma, train, micro_batches, step)
             engine.train()
             lr = set_learning_rate(engine, step, schedule.total_steps, config)
 
-            micro_batches = schedule.micro_batches(rows)
             for n, micro_batch in enumerate(micro_batches, 1):
                 batch = train.batch(micro_batch, engine.device)
 
@@ -91,12 +91,10 @@ def main(config, command_line=None):
                 rewards = adpo.implicit_rewards(logps, batch.ref_logps, config.beta)  # (B, 2)
                 margin = adpo.margins(rewards)  # (B,)
                 margin_cpu = margin.detach().cpu()  # (B,)  the only wait for the device in a micro-step
-                scores = threshold.scores(margin_cpu, batch.ids, step)  # (B,)  m, unless a budget is spent at random
-                ask = adpo.gate(scores, threshold.gamma, batch.ids)  # (B,)  |m| ≤ γ
+                ask = adpo.gate(margin_cpu, gamma, batch.ids)  # (B,)  |m| ≤ γ
                 answers = oracle.answer(batch.ids, margin_cpu, ask, step)  # (B,)  +1, −1; NaN: no preference; 0: not asked
-                opinions = threshold.opinions(micro_batch)  # (B,)  of a committee, if there is one
                 labels = adpo.choose_labels(margin_cpu, answers, ask, config.pseudo_labels, config.after_budget,
-                                            config.ties, opinions)  # (B,)  o
+                                            config.ties, batch.soft_labels)  # (B,)  o
 
                 oracle.count_pseudo_labels(batch.ids, labels, answers)
                 labels = data.to_device(labels, engine.device)
@@ -107,7 +105,7 @@ def main(config, command_line=None):
             oracle.end_step()
             run.end_step(engine, norm, [train.ids[row] for row in rows])
             if run.is_due("logging"):
-                log_training(run, engine, schedule, oracle, threshold, lr, norm)
+                log_training(run, engine, schedule, oracle, lr, norm)
             if test and run.is_due("eval"):
                 evaluate(engine, run, schedule, oracle)
             if run.is_due("save"):
@@ -154,6 +152,13 @@ def load_test_pairs(config, tokenizer):
     return test
 
 
+def threshold(config):
+    """γ of the gate: plain DPO asks about every pair, and where a committee has bought all labels, nobody is asked."""
+    if not config.data_selection:
+        return math.inf
+    return -1.0 if has_committee(config) else config.gamma
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # In the loop
 
@@ -167,20 +172,18 @@ def scored(engine, pairs, batches, beta):
         yield batch, logps, rewards, adpo.margins(rewards)
 
 
-def ask_ahead(engine, oracle, threshold, pairs, micro_batches, step):
+def ask_ahead(engine, oracle, gamma, pairs, micro_batches, step):
     """Ask all questions of a step at once, over all micro-batches and ranks, so that people and judges are not waited for
-    again and again, and a budget can go to the least sure pairs of the step. The loop then finds the answers in the ledger.
+    again and again. The loop then finds the answers in the ledger.
 
     It costs one more forward pass of the step. Nothing changes between the two passes, so they agree on whom to ask.
     """
     ids, margins = [], []
-    for batch, _, _, margin in scored(engine, pairs, micro_batches, threshold.config.beta):
+    for batch, _, _, margin in scored(engine, pairs, micro_batches, oracle.config.beta):
         ids += batch.ids
         margins.append(margin)
     margin = torch.cat(margins).cpu()
-    scores = threshold.scores(margin, ids, step)
-    threshold.plan(ids, scores.tolist(), step)
-    oracle.answer(ids, margin, adpo.gate(scores, threshold.gamma, ids), step)
+    oracle.answer(ids, margin, adpo.gate(margin, gamma, ids), step)
 
 
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
@@ -210,11 +213,11 @@ def means(sums):
     return {"loss": loss / max(pairs, 1)} | {k: v / max(labelled, 1) for k, v in zip(METRICS[1:], rest)}, tokens
 
 
-def log_training(run, engine, schedule, oracle, threshold, lr, norm):
+def log_training(run, engine, schedule, oracle, lr, norm):
     """A row of metrics.jsonl about the steps since the last one, and the text of the progress bar."""
     metrics, tokens = means(run.take_sums())
     row = {**metrics, "learning_rate": lr, "grad_norm": norm_to_log(engine, norm),
-           **report.label_metrics(oracle, schedule, run.step, run.config), **threshold.metrics(),
+           **report.label_metrics(oracle, schedule, run.step, run.config),
            "tokens_per_second": tokens / run.seconds_since_log()}
     report.warn_of_wrong_pseudo_labels(oracle, run.step - 1, run.config)
     report.warn_of_judge(oracle, row)

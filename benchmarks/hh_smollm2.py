@@ -33,7 +33,6 @@ FLAGS = {"max_steps": STEPS, "per_device_train_batch_size": 4, "gradient_accumul
 DPO = {"data_selection": "false"}
 METHODS = {
     "DPO, all labels": DPO | {"max_train_samples": PAIRS},
-    "budget of a third, replay": {"max_train_samples": PAIRS, "target_query_fraction": 0.333, "pseudo_labels": "replay"},
     "ADPO as in the paper, γ = 0.5": {"max_train_samples": PAIRS, "gamma": 0.5},
     "DPO, a random third, three epochs": DPO | {"max_train_samples": PAIRS // 3},
 }

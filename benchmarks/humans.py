@@ -40,14 +40,14 @@ from tqdm import tqdm  # noqa: E402
 import train  # noqa: E402
 from benchmarks.query_efficiency import METHODS, choose, extended  # noqa: E402
 from benchmarks.query_report import text  # noqa: E402
+from benchmarks.query_runs import choosing  # noqa: E402
 from runtime.formats import parse_row  # noqa: E402
 from runtime.run import Run  # noqa: E402
 from runtime.sources import read_rows  # noqa: E402
 
 PARTS = 6
 SHARE = 1 / 3  # of the labels, for the methods that buy some
-NAMES = ["DPO, all labels", "random subset", "random, replay", "budget, replay", "committee", "committee, random pairs",
-         "paper, γ = 0.7"]
+NAMES = ["DPO, all labels", "random subset", "committee", "committee, random pairs", "paper, γ = 0.7"]
 ALL, SUBSET = NAMES[:2]
 STEP = 16  # pairs
 BASE = {"beta": 0.1, "max_length": 512, "max_prompt_length": 256, "per_device_train_batch_size": STEP,
@@ -120,8 +120,9 @@ class Humans:
         if self.result(method, rate, part):
             return
         output = self.output(method, rate, part)
-        keys = {name: SHARE if name == "target_query_fraction" else value for name, value in METHODS[method].items()
+        keys = {name: SHARE if name == "label_budget" else value for name, value in METHODS[method].items()
                 if not isinstance(value, dict)}  # what was chosen for each task has its default here
+        random_pairs = keys.pop("random_pairs", False)
         if keys.pop("subset", None):
             keys["max_train_samples"] = round(SHARE * self.pairs)
         config = output.with_suffix(".yaml")
@@ -130,7 +131,7 @@ class Humans:
             "dataset_mixer": {str(self.folder / f"part-{part}"): 1.0}, "output_dir": str(output)}))  # JSON is YAML
         started, log = time.time(), output.with_suffix(".log")
         with (open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file),
-              mock.patch.object(Run, "finish", finish)):
+              mock.patch.object(Run, "finish", finish), choosing(random_pairs)):
             code = command(["--config", str(config)], train.main)
         if code:
             raise RuntimeError(f"{config}: exit code {code}: {log.read_text().strip().splitlines()[-1]}")
@@ -140,13 +141,8 @@ class Humans:
 
     def rate(self, method):
         """(the learning rate of a method or None, those that are to be tried next): see query_efficiency.choose."""
-        tried = {(rate,): [found["accuracy"]] for rate in self.rates() if (found := self.result(method, rate, 0))}
-        best, more = choose(tried, [(rate,) for rate in self.size.rates], 0)
-        return best and best[0], [rate for rate, in more]
-
-    def rates(self):
-        """All learning rates that may be tried."""
-        return [rate for rate, in extended([(rate,) for rate in self.size.rates], 0)]
+        tried = {rate: [found["accuracy"]] for rate in extended(self.size.rates) if (found := self.result(method, rate, 0))}
+        return choose(tried, self.size.rates)
 
     def run_all(self):
         folds = range(1, 1 + self.size.folds)
@@ -182,7 +178,7 @@ def finish(run, engine, tokenizer, summary):
 
 def page(humans, source, longer, where):
     """The results as Markdown.  where: the machine."""
-    found, rates = humans.finished(), humans.rates()
+    found, rates = humans.finished(), extended(humans.size.rates)
     lines = ["# People's labels", "", f"`python benchmarks/humans.py MODEL PAIRS`, with {Path(humans.model).name} and "
              f"{Path(source).name}, on {where}: {humans.pairs:,} pairs to train on, "
              f"{-(-humans.pairs // STEP)} steps of {STEP}, and a fold's part of the prompts held out. Methods that buy a "

@@ -15,8 +15,8 @@ and 4,096 test pairs, whose labels have no noise. What makes the comparison fair
 - All labels that a run buys count, those of audits too.
 
 Primary comparisons, written down before any of the candidate's reported runs, as paired differences with 95 % intervals
-(Student's t). The candidate is the recommended way to spend a number of labels: at first "budget, replay", and since that
-missed its aims "committee":
+(Student's t). The candidate is the recommended way to spend a number of labels: at first "budget, replay", which missed its
+aims and was removed (results/query_efficiency_3.md), since then "committee":
 
 1. 20 % of the labels wrong, a quarter of them bought: accuracy at most 0.5 points below that of DPO on all labels, and at
    least 2 points above that of a random subset, with the lower end of the interval above 0; on both tasks.
@@ -24,11 +24,10 @@ missed its aims "committee":
    with the lower end above 0.
 3. At each noise of each task: not more than 0.5 points below a random subset.
 
-"random, replay" and "committee, random pairs" tell what the choice of pairs adds to the way labels are spent and used. All
-else is secondary.
+"committee, random pairs" tells what the choice of pairs adds to the way labels are used. All else is secondary.
 
-Cut to save time: only the headline methods at 20 % noise of the built-in task have 20 seeds (Plan.seeds); the
-other methods are tuned at 20 % noise alone, with one seed, and are left out at some noises.
+Cut to save time: the number of seeds (Plan.blocks); where Plan.tuning names no seeds for a noise, and for all but the
+headline methods, rates and β are those of 20 % noise; the other methods are tuned on one seed.
 
 A run that has finished is not run again, nor is one that finished elsewhere: results/query_efficiency.json holds what each
 run measured. (Delete it to begin anew. If the keys of a method have changed, its runs are done again.) Each of Plan.blocks
@@ -59,32 +58,27 @@ BETA = 0.1  # with which learning rates are chosen
 BASE = {"max_length": 96, "max_prompt_length": 32, "per_device_train_batch_size": 64,
         "per_device_eval_batch_size": 256, "num_threads": 1, "save_strategy": "no", "logging_steps": 64,
         "preprocessing_num_workers": 1}
-PLAIN, REPLAY, SHARE = {"data_selection": False}, {"pseudo_labels": "replay"}, "the noise's share"
+PLAIN, SHARE = {"data_selection": False}, "the noise's share"
 # Learning rate and passes of a committee's members, chosen on the first tuning seed of each task.
-COMMITTEE = {"pseudo_labels": "committee", "committee_learning_rate": {"toy": 1e-3, "movies": 3e-3},
-             "committee_epochs": {"toy": 8, "movies": 2}}
-BUDGET, RANDOM = REPLAY | {"target_query_fraction": SHARE}, REPLAY | {"budget_selection": "random"}
+COMMITTEE = {"committee_learning_rate": {"toy": 1e-3, "movies": 3e-3}, "committee_epochs": {"toy": 8, "movies": 2}}
 
-# method: keys of train.py, a value for all tasks or {task: value}; `subset` stands for training on a random share of the
-# pairs for as many steps.
+# method: keys of train.py, a value for all tasks or {task: value}. `subset` stands for training on a random share of the
+# pairs for as many steps, `random_pairs` for a committee whose labels are all bought at random.
 HEADLINE = {
     "DPO, all labels": PLAIN,
     "random subset": PLAIN | {"subset": SHARE},
-    "random, replay": RANDOM | {"target_query_fraction": SHARE},
-    "budget, replay": BUDGET,
-    "committee": COMMITTEE | {"target_query_fraction": SHARE},
-    "committee, random pairs": COMMITTEE | {"target_query_fraction": SHARE, "budget_selection": "random"},
+    "committee": COMMITTEE | {"label_budget": SHARE},
+    "committee, random pairs": COMMITTEE | {"label_budget": SHARE, "random_pairs": True},
 }
 OTHERS = {
-    "committee, all labels": COMMITTEE | {"target_query_fraction": 1.0},
-    "random 12.5 %, replay": RANDOM | {"target_query_fraction": 0.125},
-    "random 50 %, replay": RANDOM | {"target_query_fraction": 0.5},
-    "calibrated gate, replay": REPLAY | {"gate": "calibrated", "audit_fraction": 0.05, "gamma": 1.0},
+    "random subset, 12.5 %": PLAIN | {"subset": 0.125},
+    "random subset, 50 %": PLAIN | {"subset": 0.5},
+    "committee, all labels": COMMITTEE | {"label_budget": 1.0},
     **{f"paper, γ = {gamma:g}": {"gamma": gamma} for gamma in (0.7, 1.3, 3.0)},
-    **{f"paper, γ = {gamma:g}, no pseudo-labels": {"gamma": gamma, "pseudo_labels": "false"} for gamma in (0.7, 1.3, 3.0)},
+    **{f"paper, γ = {gamma:g}, no pseudo-labels": {"gamma": gamma, "pseudo_labels": False} for gamma in (0.7, 1.3, 3.0)},
 }
 METHODS = HEADLINE | OTHERS
-QUICK = [*HEADLINE][:4]
+CHECKED = ["DPO, all labels", "random subset", "committee"]
 
 
 @dataclass(frozen=True)
@@ -92,33 +86,28 @@ class Plan:
     """What is run.  Seeds are counted from 0, tuning seeds from FIRST_TUNING_SEED.
 
     sizes: training and test pairs.  rates: {task: the grid of learning rates}.  betas: that of β.
-    tuning: {task: {noise: tuning seeds of the headline methods}}. At a noise without any, rate and β are those of noise-0.2,
-    and so are those of the other methods everywhere.
-    seeds: {task: {noise: (seeds of the headline methods, of the others)}}.
-    blocks: (methods, noises, most seeds), in the order of the work.
+    tuning: {task: {noise: tuning seeds of the headline methods}}.
+    blocks: [(methods, noises, {task: seeds})], in the order of the work.
     """
     sizes: tuple
     rates: dict
     betas: tuple
     tuning: dict
-    seeds: dict
-    blocks: tuple
+    blocks: list
 
 
 FULL = Plan(
     sizes=(16384, 4096),
     rates={"toy": (1e-3, 2e-3, 4e-3), "movies": (2e-3, 4e-3, 8e-3)}, betas=(0.05, 0.1, 0.2),
-    tuning={"toy": {"noise-0.2": 2, "noise-0.35": 2, "noise-0.05": 1, "flips-0.2": 1},
-            "movies": {"noise-0.2": 1, "noise-0.35": 1}},
-    seeds={"toy": {"noise-0.2": (20, 5), "noise-0.35": (10, 3), "noise-0.05": (5, 0), "flips-0.2": (5, 0)},
-           "movies": {"noise-0.2": (5, 2), "noise-0.35": (5, 0), "noise-0.05": (2, 0), "flips-0.2": (2, 0)}},
-    blocks=((HEADLINE, ["noise-0.2"], 5), (HEADLINE, ["noise-0.35"], 5), (HEADLINE, ["noise-0.05", "flips-0.2"], 5),
-            (OTHERS, [*SHARES], 5), (HEADLINE, [*SHARES], 10), (HEADLINE, [*SHARES], 20)))
+    tuning={"toy": {"noise-0.2": 2, "noise-0.35": 2}, "movies": {"noise-0.2": 1, "noise-0.35": 1}},
+    blocks=[(HEADLINE, ["noise-0.2"], {"toy": 5, "movies": 5}), (HEADLINE, ["noise-0.35"], {"toy": 5, "movies": 3}),
+            (CHECKED, ["flips-0.2", "noise-0.05"], {"toy": 3, "movies": 2}),
+            (OTHERS, ["noise-0.2"], {"toy": 3, "movies": 2}), (HEADLINE, ["noise-0.2"], {"toy": 10})])
 SHORT = Plan(
     sizes=(4096, 1024), rates={"toy": (2e-3, 4e-3)}, betas=(BETA,), tuning={"toy": {"noise-0.2": 1}},
-    seeds={"toy": {"noise-0.2": (2, 0)}}, blocks=((QUICK, ["noise-0.2"], 2),))
+    blocks=[(CHECKED[:2] + ["paper, γ = 1.3"], ["noise-0.2"], {"toy": 2})])
 FIRST_TUNING_SEED = 100
-SECONDS = {"toy": (35, 70), "movies": (110, 250)}  # about what a run takes while none has finished, and building a seed
+SECONDS = {"toy": (60, 70), "movies": (150, 250)}  # about what a run takes while none has finished, and building a seed
 
 
 @dataclass(frozen=True)
@@ -154,7 +143,7 @@ class Bench:
     def keys(self, job):
         """The keys of train.py for a run."""
         keys = {name: value[job.task] if isinstance(value, dict) else SHARES[job.noise] if value == SHARE else value
-                for name, value in METHODS[job.method].items()}
+                for name, value in METHODS[job.method].items() if name != "random_pairs"}
         pairs, root = self.plan.sizes[0], self.roots[job.task] / f"seed-{job.seed}"
         if subset := keys.pop("subset", None):
             keys["max_train_samples"] = round(subset * pairs)
@@ -172,54 +161,50 @@ class Bench:
                 for n in range(seeds[noise] if method in HEADLINE else 1) for setting in settings]
 
     def tried(self, task, noise, method, settings):
-        """{setting: accuracies of its tuning runs}, without the settings whose runs have not all finished."""
-        found = {}
-        for setting in settings:
-            results = [self.result(job) for job in self.tuning(task, noise, method, [setting])]
-            if all(results):
-                found[setting] = [result["accuracy"] for result in results]
-        return found
+        """{value: accuracies of its tuning runs}, without the values whose runs have not all finished.
+        settings: {value: (learning rate, β)}."""
+        found = {value: [self.result(job) for job in self.tuning(task, noise, method, [setting])]
+                 for value, setting in settings.items()}
+        return {value: [result["accuracy"] for result in results] for value, results in found.items() if all(results)}
 
-    def grids(self, task, rate=None):
-        """Two lists of settings: the learning rates to try and, with that of these which is the best, the values of β."""
-        return [(r, BETA) for r in self.plan.rates[task]], [(rate, beta) for beta in self.plan.betas]
+    def settings(self, task, rate=None):
+        """{learning rate: its setting with the usual β} or, with a learning rate, {β: its setting}; for all values that may
+        be tried."""
+        if rate is None:
+            return {value: (value, BETA) for value in extended(self.plan.rates[task])}
+        return {beta: (rate, beta) for beta in extended(self.plan.betas)}
 
     def setting(self, task, noise, method):
         """((learning rate, β) of a method as far as it is known, or None; the settings that are to be tried next)."""
-        best = None
-        for axis in range(2):
-            grid = self.grids(task, best and best[0])[axis]
-            tried = self.tried(task, noise, method, extended(grid, axis))
-            chosen, next_ones = choose(tried, grid, axis)
-            best = chosen or best
-            if next_ones:
-                return best, next_ones
-        return best, []
+        settings = self.settings(task)
+        rate, more = choose(self.tried(task, noise, method, settings), self.plan.rates[task])
+        beta = BETA
+        if not more:
+            settings = self.settings(task, rate)
+            beta, more = choose(self.tried(task, noise, method, settings), self.plan.betas)
+        return rate and (rate, beta or BETA), [settings[value] for value in more]
 
-    def seeds(self, task, noise, method):
-        return range(self.plan.seeds[task][noise][0 if method in HEADLINE else 1])
-
-    def reported(self, task, methods, noises, most):
-        """The runs that are reported, seed by seed; none of a method whose learning rate is not known yet."""
+    def reported(self, task, methods, noises, seeds):
+        """The runs of a block that are reported, seed by seed; none of a method whose learning rate is not known yet."""
         settings = {(noise, method): self.setting(task, noise, method)[0] for noise in noises for method in methods}
-        return [Job(task, noise, method, *setting, seed) for seed in range(most)
-                for (noise, method), setting in settings.items() if setting and seed in self.seeds(task, noise, method)]
+        return [Job(task, noise, method, *setting, seed) for seed in range(seeds.get(task, 0))
+                for (noise, method), setting in settings.items() if setting]
 
-    def cells(self):
+    def cells(self, task):
         """(noise, method) of all blocks."""
-        return dict.fromkeys((noise, method) for methods, noises, _ in self.plan.blocks for noise in noises
-                             for method in methods)
+        return dict.fromkeys((noise, method) for methods, noises, seeds in self.plan.blocks if task in seeds
+                             for noise in noises for method in methods)
 
     def finished(self, task):
         """{job: result} of all runs of a task that have finished, without those of settings that turned out not to be the
         best."""
         jobs = []
-        for cell in self.cells():
+        for cell in self.cells(task):
             best = self.setting(task, *cell)[0]
-            for axis, grid in enumerate(self.grids(task, best and best[0])):
-                jobs += self.tuning(task, *cell, extended(grid, axis)) if best or axis == 0 else []
-        for methods, noises, most in self.plan.blocks:
-            jobs += self.reported(task, methods, noises, most)
+            for rate in (None, best[0]) if best else (None,):
+                jobs += self.tuning(task, *cell, self.settings(task, rate).values())
+        for block in self.plan.blocks:
+            jobs += self.reported(task, *block)
         return {job: result for job in dict.fromkeys(jobs) if (result := self.result(job))}
 
     def dump(self):
@@ -232,10 +217,12 @@ class Bench:
 
     def planned(self, task):
         """(runs, seeds to build); without the runs that follow where the best setting is at the edge of a grid."""
-        cells, (rates, betas) = self.cells(), self.grids(task)
-        tuning = {job for cell in cells for job in self.tuning(task, *cell, rates + betas[1:])}  # a rate's β is one of them
-        seeds = {job.seed for job in tuning}.union(*(self.seeds(task, *cell) for cell in cells))
-        return len(tuning) + sum(len(self.seeds(task, *cell)) for cell in cells), len(seeds)
+        some_rate = self.plan.rates[task][0]
+        grid = [(rate, BETA) for rate in self.plan.rates[task]] + [(some_rate, b) for b in self.plan.betas if b != BETA]
+        tuning = {job for cell in self.cells(task) for job in self.tuning(task, *cell, grid)}
+        reported = {(noise, method, seed) for methods, noises, seeds in self.plan.blocks for noise in noises
+                    for method in methods for seed in range(seeds.get(task, 0))}
+        return len(tuning) + len(reported), len({job.seed for job in tuning} | {seed for *_, seed in reported})
 
     # Doing them
 
@@ -274,16 +261,17 @@ class Bench:
         """Do those of these runs that have not finished."""
         jobs = [job for job in jobs if not self.result(job)]
         self.build(jobs)
-        self.work([("run", job.task, self.keys(job), self.roots[job.task]) for job in jobs], bar)
+        self.work([("run", job.task, self.keys(job), self.roots[job.task], METHODS[job.method].get("random_pairs", False))
+                   for job in jobs], bar)
 
     def run_all(self, bar):
         """Everything, block by block: first the settings that a block needs, then its reported runs."""
-        for methods, noises, most in self.plan.blocks:
+        for methods, noises, seeds in self.plan.blocks:
             for task in self.roots:
-                cells = [(task, noise, method) for noise in noises for method in methods if self.seeds(task, noise, method)]
+                cells = [(task, noise, method) for noise in noises for method in methods if task in seeds]
                 while wanted := {cell: more for cell in cells if (more := self.setting(*cell)[1])}:
                     self.run(dict.fromkeys(job for cell, more in wanted.items() for job in self.tuning(*cell, more)), bar)
-                self.run(self.reported(task, methods, noises, most), bar)
+                self.run(self.reported(task, methods, noises, seeds), bar)
 
 
 def read_kept(path):
@@ -301,24 +289,22 @@ def call(name, *arguments):
     getattr(query_runs, name)(*arguments)
 
 
-def extended(grid, axis):
-    """Settings that differ in one axis, and the next one at either end."""
-    def next_to(setting, factor):
-        return tuple(factor * value if n == axis else value for n, value in enumerate(setting))
-    return [next_to(min(grid), 0.5), *grid, next_to(max(grid), 2)]
+def extended(grid):
+    """The values of a grid, and the next one at either end."""
+    return [min(grid) / 2, *grid, max(grid) * 2]
 
 
-def choose(tried, grid, axis):
-    """(the best setting as far as it is known, or None; those that are to be tried next).  tried: {setting: accuracies}.
+def choose(tried, grid):
+    """(the best value as far as it is known, or None; those that are to be tried next).  tried: {value: accuracies}.
 
     None until the grid has been tried. Where the best is at its edge, the next one is to be tried, one in all.
     """
-    if missing := [setting for setting in grid if setting not in tried]:
+    if missing := [value for value in grid if value not in tried]:
         return None, missing
-    best = max(tried, key=lambda setting: statistics.mean(tried[setting]))
+    best = max(tried, key=lambda value: statistics.mean(tried[value]))
     if len(grid) == 1 or len(tried) > len(grid) or min(grid) < best < max(grid):
         return best, []
-    low, *_, high = extended(grid, axis)
+    low, *_, high = extended(grid)
     return best, [low if best == min(grid) else high]
 
 

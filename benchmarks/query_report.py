@@ -18,22 +18,20 @@ methods of a seed see the same model, pairs, labels and order. AdamW, one epoch'
 - **Accuracy, log-loss**: of the implicit reward on {test:,} test pairs whose labels have no noise.
 - **Reward**: gold reward of generations where KL(π ‖ reference) is {kl}: 256 responses from each of three
   mixtures π_λ ∝ π_ref^(1−λ) π^λ, interpolated over √KL. Seeds that do not reach it are left out and counted.
-- **Equals**: how many random labels give the same accuracy, spent and used in the same way ("random, replay" with 12.5 % of
-  the labels to all), interpolated over the logarithm, from the differences to DPO on all labels, seed by seed."""
+- **Equals**: how many random labels give the same accuracy (random subsets of 12.5, 25 and 50 %, and DPO on all),
+  interpolated over the logarithm of the share, from the differences to DPO on all labels, seed by seed."""
 # Nats at which generations are compared. On the tuning seeds, with what was chosen at 20 % noise, the headline methods have
 # less at λ = 0.25 and more at λ = 0.5.
 KL = {"toy": 3, "movies": 5}
-ALL, SUBSET, RANDOM = "DPO, all labels", "random subset", "random, replay"
-CANDIDATES = ["committee", "budget, replay"]  # the present one first
-CURVE = ["random 12.5 %, replay", RANDOM, "random 50 %, replay", ALL]
+ALL, SUBSET, CANDIDATE = "DPO, all labels", "random subset", "committee"
+CURVE = ["random subset, 12.5 %", SUBSET, "random subset, 50 %", ALL]
 AIMS = {"noise-0.2": (-0.005, 0.02), "noise-0.35": (-0.01, 0.03)}  # against DPO on all labels, and against a random subset
 NOT_BELOW_RANDOM = -0.005
 STUDENT = dict(enumerate([12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
                           2.131, 2.120, 2.110, 2.101, 2.093], 2))  # 95 %, by number of values
-STYLES = {ALL: ("0.4", "s"), SUBSET: ("0.4", "o"), RANDOM: ("tab:blue", "o"), "budget, replay": ("black", "D"),
-          "committee": ("tab:green", "*"), "committee, random pairs": ("tab:green", "o"),
-          "committee, all labels": ("tab:green", "s"),
-          "calibrated": ("tab:blue", "D"), "no pseudo-labels": ("tab:orange", "^"), "paper": ("tab:red", "v")}
+STYLES = {ALL: ("0.4", "s"), SUBSET: ("0.4", "o"), "committee": ("tab:green", "*"),
+          "committee, random pairs": ("tab:green", "o"), "committee, all labels": ("tab:green", "s"),
+          "no pseudo-labels": ("tab:orange", "^"), "paper": ("tab:red", "v")}
 
 
 def interval(values):
@@ -96,7 +94,7 @@ def table(runs, settings, task, pairs):
 
 
 def paired(runs):
-    others = [name for name in (ALL, SUBSET, RANDOM) if name in runs]
+    others = [name for name in (ALL, SUBSET) if name in runs]
     lines = [f"| accuracy, seed by seed | {' | '.join(f'− {name}' for name in others)} |",
              "| --- |" + " --: |" * len(others)]
     for name in runs:
@@ -106,21 +104,21 @@ def paired(runs):
     return lines
 
 
-def aims(results, candidate):
+def aims(results):
     """[(aim, whether it is reached, numbers)] of the primary comparisons, as far as their runs have finished."""
     found = []
     for task, by_noise in results.items():
         for noise, runs in by_noise.items():
-            if candidate not in runs or SUBSET not in runs:
+            if CANDIDATE not in runs or SUBSET not in runs:
                 continue
-            gain = differences(runs, candidate, SUBSET)
+            gain = differences(runs, CANDIDATE, SUBSET)
             if len(gain) < 2:  # without an interval there is nothing to say
                 continue
             mean, half = interval(gain)
             where = f"{TITLES[task]}, {TITLES[noise]}"
             if noise in AIMS and ALL in runs:
                 most, least = AIMS[noise]
-                loss = differences(runs, candidate, ALL)
+                loss = differences(runs, CANDIDATE, ALL)
                 found.append((f"{where}: at most {-100 * most:g} points below DPO on all labels",
                               statistics.mean(loss) >= most, text(loss, "{:+.4f}")))
                 found.append((f"{where}: at least {100 * least:g} points above a random subset, the interval above 0",
@@ -130,23 +128,23 @@ def aims(results, candidate):
     return found
 
 
-def tuning_table(bench, task, axis):
-    """Held-out accuracy of the tuning runs by learning rate (axis 0) or, at the best of them, by β (axis 1), the best in
-    bold; one row a method and noise."""
-    columns = [setting[axis] for setting in extended(bench.grids(task)[axis], axis)]
-    lines = ["| noise | method | seeds | " + " | ".join(f"{value:g}" for value in columns) + " |",
-             "| --- | --- | --: |" + " --: |" * len(columns)]
-    cells = dict.fromkeys((job.noise, method) for noise, method in bench.cells()
-                          for job in bench.tuning(task, noise, method, bench.grids(task)[0]))
-    for noise, method in cells:
-        best = bench.setting(task, noise, method)[0]
-        if best:
-            settings = extended(bench.grids(task, best[0])[axis], axis)
-            tried = bench.tried(task, noise, method, settings)
-            means = [statistics.mean(tried[setting]) if setting in tried else None for setting in settings]
-            top, seeds = max(filter(None, means)), len(next(iter(tried.values())))
-            scores = ["" if mean is None else f"**{mean:.4f}**" if mean == top else f"{mean:.4f}" for mean in means]
-            lines.append(f"| {TITLES[noise]} | {method} | {seeds} | {' | '.join(scores)} |")
+def tuning_tables(bench, task):
+    """Held-out accuracy of the tuning runs by learning rate, and at the best of them by β, the best in bold; one row a
+    method and noise."""
+    lines = []
+    for values, of_beta in ((extended(bench.plan.rates[task]), False), (extended(bench.plan.betas), True)):
+        lines += ["", "| noise | method | seeds | " + " | ".join(f"{value:g}" for value in values) + " |",
+                  "| --- | --- | --: |" + " --: |" * len(values)]
+        cells = dict.fromkeys((bench.tuning(task, noise, method, [(0, 0)])[0].noise, method)
+                              for noise, method in bench.cells(task))
+        for noise, method in cells:
+            if best := bench.setting(task, noise, method)[0]:
+                tried = bench.tried(task, noise, method, bench.settings(task, best[0] if of_beta else None))
+                means = {value: statistics.mean(accuracies) for value, accuracies in tried.items()}
+                scores = [f"{means[value]:.4f}" if value in means else "" for value in values]
+                scores = [f"**{score}**" if means.get(value) == max(means.values()) else score
+                          for value, score in zip(values, scores)]
+                lines.append(f"| {TITLES[noise]} | {method} | {len(next(iter(tried.values())))} | {' | '.join(scores)} |")
     return lines
 
 
@@ -162,8 +160,8 @@ def collect(bench):
     """({task: {noise: {method: {seed: result}}}}, {task: {noise: {method: (learning rate, β)}}}) of the reported runs."""
     results, settings = {}, {}
     for task in bench.roots:
-        for methods, noises, most in bench.plan.blocks:
-            for job in bench.reported(task, methods, noises, most):
+        for block in bench.plan.blocks:
+            for job in bench.reported(task, *block):
                 if result := bench.result(job):
                     where = results.setdefault(task, {}).setdefault(job.noise, {}).setdefault(job.method, {})
                     where[str(job.seed)] = result
@@ -180,12 +178,9 @@ def write(bench, folder):
              "comparison is kept fair, what was decided before the runs, and what was cut to save time.", "",
              progress(bench), "", "![Accuracy by labels bought](query_efficiency.png)", "",
              ABOUT.format(kl=kl, pairs=pairs, test=bench.plan.sizes[1])]
-    for candidate in CANDIDATES:
-        lines += ["", f"## The primary comparisons, of \"{candidate}\"", ""]
-        rows = [f"| {what} | {'yes' if reached else '**no**'} | {numbers} |"
-                for what, reached, numbers in aims(results, candidate)]
-        lines += ["| aim | reached | difference |", "| --- | --- | --: |", *rows] if rows else [
-            "Not yet: two seeds have to finish, of this method and of those that it is compared with."]
+    rows = [f"| {what} | {'yes' if reached else '**no**'} | {numbers} |" for what, reached, numbers in aims(results)]
+    rows = rows or ["| not yet: two seeds of each method have to finish | | |"]
+    lines += ["", "## The primary comparisons", "", "| aim | reached | difference |", "| --- | --- | --: |", *rows]
     for task, by_noise in results.items():
         lines += ["", f"## {TITLES[task]}"]
         for noise, runs in by_noise.items():
@@ -193,7 +188,7 @@ def write(bench, folder):
     for task in results:
         lines += ["", f"## Learning rates and β: {TITLES[task].lower()}", "", "Held-out accuracy of the runs that chose "
                   "them, by learning rate with β = 0.1, then by β with the best of these. A method that is missing at a "
-                  "noise has what it has at 20 %.", "", *tuning_table(bench, task, 0), "", *tuning_table(bench, task, 1)]
+                  "noise has what it has at 20 %.", *tuning_tables(bench, task)]
     (folder / "query_efficiency.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
     (folder / "query_efficiency.json").write_text(bench.dump(), encoding="utf-8")
     draw(results, pairs, folder / "query_efficiency.png")
@@ -227,8 +222,8 @@ def draw(results, pairs, path):
                              *interval([r["accuracy"] for r in found.values()])) for name, found in runs.items()}
             curve = sorted(points[name] for name in CURVE if name in points)
             if len(curve) > 2:
-                axis.plot([x for x, *_ in curve], [y for _, y, _ in curve], "--", color="tab:blue", linewidth=1,
-                          label="random labels")
+                axis.plot([x for x, *_ in curve], [y for _, y, _ in curve], "--", color="0.4", linewidth=1,
+                          label="random subsets")
             shown = [name for name in points if name not in (CURVE[0], CURVE[2])]
             for n, name in enumerate(shown):
                 (x, y, wide), (colour, marker) = points[name], style(name)

@@ -38,9 +38,8 @@ RESUME = 15  # the step that dpo-resumed goes on from, inside the first of two e
 DPO = dict(data_selection="false", num_train_epochs=2, save_strategy="steps", save_steps=RESUME)
 RUNS = {  # name: its keys, besides those of TINY
     "two-processes": dict(gamma=0.1, deepspeed="ds_config.json", gradient_accumulation_steps=2, max_steps=8),
-    "calibrated-gate": dict(dataset_mixer="{FOLDER/easy: 1.0}", gate="calibrated", audit_fraction=0.2, gamma=0.2,
-                            pseudo_labels="replay", num_train_epochs=2),
-    "budget": dict(target_query_fraction=0.33, pseudo_labels="replay", num_train_epochs=2),
+    "audits": dict(audit_fraction=0.2, gamma=0.1, num_train_epochs=2),
+    "committee": dict(dataset_mixer="{FOLDER/easy: 1.0}", label_budget=0.33, num_train_epochs=2),
     "lora": dict(gamma=0.1, use_peft="true", lora_r=4, lora_alpha=8, lora_target_modules="all-linear"),
     "sft": dict(objective="sft", dataset_mixer="{FOLDER/texts: 1.0}"),
     "dpo": DPO, "dpo-resumed": DPO,
@@ -52,7 +51,7 @@ ANSWER = ("pair", "label", "step", "audit", "source", "margin")  # columns of th
 
 def write_task(folder):
     """The tiny task: model/, tiny.yaml, pairs/, texts/ for SFT, and easy/: pairs whose longer response is the better one,
-    which the model learns so fast that the calibrated gate has something to fit as soon as it may."""
+    which a committee learns in seconds."""
     from runtime import toy
     toy.write_untrained(folder, {"pairs/train.jsonl": 480, "pairs/test.jsonl": 40})
     for name, convert in (

@@ -1,6 +1,6 @@
-"""A committee of reward models, which learns from the labels bought and gives every pair a label.  pseudo_labels: committee
+"""A committee of reward models, which learns from the labels bought and gives every pair a soft label.  label_budget
 
-    add_opinions    buys the run's labels, in two rounds before the first step, and fills `.opinions` of the training pairs
+    add_soft_labels    buys the run's labels, in two rounds before the first step, and fills `.soft_labels` of the pairs
 
 Each member is the model that the run starts from, with a head that reads a reward (adpo.PairRewards), trained on the labels
 bought as a policy is trained by DPO, each in an order of its own. A policy's own sign(m) tells it what it believes already.
@@ -10,7 +10,7 @@ The first half of the labels goes to random pairs, the second to those on which 
 that it could go either way, annotators disagree too, and one more label would tell little.
 
 Departures from the paper: all of it; docs/method.md tells why, and what it brings. Ensembles of reward models: Coste et al.,
-arXiv 2310.02743. Training a policy on their opinions: Fisch et al., arXiv 2405.19316. Choosing by disagreement (BALD):
+arXiv 2310.02743. Training a policy on what they say: Fisch et al., arXiv 2405.19316. Choosing by disagreement (BALD):
 Houlsby et al., arXiv 1112.5745. Whatever is learned is a function of the ledger, so a resumed run goes on as it was.
 """
 
@@ -21,7 +21,6 @@ import torch
 import adpo
 import data
 from labels.oracle import Oracle, drawn
-from labels.threshold import fit_scale, labels_to_buy
 from runtime.config import FREE_ON_RESUME
 from runtime.engine import backward, skipped_in_a_row
 from runtime.model import load_policy
@@ -32,10 +31,10 @@ from runtime.schedule import my_batches, set_learning_rate
 ROUNDS = 2
 
 
-def add_opinions(config, run, annotator, schedule, ds):
-    """Buy the labels of a run and fill `.opinions` of its training pairs, (pairs,) between −1 and 1: twice the mean chance
-    that its members give to y1 being preferred, less 1. None where the first round's members cannot tell what annotators
-    will prefer in the second.
+def add_soft_labels(config, run, annotator, schedule, ds):
+    """Buy the labels of a run and fill `.soft_labels` of its training pairs, (pairs,) between −1 and 1: twice the mean
+    chance that its members give to y1 being preferred, less 1. Where the first round's members cannot tell what annotators
+    will prefer in the second, the run trains on the labels bought instead, and on no other pair.
 
     All ranks call it together, before the policy is loaded, because each member takes as much memory.
     annotator: on rank 0.  ds: the engine's config.
@@ -45,7 +44,8 @@ def add_opinions(config, run, annotator, schedule, ds):
     run.write_config()
     oracle = Oracle(annotator, run.output / "labels.sqlite", config, run)
     oracle.check_pairs(pairs.ids)
-    wanted = labels_to_buy(config, schedule)
+    schedule.considered = len({pairs.ids[row] for row in rows})
+    wanted = labels_to_buy(config, schedule.considered)
     margins, knows, seen = None, True, None
     with run.interruptible(ROUNDS * config.committee_size, "committee"):
         for part in range(ROUNDS):
@@ -53,10 +53,20 @@ def add_opinions(config, run, annotator, schedule, ds):
             if margins is not None:
                 knows = knows_something(margins.mean(0), labels.masked_fill(seen, 0.0))
             seen = labels != 0  # (pairs,)
+            if not knows:
+                break
             margins = torch.stack([member_margins(config, run, schedule, ds, labels, n, about)
                                    for n in range(config.committee_size)])  # (members, pairs)
     oracle.close()
-    pairs.opinions = 2 * margins.sigmoid().mean(0) - 1 if knows else None
+    if knows:
+        pairs.soft_labels = 2 * margins.sigmoid().mean(0) - 1
+    else:
+        schedule.keep_only([row for row in rows if seen[row] and not labels[row].isnan()])
+
+
+def labels_to_buy(config, pairs):
+    """The number of labels that the config asks for, of so many pairs."""
+    return round(config.label_budget * pairs) if config.label_budget <= 1 else int(config.label_budget)
 
 
 def buy(oracle, pairs, rows, wanted, margins, part, config):
@@ -69,8 +79,7 @@ def buy(oracle, pairs, rows, wanted, margins, part, config):
     """
     row_of = {pairs.ids[row]: row for row in rows}  # a pair that is repeated is asked about once
     new = from_rank_0(oracle.ledger.unanswered([*row_of], before=part) if oracle.ledger else None)
-    at_random = margins is None or config.budget_selection == "random"
-    worth = torch.zeros(len(pairs)) if at_random else bald(margins)  # (pairs,)
+    worth = torch.zeros(len(pairs)) if margins is None else bald(margins)  # (pairs,)
     new.sort(key=lambda id: (-worth[row_of[id]].item(), drawn(f"committee {config.seed} {id}")))
     left = max(0, wanted - (len(row_of) - len(new)))
     chosen, later = set(new[:left]), set(new[left:])
@@ -90,20 +99,21 @@ def bald(margins):
 
 
 def knows_something(margin, labels):
-    """Whether a committee tells which response is preferred in pairs that it had not seen, past the 95 % interval of the
-    scale a for which σ(a·m) is the chance that the annotator prefers y1. Says how often it is right.
+    """Whether a committee tells which response is preferred in pairs that it had not seen. Says how often it is right.
+
+    If labels were coins, Σ m·o would have mean 0 and variance Σ m², so a sum of over 1.96 standard deviations is knowledge.
+    (This is the score test of a = 0, where σ(a·m) is the chance that the annotator prefers y1.)
 
     margin: (pairs,), NaN for a pair that the run does not come to.  labels: (pairs,), 0 for a pair that was not asked about,
     or whose label the committee had learned from.
     """
     known = (labels.abs() == 1) & ~margin.isnan()
-    margin, labels = margin[known], labels[known]  # (n,)
-    if not len(labels):
+    if not known.any():
         return True  # the labels came from other runs, so that nothing was left to ask
-    a, error = fit_scale(margin, labels, torch.ones(len(labels)))
-    knows, right = a > 1.96 * error, (margin * labels > 0).double().mean().item()
-    say(f"committee: right about {right:.1%} of the {len(labels):,} labels that it bought where it was torn"
-        + ("" if knows else ", no better than a coin: it is not listened to, and the labelled pairs are replayed"))
+    z = (margin * labels)[known].double()  # (n,)  m·o
+    knows = bool(z.sum() > 1.96 * z.square().sum().sqrt())
+    say(f"committee: right about {(z > 0).double().mean():.1%} of the {len(z):,} labels that it bought where it was torn"
+        + ("" if knows else ", no better than a coin: it is not listened to; only the pairs with a label are trained on"))
     return knows
 
 
@@ -118,8 +128,9 @@ def what_counts(config, schedule, ds):
 
     Loads a member, so that a model that cannot be trained is refused before a label is paid for.
     """
-    others = {"beta", "budget_selection", "target_queries", "target_query_fraction", "committee_size", "max_steps",
-              "num_train_epochs"} | ({"learning_rate"} if config.committee_learning_rate is not None else set())
+    others = {"beta", "label_budget", "committee_size", "max_steps", "num_train_epochs"}
+    if config.committee_learning_rate is not None:
+        others.add("learning_rate")
     keys = {name: value for name, value in vars(config).items() if name not in FREE_ON_RESUME | others}
     with member(config, schedule, ds) as engine:
         return [data.VERSION, engine.module.fingerprint, schedule.pairs.fingerprint, schedule.pairs.shared, *kernels(engine),
@@ -147,7 +158,7 @@ def member_margins(config, run, schedule, ds, labels, n, about):
 def train(engine, config, run, schedule, labels, n):
     """Train a member: DPO's loss −log σ(o·m) on the pairs that have a label.  labels: (pairs,).  n: which member."""
     pairs, rows, rate = schedule.pairs, labels.nonzero().flatten(), config.committee_learning_rate
-    labels = adpo.choose_labels(torch.zeros(len(pairs)), labels, None, "false", ties=config.ties)
+    labels = adpo.choose_labels(torch.zeros(len(pairs)), labels, pseudo_labels=False, ties=config.ties)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + n)
     epoch_steps = math.ceil(len(rows) / schedule.step_pairs)
     total, skipped = math.ceil(config.committee_epochs * epoch_steps), 0

@@ -12,8 +12,8 @@ Departure from the paper and the official code: they keep no answers. Here a pai
 answer from the ledger for free.
 
 An answer may have no preference (label 0: a tie, both bad, cannot be judged). It settles its pair like any other: it was
-paid for, counts as a query, and the pair is never asked again. But it is not a label: nothing trains on it, and no audit,
-calibration or replay reads it.
+paid for, counts as a query, and the pair is never asked again. But it is not a label: nothing trains on it, and no audit
+counts it.
 
 To look at a ledger: `python tools/ledger.py OUTPUT_DIR`.
 """
@@ -363,25 +363,11 @@ class Ledger:
         return self.db.execute("SELECT detail, COUNT(*) FROM answers WHERE detail IS NOT NULL AND step BETWEEN ? AND ? "
                                "GROUP BY detail", (first, 2**62 if step is None else step)).fetchall()
 
-    def audits(self, step=None, first=0):
-        """[(margin, label)] of the audited pairs from optimiser step `first` up to and including `step` (None: all). An
-        answer without a preference is no outcome."""
-        return self.db.execute("SELECT margin, label FROM answers WHERE audit AND label != 0 AND step BETWEEN ? AND ?",
-                               (first, 2**62 if step is None else step)).fetchall()
-
-    def labels(self, first, last, ids=None):
-        """[(pair, label, margin, step, audit)] of the labels, ±1, of questions of optimiser steps `first` to `last`, ordered
-        by step and pair, whenever they arrived. Step −1 holds what came from other runs; its margins are None.
-
-        ids: return only these pairs, without reading the whole ledger.
-        """
-        query = "SELECT pair, label, margin, step, audit FROM answers WHERE label != 0 AND step BETWEEN ? AND ?"
-        if ids is None:
-            return self.db.execute(f"{query} ORDER BY step, pair", (first, last)).fetchall()
-        found = []
-        for some, marks in portions(ids):
-            found += self.db.execute(f"{query} AND pair IN ({marks})", (first, last, *some))
-        return sorted(found, key=lambda row: (row[3], row[0]))
+    def audits(self, step=None):
+        """[(margin, label)] of the audited pairs up to and including an optimiser step (None: all). An answer without a
+        preference is no outcome."""
+        return self.db.execute("SELECT margin, label FROM answers WHERE audit AND label != 0 AND step BETWEEN 0 AND ?",
+                               (2**62 if step is None else step,)).fetchall()
 
     def cost(self):
         """(money spent, number of answers whose cost is unknown). Every verdict of a judge is paid for, whether or not it

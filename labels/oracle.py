@@ -166,18 +166,17 @@ class Oracle:
         """What these say about the judge that gave them: see judge.judged. Empty without a judge, and on other ranks."""
         return judged(self.ledger.details(step)) if self.ledger and self.config.oracle == "judge" else {}
 
-    def audit(self, step=None, first=0, scale=1.0):
-        """What the audited pairs of the steps from `first` to `step` tell about the pseudo-labels. Known to rank 0.
+    def audit(self, step=None):
+        """What the audited pairs up to a step (or all) tell about the pseudo-labels. Known to rank 0.
 
         Returns None without audits, else {"audited": how many, "accuracy": on which share sign(margin) agrees with the
-        annotator, "interval": its 95 % interval, "predicted": the share that confidence predicts, the mean of σ(a·|m|) with
-        a = scale}.
+        annotator, "interval": its 95 % interval, "predicted": the share that confidence predicts, the mean of σ(|m|)}.
         """
-        pairs = self.ledger.audits(step, first) if self.ledger else []
+        pairs = self.ledger.audits(step) if self.ledger else []
         if not pairs:
             return None
         right = sum((margin > 0) == (label > 0) for margin, label in pairs)
-        predicted = sum(1 / (1 + math.exp(-min(scale * abs(margin), 700))) for margin, _ in pairs) / len(pairs)
+        predicted = sum(1 / (1 + math.exp(-min(abs(margin), 700))) for margin, _ in pairs) / len(pairs)
         return {"audited": len(pairs), "accuracy": right / len(pairs), "interval": wilson(right, len(pairs)),
                 "predicted": predicted}
 

@@ -19,7 +19,7 @@ def key(default, help, choices=None, low=None, high=None):
     return field(metadata={"help": help, "choices": choices, "low": low, "high": high}, **factory)
 
 
-# The choices for loss_type, gate, oracle and judge are the names in the tables that implement them: parse.CHOICES.
+# The choices for loss_type, oracle and judge are the names in the tables that implement them: parse.CHOICES.
 @dataclass
 class Config:
     # Model
@@ -63,19 +63,11 @@ class Config:
     beta: float = key(0.1, "β: how strongly the policy is pulled towards the reference", low=1e-6)
     gamma: float = key(1.3, "γ: ask about a pair if |margin| ≤ γ; in units of reward, so it depends on beta", low=0)
     data_selection: bool = key(True, "use the gate; false: ask about every pair, which is plain DPO")
-    gate: str = key("paper", "paper: ask if |margin| ≤ γ; calibrated: ask if a·|margin| ≤ γ, with a fitted to the labels "
-                             "bought so far")
-    target_query_fraction: float | None = key(None, "a budget instead of gamma: the share of all pairs to ask about, the "
-                                                    "least certain ones of each step", low=1e-6, high=1)
-    target_queries: int | None = key(None, "the same budget as a number of labels for the whole run", low=1)
-    budget_selection: str = key("least_sure", "which pairs a budget goes to: the least certain ones of a "
-                                              "step, or of a committee (least_sure), or any (random)",
-                                choices=("least_sure", "random"))
-    pseudo_labels: str = key("true", "a pair that is not asked about is trained on sign(margin) (true), has no loss "
-                                     "(false), or is replaced by a pair whose label is known (replay); committee: all "
-                                     "labels are bought before the first step, and reward models that learn from them "
-                                     "label every pair", choices=("true", "false", "replay", "committee"))
-    committee_size: int = key(4, "reward models of a committee", low=2)
+    pseudo_labels: bool = key(True, "train a pair that is not asked about on sign(margin); false: it has no loss")
+    label_budget: float | None = key(None, "instead of the gate: buy this share of the labels (up to 1), or this many, "
+                                           "before the first step, and train on soft labels that a committee of reward "
+                                           "models, which has learned from them, gives to every pair", low=1e-6)
+    committee_size: int = key(4, "reward models of the committee", low=2)
     committee_epochs: float = key(2.0, "passes of each of them over the labels bought", low=0.01, high=1e6)
     committee_learning_rate: float | None = key(None, "their peak learning rate; null: learning_rate", low=0)
     loss_type: str = key("sigmoid", "loss of a pair; sigmoid is DPO's")
@@ -180,6 +172,11 @@ FREE_ON_RESUME = {"logging_steps", "logging_first_step", "log_level", "eval_stra
                   "gradient_checkpointing", "deepspeed",
                   "max_queries"}  # a larger budget does not change what was computed under the old one, nor does another way
 #                                    to ask a judge; its rubric's content must stay (ChatJudge.check)
+
+
+def has_committee(config):
+    """Whether a committee buys the labels before the first step (labels/committee.py). Plain DPO has no use for one."""
+    return config.data_selection and config.label_budget is not None
 
 
 def hub_name(config):

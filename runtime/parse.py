@@ -27,8 +27,7 @@ import yaml
 import adpo
 from labels.judge import Rubric
 from labels.oracle import ANNOTATORS, JUDGES, annotator_class
-from labels.threshold import THRESHOLDS
-from runtime.config import Config, hub_name, is_repo_id, key
+from runtime.config import Config, has_committee, hub_name, is_repo_id, key
 from runtime.errors import UsageError, one_line
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -37,9 +36,8 @@ from runtime.errors import UsageError, one_line
 ALIASES = {"Gamma": "gamma", "evaluation_strategy": "eval_strategy", "dtype": "torch_dtype",
            "dataset_num_proc": "preprocessing_num_workers", "max_seq_length": "max_length"}
 
-# Choices that are the names in a table. A budget is not named: target_query_fraction and target_queries select it.
-CHOICES = {"loss_type": [*adpo.LOSSES], "gate": [*THRESHOLDS],
-           "oracle": [*ANNOTATORS, "judge"], "judge": [*JUDGES]}
+# Choices that are the names in a table.
+CHOICES = {"loss_type": [*adpo.LOSSES], "oracle": [*ANNOTATORS, "judge"], "judge": [*JUDGES]}
 
 
 @dataclass
@@ -78,6 +76,10 @@ UNGATED_LOSSES = {
     "it has no preference": ("sft",),
     "it divides log-probs by their lengths, so γ would have another unit": ("sigmoid_norm",),
 }
+
+NOT_WITH_A_BUDGET = {"max_queries": "that is the number of labels", "after_budget": "every pair gets a soft label",
+                     "pseudo_labels": "every pair gets a soft label",
+                     "audit_fraction": "the committee is graded on labels that it has not learned from"}
 
 REQUIRED = ("model_name_or_path", "dataset_mixer", "output_dir")
 EVALUATION_SPLITS = ("test", "eval", "valid", "dev")  # the name of a split for evaluation contains one of these
@@ -260,9 +262,7 @@ def is_text(value):
 
 def convert_text(value, options, wrong):
     """Text from text, or from a boolean where a word for it is meant. options: the key's choices.  wrong: what to raise."""
-    if "true" in options and str(value).lower() in BOOLEANS:  # pseudo_labels: any way to write a boolean, or another word
-        value = str(BOOLEANS[str(value).lower()]).lower()
-    elif isinstance(value, bool):  # YAML reads save_strategy: no as false; resume_from_checkpoint may be false
+    if isinstance(value, bool):  # YAML reads save_strategy: no as false; resume_from_checkpoint may be false
         value = "no" if not value and "no" in options else str(value).lower()
     if isinstance(value, (int, float, datetime.date)):  # YAML reads 0123 as 83, so what the user wrote is lost
         raise UsageError(f"{wrong}; put it in quotes")
@@ -379,26 +379,16 @@ def check_adpo(config, path):
         raise UsageError(f"{path}: label_smoothing is defined for loss_type sigmoid, not {config.loss_type}")
     if config.ties == "half" and config.loss_type != "sigmoid":
         raise UsageError(f"{path}: ties half is defined for loss_type sigmoid, not {config.loss_type}")
-    targets = [name for name in ("target_query_fraction", "target_queries") if getattr(config, name) is not None]
-    if len(targets) > 1:
-        raise UsageError(f"{path}: {' and '.join(targets)} are two ways to set the same budget; keep one")
-    if config.gate != "paper" and targets:
-        raise UsageError(f"{path}: gate {config.gate} and {targets[0]} are two ways to decide whom to ask; keep one")
-    if config.budget_selection != "least_sure" and not targets:
-        raise UsageError(f"{path}: budget_selection {config.budget_selection} goes with a budget: set target_query_fraction "
-                         "or target_queries, or leave it out")
-    if config.pseudo_labels == "committee" and config.data_selection:
-        if not targets:
-            raise UsageError(f"{path}: pseudo_labels committee needs a budget: set target_query_fraction or target_queries")
+    if has_committee(config):
+        if config.label_budget > 1 and config.label_budget % 1:
+            raise UsageError(f"{path}, label_budget: expected a share of the labels up to 1 or a whole number of them, "
+                             f"found {config.label_budget:g}")
         if config.loss_type != "sigmoid":
-            raise UsageError(f"{path}: pseudo_labels committee gives chances, and only loss_type sigmoid takes them, not "
+            raise UsageError(f"{path}: label_budget trains on chances, and only loss_type sigmoid takes them, not "
                              f"{config.loss_type}")
-        if config.audit_fraction:
-            raise UsageError(f"{path}: audit_fraction does not go with pseudo_labels committee, which is graded on the "
-                             "labels that it buys: leave it out")
-    if config.gate == "calibrated" and not config.audit_fraction:
-        raise UsageError(f"{path}: gate calibrated needs an audit_fraction (0.05 is a good value): only audited pairs show "
-                         "whether the policy is right where it is confident")
+        for name, why in NOT_WITH_A_BUDGET.items():
+            if getattr(config, name) != FIELDS[name].default:
+                raise UsageError(f"{path}: {name} does not go with label_budget, because {why}: leave one of them out")
     for name in annotator_class(config).needs:
         if getattr(config, name) is None:
             kind = f" ({config.judge})" if config.oracle == "judge" else ""

@@ -9,6 +9,7 @@ import math
 import torch
 
 import data
+from runtime.config import has_committee
 from runtime.ranks import rank, world_size
 
 
@@ -16,23 +17,28 @@ class Schedule:
     """Which pairs each optimiser step takes, and how they are dealt out to ranks and micro-batches.
 
     pairs, test: the training and the test split, or None.  step_pairs: pairs of a step, over all ranks.
-    epoch_steps, total_steps: optimiser steps.
+    epoch_steps, total_steps: optimiser steps.  considered: how many pairs a committee chose from, where there is one.
     """
 
     def __init__(self, config, pairs, test=None):
         self.config, self.pairs, self.test, self.world = config, pairs, test, world_size()
-        self.step_pairs = pairs_a_step(config)
-        self.epoch_steps = math.ceil(len(pairs) / self.step_pairs)
+        self.step_pairs, self.considered = pairs_a_step(config), None
+        self.keep_only(range(len(pairs)))
         self.total_steps = (config.max_steps if config.max_steps > 0
                             else math.ceil(config.num_train_epochs * self.epoch_steps))
-        self._order = (None, None)
+
+    def keep_only(self, rows):
+        """Take only the pairs with these indices from now on. The number of steps does not change."""
+        self.kept, self._order = rows, (None, None)
+        self.epoch_steps = math.ceil(len(rows) / self.step_pairs)
 
     def rows(self, step):
         """Indices of the pairs of a step. The last step of an epoch takes what is left: each pair comes once an epoch."""
         epoch, within = divmod(step, self.epoch_steps)
         if self._order[0] != epoch:
-            self._order = (epoch, data.epoch_order(self.pairs.lengths, epoch, self.config.seed, self.step_pairs,
-                                                   self.config.group_by_length))
+            order = data.epoch_order([self.pairs.lengths[row] for row in self.kept], epoch, self.config.seed,
+                                     self.step_pairs, self.config.group_by_length)
+            self._order = (epoch, [self.kept[n] for n in order])
         return self._order[1][within * self.step_pairs:(within + 1) * self.step_pairs]
 
     def micro_batches(self, rows):
@@ -56,14 +62,15 @@ class Schedule:
         """Indices of the pairs that the run comes to."""
         return sorted(row for step in self.first_epoch() for row in self.rows(step))
 
-    def pairs_seen(self, steps=None):
-        """How many different pairs the run comes to in its first `steps` steps (or in all)."""
-        return min(len(self.pairs), (self.total_steps if steps is None else steps) * self.step_pairs)
+    def pairs_seen(self, steps):
+        """How many different pairs the run has come to after so many steps. A committee has looked at all before the
+        first."""
+        return self.considered or min(len(self.pairs), steps * self.step_pairs)
 
     def engine_batches(self):
         """The batch sizes that the engine is told: as many micro-steps as the longest step needs."""
         most = max(len(self.micro_batches(self.rows(step))) for step in range(self.total_steps))
-        if self.config.pseudo_labels in ("replay", "committee"):  # any pairs may meet in a step
+        if has_committee(self.config):  # its members train on any pairs together
             longest = sorted(range(len(self.pairs)), key=lambda row: -self.pairs.lengths[row])[:self.step_pairs]
             most = max(most, len(self.micro_batches(longest)))
         micro = self.config.per_device_train_batch_size

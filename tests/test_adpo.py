@@ -331,14 +331,13 @@ def test_labels_by_hand():
     margin = torch.tensor([2.0, -2.0, 2.0, 0.1])
     answers = torch.tensor([0, 0, -1, 1])
     assert adpo.choose_labels(margin, answers).tolist() == [1, -1, -1, 1]
-    assert adpo.choose_labels(margin, answers, pseudo_labels="false").tolist() == [0, 0, -1, 1]
-    assert adpo.choose_labels(margin, answers, pseudo_labels="replay").tolist() == [0, 0, -1, 1]
+    assert adpo.choose_labels(margin, answers, pseudo_labels=False).tolist() == [0, 0, -1, 1]
     ask = torch.tensor([True, False, False, True])  # the first was to be asked, but the budget was spent
     assert adpo.choose_labels(margin, answers, ask).tolist() == [0, -1, -1, 1]
     assert adpo.choose_labels(margin, answers, ask, after_budget="pseudo_label").tolist() == [1, -1, -1, 1]
 
 
-@pytest.mark.parametrize("pseudo_labels", ["true", "false", "replay"])
+@pytest.mark.parametrize("pseudo_labels", [True, False])
 @pytest.mark.parametrize("after_budget", ["none", "pseudo_label"])
 def test_an_answer_without_a_preference_is_no_label_however_sure_the_policy_is(pseudo_labels, after_budget):
     margin = torch.tensor([2.0, 0.1, -50.0], requires_grad=True)
@@ -352,7 +351,7 @@ def test_an_answer_without_a_preference_is_no_label_however_sure_the_policy_is(p
 def test_a_tie_can_be_trained_towards_one_half():
     """−½ log σ(m) − ½ log σ(−m), whose gradient is σ(m) − ½."""
     margin = torch.tensor([2.0, -1.0, 0.5], requires_grad=True)
-    labels = adpo.choose_labels(margin, torch.tensor([math.nan, math.nan, 0]), pseudo_labels="false", ties="half")
+    labels = adpo.choose_labels(margin, torch.tensor([math.nan, math.nan, 0]), pseudo_labels=False, ties="half")
     losses = adpo.preference_loss(margin, labels, label_smoothing=0.1)
     assert losses.tolist() == pytest.approx([1.126928, 0.813262, 0], rel=1e-5)
     losses.sum().backward()

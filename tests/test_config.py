@@ -11,7 +11,6 @@ import adpo
 from labels.annotators import HumanAnnotator
 from labels.oracle import ANNOTATORS, JUDGES
 from labels.reward_model import RewardModelJudge
-from labels.threshold import THRESHOLDS, FixedGamma
 from runtime import engine, parse, schedule
 from runtime.config import Config
 from runtime.engine import engine_config
@@ -140,12 +139,16 @@ def test_flags_win_over_the_file(write):
     (["--report_to=mlflow"], "report_to: expected some of tensorboard, wandb, csv_monitor, none, found 'mlflow'"),
     (["--gamma=1", "--Gamma=2"], "command line: Gamma and gamma are the same key; keep one"),
     (["gamma=1"], "'gamma=1': expected --key value or --key=value"),
-    (["--target_queries=5", "--target_query_fraction=0.5"],
-     "target_query_fraction and target_queries are two ways to set the same budget; keep one"),
-    (["--gate=calibrated", "--audit_fraction=0.1", "--target_queries=5"],
-     "gate calibrated and target_queries are two ways to decide whom to ask; keep one"),
-    (["--gate=budget"], "gate: expected one of paper, calibrated, found 'budget'"),
-    (["--pseudo_labels=soft"], "pseudo_labels: expected one of true, false, replay, committee, found 'soft'"),
+    (["--label_budget=2.5"], "label_budget: expected a share of the labels up to 1 or a whole number of them, found 2.5"),
+    (["--label_budget=0"], "label_budget: expected a number of at least 1e-06, found 0"),
+    (["--label_budget=9", "--loss_type=hinge"], "only loss_type sigmoid takes them, not hinge"),
+    (["--label_budget=9", "--audit_fraction=0.1"], "audit_fraction does not go with label_budget, because the committee"),
+    (["--label_budget=9", "--max_queries=9"], "max_queries does not go with label_budget, because that is the number of"),
+    (["--label_budget=9", "--pseudo_labels=false"], "pseudo_labels does not go with label_budget, because every pair gets"),
+    (["--label_budget=9", "--after_budget=pseudo_label"], "after_budget does not go with label_budget, because every pair"),
+    (["--committee_size=1"], "committee_size: expected a whole number of at least 2, found 1"),
+    (["--target_queries=5"], "target_queries"),
+    (["--pseudo_labels=replay"], "pseudo_labels: expected true or false, found 'replay'"),
     (["--dataset_splits=train,train"], "'train' is listed twice, so its pairs would count twice"),
     (["--max_steps=0"], "nothing to do in 0 steps"),
     (["--judge_extra_body=low"], "judge_extra_body: expected a mapping of names to values that JSON has, found 'low'"),
@@ -189,17 +192,14 @@ def test_help_names_every_key_and_its_choices(capsys):
     shown = capsys.readouterr().out
     assert all(f"--{field.name} (" in shown and field.metadata["help"] in shown for field in dataclasses.fields(Config))
     assert "--loss_type (sigmoid; one of sigmoid, ipo, hinge)" in shown and "--max_steps (-1)" in shown
-    assert "--gate (paper; one of paper, calibrated)" in shown  # a budget is not named but given
     assert "--oracle (dataset; one of dataset, human, judge)" in shown
 
 
 @pytest.mark.parametrize("key, table, entry", [
-    ("loss_type", adpo.LOSSES, adpo.hinge_loss), ("gate", THRESHOLDS, FixedGamma), ("oracle", ANNOTATORS, HumanAnnotator),
+    ("loss_type", adpo.LOSSES, adpo.hinge_loss), ("oracle", ANNOTATORS, HumanAnnotator),
     ("judge", JUDGES, RewardModelJudge)])
 def test_a_name_added_to_a_table_is_a_choice_of_its_key_and_in_the_help(key, table, entry, write, monkeypatch):
-    for word in table:
-        if word != "budget":
-            assert word in parse.choices(key)
+    assert {*table} <= {*parse.choices(key)}
     with monkeypatch.context() as patch:
         patch.setitem(table, "my_own", entry)
         importlib.reload(parse)  # it reads the tables when it is imported
@@ -321,11 +321,14 @@ def test_schedule_sees_each_pair_once_an_epoch(write, monkeypatch):
     assert Schedule(config, FakePairs()).rows(7) == ours.rows(7)  # a resumed run computes the same
 
 
-@pytest.mark.parametrize("given, expected", [("True", "true"), ("no", "false"), ("0", "false"), ("replay", "replay")])
-def test_pseudo_labels_takes_a_boolean_in_any_form_or_a_word(given, expected, write):
-    values = {"model_name_or_path": "m", "dataset_mixer": {"d": 1.0}, "output_dir": "o"}
-    assert parse_config(write(values) + ["--pseudo_labels", given]).pseudo_labels == expected
-    assert parse_config(write(text=f"{json.dumps(values)[:-1]}, pseudo_labels: {given}}}")).pseudo_labels == expected
+def test_pairs_that_are_not_kept_do_not_come_and_the_run_is_as_long():
+    config = Config(per_device_train_batch_size=8, num_train_epochs=2.0, seed=1)
+    schedule, kept = Schedule(config, FakePairs()), [3, 5, 8, 13, 21, 34, 1, 2, 40, 41]
+    schedule.keep_only(kept)
+    assert (schedule.epoch_steps, schedule.total_steps) == (2, 12)
+    for epoch in range(6):
+        assert sorted(schedule.rows(2 * epoch) + schedule.rows(2 * epoch + 1)) == sorted(kept)
+    assert schedule.rows_seen() == sorted(kept)
 
 
 def test_no_without_quotes_is_a_choice_where_there_is_one(write):

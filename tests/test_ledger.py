@@ -39,7 +39,6 @@ def test_an_answer_without_a_preference_settles_its_pair_and_is_no_label(ledger)
     assert ledger.count() == 2 and ledger.without_preference() == ledger.without_preference(1) == 1
     assert ledger.without_preference(0) == 0 and ledger.cost() == (0.5, 1)
     assert ledger.audits() == [(2.0, -1)]
-    assert ledger.labels(0, 5) == ledger.labels(0, 5, ["a", "b"]) == [("b", -1, 2.0, 1, 1)]
 
 
 def test_an_answer_without_a_preference_can_be_taken_back(ledger):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import query_efficiency, query_report
-from benchmarks.query_efficiency import FULL, HEADLINE, METHODS, OTHERS, SHARES, SHORT, Bench, Job, choose
+from benchmarks.query_efficiency import FULL, HEADLINE, METHODS, SHARES, SHORT, Bench, Job, choose
 from runtime import toy
 from runtime.parse import parse_config
 
@@ -35,11 +35,8 @@ def finish(bench, job, accuracy, **more):
     ({1e-3: [0.8], 2e-3: [0.8], 4e-3: [0.9]}, 4e-3, [8e-3]),
     ({1e-3: [0.8], 2e-3: [0.8], 4e-3: [0.9], 8e-3: [0.95]}, 8e-3, [])])  # one more than the grid, in all
 def test_the_best_of_the_tuning_runs_is_chosen(tried, chosen, more):
-    for axis, setting in enumerate((lambda rate: (rate, 0.1), lambda beta: (3e-3, beta))):
-        grid = [setting(value) for value in (1e-3, 2e-3, 4e-3)]
-        found = choose({setting(value): accuracies for value, accuracies in tried.items()}, grid, axis)
-        assert found == (chosen and setting(chosen), [setting(value) for value in more])
-    assert choose({(1e-3, 0.1): [0.5]}, [(1e-3, 0.1)], 1) == ((1e-3, 0.1), [])  # a grid of one is not searched
+    assert choose(tried, (1e-3, 2e-3, 4e-3)) == (chosen, more)
+    assert choose({0.1: [0.5]}, (0.1,)) == (0.1, [])  # a grid of one is not searched
 
 
 def test_the_learning_rate_is_chosen_first_and_then_beta(bench):
@@ -57,13 +54,12 @@ def test_the_learning_rate_is_chosen_first_and_then_beta(bench):
 
 def test_all_methods_are_tuned_on_the_same_grid_and_never_on_reported_seeds(bench):
     for task in FULL.rates:
-        rates = bench.grids(task)[0]
-        tuning = {job for noise in SHARES for method in METHODS for job in bench.tuning(task, noise, method, rates)}
+        rates = [(rate, 0.1) for rate in FULL.rates[task]]
+        tuning = {job for cell in bench.cells(task) for job in bench.tuning(task, *cell, rates)}
         for method in METHODS:
             assert bench.setting(task, "noise-0.2", method) == (None, rates)
             assert {job.rate for job in tuning if job.method == method} == set(FULL.rates[task])
-        reported = {seed for noise in SHARES for method in METHODS for seed in bench.seeds(task, noise, method)}
-        assert max(reported) < min(job.seed for job in tuning)
+        assert max(seeds.get(task, 0) for *_, seeds in FULL.blocks) <= min(job.seed for job in tuning)
 
 
 def tune(bench, best=2e-3):
@@ -75,12 +71,13 @@ def tune(bench, best=2e-3):
 
 
 def test_what_is_reported_waits_for_its_learning_rate_and_goes_seed_by_seed(bench):
-    assert bench.reported("toy", HEADLINE, ["noise-0.2"], 5) == []
+    assert bench.reported("toy", HEADLINE, ["noise-0.2"], {"toy": 5}) == []
     tune(bench)
-    jobs = bench.reported("toy", HEADLINE, ["noise-0.2"], 5)
+    jobs = bench.reported("toy", HEADLINE, ["noise-0.2"], {"toy": 5})
     assert [(job.seed, job.method) for job in jobs] == [(seed, method) for seed in range(5) for method in HEADLINE]
     assert {(job.rate, job.beta) for job in jobs} == {(2e-3, 0.1)}
-    assert bench.reported("toy", HEADLINE, ["noise-0.35"], 5) == []  # another noise has its own
+    assert bench.reported("toy", HEADLINE, ["noise-0.35"], {"toy": 5}) == []  # another noise has its own
+    assert bench.reported("toy", HEADLINE, ["noise-0.2"], {"movies": 5}) == []
 
 
 def test_every_method_is_a_config_that_train_accepts(bench, tmp_path):
@@ -93,7 +90,7 @@ def test_every_method_is_a_config_that_train_accepts(bench, tmp_path):
             assert (config.seed, config.learning_rate, config.beta, config.max_steps) == (3, 2e-3, 0.05, 256)
             assert bench.folder(job) == Path(config.output_dir) and noise in next(iter(config.dataset_mixer))
             if method in HEADLINE and method != "DPO, all labels":
-                share = config.target_query_fraction or config.max_train_samples / 16384
+                share = config.label_budget or config.max_train_samples / 16384
                 assert share == pytest.approx(SHARES[noise], abs=1e-4)
     assert bench.keys(Job("toy", "noise-0.2", "random subset", 1e-3, 0.1, 0))["max_train_samples"] == 4096
     folders = {bench.folder(Job("toy", "noise-0.2", method, 1e-3, 0.1, 0)) for method in METHODS}
@@ -101,11 +98,9 @@ def test_every_method_is_a_config_that_train_accepts(bench, tmp_path):
 
 
 def test_the_plan_counts_what_is_run(bench):
-    noises = FULL.seeds["toy"]
-    reported = sum(len(HEADLINE) * noises[noise][0] + len(OTHERS) * noises[noise][1] for noise in noises)
-    tuning = sum(FULL.tuning["toy"].values()) * 5 * len(HEADLINE) + 5 * len(OTHERS)  # three rates, and two values of β more
-    assert bench.planned("toy") == (reported + tuning, 22)
-    assert Bench(SHORT, bench.outputs, {"toy": bench.roots["toy"]}).planned("toy") == (16, 3)
+    """By hand: 4 headline methods with 5 settings on 2 seeds of 2 noises, 9 others on one; then the blocks."""
+    assert bench.planned("toy") == (4 * 5 * 4 + 9 * 5 + 10 * 4 + 5 * 4 + 2 * 3 * 3 + 3 * 9, 10 + 2)
+    assert Bench(SHORT, bench.outputs, {"toy": bench.roots["toy"]}).planned("toy") == (3 * 2 + 3 * 2, 3)
 
 
 def test_a_worker_that_dies_loses_only_what_it_was_at(bench, monkeypatch, tmp_path):
@@ -140,7 +135,7 @@ def test_equivalence_by_hand(bench):
     def runs(**accuracies):
         return {name.replace("_", " "): {"0": {"accuracy": a, "queries": q}} for name, (a, q) in accuracies.items()}
 
-    curve = {"random 12.5 %, replay": (0.80, 2048), "random, replay": (0.84, 4096), "random 50 %, replay": (0.88, 8192),
+    curve = {"random subset, 12.5 %": (0.80, 2048), "random subset": (0.84, 4096), "random subset, 50 %": (0.88, 8192),
              "DPO, all labels": (0.90, 16384)}
     for accuracy, share in ((0.86, "35.4%"), (0.80, "12.5%"), (0.79, "under 12.5%"), (0.91, "over 100%")):
         found = runs(**curve, mine=(accuracy, 4096))
@@ -158,13 +153,13 @@ def test_intervals_are_students_and_differences_are_paired():
 
 def test_the_page_says_what_finished(bench, tmp_path, capsys):
     tune(bench)
-    for job in bench.reported("toy", HEADLINE, ["noise-0.2"], 3):
-        gain = {query_report.CANDIDATES[0]: 0.03, "DPO, all labels": 0.01}.get(job.method, 0)
+    for job in bench.reported("toy", HEADLINE, ["noise-0.2"], {"toy": 3}):
+        gain = {"committee": 0.03, "DPO, all labels": 0.01}.get(job.method, 0)
         finish(bench, job, 0.9 + gain + 0.01 * job.seed + 0.001 * (job.seed == 2) * (gain > 0))
     query_report.write(bench, tmp_path)
     page = (tmp_path / "query_efficiency.md").read_text()
     assert "at least 2 points above a random subset, the interval above 0 | yes | +0.0303 ± 0.0014 |" in page
-    assert f"| {query_report.CANDIDATES[0]} | 0.002 | 0.1 | 3 | 25.0% | 20.0% |" in page
+    assert "| committee | 0.002 | 0.1 | 3 | 25.0% | 20.0% |" in page
     assert page.count("**0.9000**") == 2 * len(HEADLINE)
     assert (tmp_path / "query_efficiency.png").exists()
 
@@ -172,7 +167,7 @@ def test_the_page_says_what_finished(bench, tmp_path, capsys):
 def test_what_finished_elsewhere_is_not_run_again(bench, tmp_path):
     """But where the keys of a method have changed, it is."""
     tune(bench, best=8e-3)
-    job, = bench.reported("toy", ["budget, replay"], ["noise-0.2"], 1)
+    job, = bench.reported("toy", ["committee"], ["noise-0.2"], {"toy": 1})
     finish(bench, job, 0.93)
     assert job.rate == 8e-3
     dump = json.loads(bench.dump())
@@ -182,9 +177,9 @@ def test_what_finished_elsewhere_is_not_run_again(bench, tmp_path):
     assert len(kept) == len(dump["runs"]) == len(HEADLINE) * (4 + 2) * 2 + 1
     assert elsewhere.finished("toy") == bench.finished("toy") == kept
     assert elsewhere.result(job)["accuracy"] == 0.93 and elsewhere.dump() == bench.dump()
-    dump["methods"]["budget, replay"]["gamma"] = 0.2
+    dump["methods"]["committee"]["gamma"] = 0.2
     (tmp_path / "kept.json").write_text(json.dumps(dump))
-    assert {job.method for job in query_efficiency.read_kept(tmp_path / "kept.json")} == {*HEADLINE} - {"budget, replay"}
+    assert {job.method for job in query_efficiency.read_kept(tmp_path / "kept.json")} == {*HEADLINE} - {"committee"}
     assert query_efficiency.read_kept(tmp_path / "none.json") == {}
 
 
