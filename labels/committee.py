@@ -23,9 +23,8 @@ import data
 from labels.oracle import Oracle, drawn
 from runtime.config import FREE_ON_RESUME
 from runtime.engine import backward, skipped_in_a_row
-from runtime.model import load_policy
 from runtime.ranks import from_rank_0, say
-from runtime.reference import cached, kernels, score, temporary_engine
+from runtime.reference import cached, in_engine, kernels, score
 from runtime.schedule import my_batches, set_learning_rate
 
 ROUNDS = 2
@@ -117,10 +116,9 @@ def knows_something(margin, labels):
     return knows
 
 
-def member(config, schedule, ds):
-    """The engine of a member before its first step, as a context; freed afterwards."""
-    module = load_policy(config, kind=adpo.PairRewards)
-    return temporary_engine(config, module, ds, [(schedule.pairs, None)], trained=True)
+def in_member(use, config, schedule, ds):
+    """What `use(engine)` returns, with the engine of a member before its first step."""
+    return in_engine(use, config, ds, [(schedule.pairs, None)], kind=adpo.PairRewards)
 
 
 def what_counts(config, schedule, ds):
@@ -132,9 +130,11 @@ def what_counts(config, schedule, ds):
     if config.committee_learning_rate is not None:
         others.add("learning_rate")
     keys = {name: value for name, value in vars(config).items() if name not in FREE_ON_RESUME | others}
-    with member(config, schedule, ds) as engine:
+
+    def look(engine):
         return [data.VERSION, engine.module.fingerprint, schedule.pairs.fingerprint, schedule.pairs.shared, *kernels(engine),
                 schedule.step_pairs, schedule.rows_seen(), keys]
+    return in_member(look, config, schedule, ds)
 
 
 def member_margins(config, run, schedule, ds, labels, n, about):
@@ -144,13 +144,13 @@ def member_margins(config, run, schedule, ds, labels, n, about):
     They are cached, so that a run that was stopped goes on with the next member, and that one with another learning rate
     for its policy need not train them again.  about: of `what_counts`.
     """
-    def trained():
-        run.stop_if_asked()
-        with member(config, schedule, ds) as engine:
-            train(engine, config, run, schedule, labels, n)
-            batches = my_batches(schedule.rows_seen(), schedule.pairs, config.per_device_eval_batch_size, config)
-            return adpo.margins(score(engine, schedule.pairs, batches, f"rewards by member {n + 1}"))
-    margins = cached("committee", [n, labels.tolist(), about], trained)
+    def learn(engine):
+        train(engine, config, run, schedule, labels, n)
+        batches = my_batches(schedule.rows_seen(), schedule.pairs, config.per_device_eval_batch_size, config)
+        return adpo.margins(score(engine, schedule.pairs, batches, f"rewards by member {n + 1}"))
+
+    run.stop_if_asked()
+    margins = cached("committee", [n, labels.tolist(), about], lambda: in_member(learn, config, schedule, ds))
     run.progress.update()
     return margins
 

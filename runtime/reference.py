@@ -4,7 +4,6 @@ The reference is the policy before its first step, scored by the policy's own en
 (ref_model_name_or_path) is loaded, scored and freed before the policy is loaded.
 """
 
-import contextlib
 import gc
 import hashlib
 import json
@@ -30,28 +29,29 @@ from runtime.ranks import all_gather, bar, from_rank_0, rank, say
 def add_other_reference(config, ds, scoring):
     """Fill `.ref_logps` of the splits from the model ref_model_name_or_path.  ds: the engine's config."""
     stage = 3 if ds["zero_optimization"].get("stage") == 3 else 0  # without an optimiser, stages 1 and 2 make no sense
-    module = load_policy(config, config.ref_model_name_or_path, trained=False)
-    with temporary_engine(config, module, {**ds, "zero_optimization": {"stage": stage}}, scoring, trained=False) as engine:
-        add_reference(engine, scoring)
-    del engine, module
-    gc.collect()
+    ds = {**ds, "zero_optimization": {"stage": stage}}
+    in_engine(lambda engine: add_reference(engine, scoring), config, ds, scoring, name=config.ref_model_name_or_path,
+              trained=False)
 
 
-@contextlib.contextmanager
-def temporary_engine(config, module, ds, scoring, trained):
-    """The checked engine of a model that is needed only before the policy is loaded, freed afterwards.
+def in_engine(use, config, ds, scoring, trained=True, **model):
+    """What `use(engine)` returns, with the checked engine of a model that is needed only before the policy is loaded, and
+    freed afterwards.
 
     ds: the engine's config.  scoring: [(pairs, anything)], the splits that it reads.  trained: whether it has an optimiser.
+    model: more arguments of load_policy.
     """
+    module = load_policy(config, trained=trained, **model)
     share_prompts(module, scoring)
     with starting(config, module, ds):
         optimizer = make_optimizer(config, module, ds) if trained else None
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds)
     check_against_plain_forward(engine, *(pairs for pairs, _ in scoring))
-    yield engine
+    result = use(engine)
     engine.destroy()
     del engine, module, optimizer
     gc.collect()
+    return result
 
 
 def share_prompts(policy, scoring):

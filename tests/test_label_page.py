@@ -566,6 +566,15 @@ def test_a_request_has_to_arrive_in_time(tmp_path):
     site.stop()
 
 
+def test_a_client_that_hangs_up_is_not_a_bug(tmp_path):
+    site = Site(tmp_path)
+    for _ in range(20):
+        half_sent(site, "POST /ask/next HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                        "Content-Length: 50\r\n\r\n{").close()
+    assert site.request("GET", "/")[0] == 200
+    assert "Traceback" not in site.stop()[1]
+
+
 def test_half_sent_requests_do_not_make_the_page_unreachable(tmp_path):
     (tmp_path / "short.py").write_text(SHORT.format(root=str(ROOT), seconds=600, files=128))
     site = Site(tmp_path, program=tmp_path / "short.py")

@@ -201,6 +201,8 @@ def make_app(desk, page, door, local, port, public=None):
 
 async def json_of(request):
     """The JSON object that a request holds. Raises Refused."""
+    from starlette.requests import ClientDisconnect
+
     async def read():
         body = b""
         async for chunk in request.stream():
@@ -210,7 +212,7 @@ async def json_of(request):
         return body
     try:
         message = json.loads(await asyncio.wait_for(read(), BODY_SECONDS))
-    except (asyncio.TimeoutError, TimeoutError):
+    except (asyncio.TimeoutError, TimeoutError, ClientDisconnect):
         raise Refused(408, "That request did not arrive.")
     except (ValueError, RecursionError):
         message = None
