@@ -78,17 +78,16 @@ def choose_labels(margin, answers, ask=None, pseudo_labels=True, after_budget="n
     pseudo_labels: sign(m) for a pair that is not asked; False: no label, the paper's ablation "ADPO without pseudo-labels".
     after_budget: of a pair that was to be asked when the budget was spent: "none", no label, or "pseudo_label".
     ties: of an answer without a preference: "none", no label, or "half", NaN, which preference_loss trains towards σ(m) = ½.
-    soft_labels: (B,) between −1 and 1, from a committee that has learned from all answers: then they are the labels.
+    soft_labels: (B,) between −1 and 1, from a committee that has learned from all answers, in place of sign(m) and ±1.
     Returns (B,) in margin's dtype, detached: o carries no gradient.
     """
     margin = margin.detach()
-    if soft_labels is not None:
-        return soft_labels.to(margin.dtype)
+    answers = answers.to(margin.dtype)
     pseudo = margin.sign() if pseudo_labels else torch.zeros_like(margin)
     if ask is not None and after_budget == "none":
         pseudo = pseudo.masked_fill(ask, 0)
-    answers = answers.to(margin.dtype)
-    return torch.where(answers != 0, answers if ties == "half" else answers.nan_to_num(0), pseudo)
+    labels = torch.where(answers != 0, answers, pseudo) if soft_labels is None else soft_labels.to(margin.dtype)
+    return labels.masked_fill(answers.isnan(), torch.nan if ties == "half" else 0)
 
 
 def sigmoid_loss(margin, labels, beta, label_smoothing):

@@ -27,7 +27,6 @@ import data
 from labels.committee import add_soft_labels
 from labels.oracle import Oracle, annotator_class
 from runtime import report
-from runtime.config import has_committee
 from runtime.engine import backward, check_against_plain_forward, make_optimizer, no_backward, norm_to_log, starting
 from runtime.errors import UsageError
 from runtime.model import check_models, load_policy, load_tokenizer
@@ -51,13 +50,14 @@ def main(config, command_line=None):
     # The training pairs hold no labels: those go to the annotator, on rank 0 alone.
     train, test, annotator = load_data(config, tokenizer)
     schedule = Schedule(config, train, test)
-    ds, scoring = run.engine_config | schedule.engine_batches(), schedule.scoring_batches()
+    ds = run.engine_config | schedule.engine_batches()
+    if config.label_budget:  # buys all labels, and gives every pair a soft label, or keeps only the pairs with a label
+        add_soft_labels(config, run, annotator, schedule, ds)
 
     # The reference is the policy before its first step, unless the config names another model.
+    scoring = schedule.scoring_batches()
     if config.ref_model_name_or_path:
         add_other_reference(config, ds, scoring)
-    if has_committee(config):
-        add_soft_labels(config, run, annotator, schedule, ds)  # buys all labels; fills .soft_labels
     policy = load_policy(config)  # adpo.PairLogps around a causal LM
     share_prompts(policy, scoring)
     with starting(config, policy, ds):
@@ -78,7 +78,7 @@ def main(config, command_line=None):
         for step in run.steps():
             rows = schedule.rows(step)
             micro_batches = schedule.micro_batches(rows)
-            if oracle.asks_together and gamma >= 0:
+            if oracle.asks_together and not config.label_budget:
                 ask_ahead(engine, oracle, gamma, train, micro_batches, step)
             engine.train()
             lr = set_learning_rate(engine, step, schedule.total_steps, config)
@@ -153,10 +153,10 @@ def load_test_pairs(config, tokenizer):
 
 
 def threshold(config):
-    """γ of the gate: plain DPO asks about every pair, and where a committee has bought all labels, nobody is asked."""
+    """γ of the gate. Plain DPO asks about every pair; where a committee has bought all labels, no |m| is small enough."""
     if not config.data_selection:
         return math.inf
-    return -1.0 if has_committee(config) else config.gamma
+    return -1.0 if config.label_budget else config.gamma
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ Each method has its own learning rate and β, chosen on seeds that are not repor
 methods of a seed see the same model, pairs, labels and order. AdamW, one epoch's steps of 64 pairs. Means ± 95 % intervals
 (Student's t).
 
-- **Labels**: bought, audits included, as a share of the {pairs:,} pairs. **Wrong**: the share of them that contradicts the
+- **Labels**: bought, as a share of the {pairs:,} pairs. **Wrong**: the share of them that contradicts the
   gold reward.
 - **Accuracy, log-loss**: of the implicit reward on {test:,} test pairs whose labels have no noise.
 - **Reward**: gold reward of generations where KL(π ‖ reference) is {kl}: 256 responses from each of three
@@ -31,6 +31,7 @@ STUDENT = dict(enumerate([12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306
                           2.131, 2.120, 2.110, 2.101, 2.093], 2))  # 95 %, by number of values
 STYLES = {ALL: ("0.4", "s"), SUBSET: ("0.4", "o"), "committee": ("tab:green", "*"),
           "committee, random pairs": ("tab:green", "o"), "committee, all labels": ("tab:green", "s"),
+          "committee that learns nothing": ("tab:green", "x"),
           "no pseudo-labels": ("tab:orange", "^"), "paper": ("tab:red", "v")}
 
 

@@ -4,10 +4,10 @@
 
 Each member is the model that the run starts from, with a head that reads a reward (adpo.PairRewards), trained on the labels
 bought as a policy is trained by DPO, each in an order of its own. A policy's own sign(m) tells it what it believes already.
-What several other models agree on tells it something new, and their mean wipes out much of what each of them got wrong.
+What several other models agree on tells it something new, and averaging cancels much of their individual error.
 
 The first half of the labels goes to random pairs, the second to those on which the members disagree most. Where they agree
-that it could go either way, annotators disagree too, and one more label would tell little.
+that a pair is a toss-up, annotators disagree too, and one more label would tell little.
 
 Departures from the paper: all of it; docs/method.md tells why, and what it brings. Ensembles of reward models: Coste et al.,
 arXiv 2310.02743. Training a policy on what they say: Fisch et al., arXiv 2405.19316. Choosing by disagreement (BALD):
@@ -22,7 +22,8 @@ import adpo
 import data
 from labels.oracle import Oracle, drawn
 from runtime.config import FREE_ON_RESUME
-from runtime.engine import backward, skipped_in_a_row
+from runtime.engine import backward, settings_that_count, skipped_in_a_row
+from runtime.errors import UsageError
 from runtime.ranks import from_rank_0, say
 from runtime.reference import cached, in_engine, kernels, score
 from runtime.schedule import my_batches, set_learning_rate
@@ -39,33 +40,39 @@ def add_soft_labels(config, run, annotator, schedule, ds):
     annotator: on rank 0.  ds: the engine's config.
     """
     pairs, rows = schedule.pairs, schedule.rows_seen()
-    about = what_counts(config, schedule, ds)
+    about = what_counts(config, run, schedule, ds)
     run.write_config()
     oracle = Oracle(annotator, run.output / "labels.sqlite", config, run)
     oracle.check_pairs(pairs.ids)
-    schedule.considered = len({pairs.ids[row] for row in rows})
-    wanted = labels_to_buy(config, schedule.considered)
+    wanted = labels_to_have(config.label_budget, schedule.considered)
     margins, knows, seen = None, True, None
     with run.interruptible(ROUNDS * config.committee_size, "committee"):
         for part in range(ROUNDS):
             labels = buy(oracle, pairs, rows, math.ceil(wanted * (part + 1) / ROUNDS), margins, part, config)
             if margins is not None:
                 knows = knows_something(margins.mean(0), labels.masked_fill(seen, 0.0))
+                if not knows:
+                    break
             seen = labels != 0  # (pairs,)
-            if not knows:
-                break
             margins = torch.stack([member_margins(config, run, schedule, ds, labels, n, about)
                                    for n in range(config.committee_size)])  # (members, pairs)
+            adpo.gate(margins.mean(0)[rows], math.inf, [pairs.ids[row] for row in rows])  # raises where one is not finite
     oracle.close()
     if knows:
         pairs.soft_labels = 2 * margins.sigmoid().mean(0) - 1
-    else:
-        schedule.keep_only([row for row in rows if seen[row] and not labels[row].isnan()])
+        return
+    trained_on = adpo.choose_labels(torch.zeros(len(pairs)), labels, pseudo_labels=False, ties=config.ties)  # (pairs,)
+    kept = [row for row in rows if trained_on[row]]
+    if not kept:
+        raise UsageError(f"none of the {wanted:,} answers prefers a response, so there is nothing to learn: look at them "
+                         "with tools/ledger.py, or raise label_budget in another output_dir")
+    schedule.keep_only(kept)
 
 
-def labels_to_buy(config, pairs):
-    """The number of labels that the config asks for, of so many pairs."""
-    return round(config.label_budget * pairs) if config.label_budget <= 1 else int(config.label_budget)
+def labels_to_have(budget, pairs):
+    """The number of labels that label_budget means for so many pairs: at least 2, one to learn from and one to be graded by.
+    """
+    return max(2, min(pairs, round(budget * pairs) if budget <= 1 else int(budget)))
 
 
 def buy(oracle, pairs, rows, wanted, margins, part, config):
@@ -73,15 +80,19 @@ def buy(oracle, pairs, rows, wanted, margins, part, config):
 
     rows: the pairs to choose from.  margins: (members, pairs), or None at first.  part: the round, from 0, which the ledger
     keeps as the step.
+    Labels from other runs count like those bought, but half of them wait for the second round, to grade the members by.
     Returns the labels of all pairs, (pairs,): +1, −1, NaN for no preference, 0 where this round and those before it asked
     nobody. So a run that is resumed in a round makes the same choice again.
     """
+    def draw(id):
+        return drawn(f"committee {config.seed} {id}")
     row_of = {pairs.ids[row]: row for row in rows}  # a pair that is repeated is asked about once
     new = from_rank_0(oracle.ledger.unanswered([*row_of], before=part) if oracle.ledger else None)
+    waiting = {id for id in row_of if draw(id) % 2}.difference(new) if part == 0 else set()
     worth = torch.zeros(len(pairs)) if margins is None else bald(margins)  # (pairs,)
-    new.sort(key=lambda id: (-worth[row_of[id]].item(), drawn(f"committee {config.seed} {id}")))
-    left = max(0, wanted - (len(row_of) - len(new)))
-    chosen, later = set(new[:left]), set(new[left:])
+    new.sort(key=lambda id: (-worth[row_of[id]].item(), draw(id)))
+    left = max(0, wanted - (len(row_of) - len(new) - len(waiting)))
+    chosen, later = set(new[:left]), waiting.union(new[left:])
     margin = torch.zeros(len(pairs)) if margins is None else margins.mean(0)
     answers = oracle.answer(pairs.ids, margin, torch.tensor([id in chosen for id in pairs.ids]), step=part)
     return answers.masked_fill(torch.tensor([id in later for id in pairs.ids]), 0.0)
@@ -107,12 +118,11 @@ def knows_something(margin, labels):
     or whose label the committee had learned from.
     """
     known = (labels.abs() == 1) & ~margin.isnan()
-    if not known.any():
-        return True  # the labels came from other runs, so that nothing was left to ask
     z = (margin * labels)[known].double()  # (n,)  m·o
     knows = bool(z.sum() > 1.96 * z.square().sum().sqrt())
-    say(f"committee: right about {(z > 0).double().mean():.1%} of the {len(z):,} labels that it bought where it was torn"
-        + ("" if knows else ", no better than a coin: it is not listened to; only the pairs with a label are trained on"))
+    grade = f"right about {(z > 0).double().mean():.1%} of" if len(z) else "graded on"
+    say(f"committee: {grade} {len(z):,} labels that it had not learned from, bought where its members disagree"
+        + ("" if knows else ": no better than a coin, so it is not listened to; only the pairs with a label are trained on"))
     return knows
 
 
@@ -121,7 +131,7 @@ def in_member(use, config, schedule, ds):
     return in_engine(use, config, ds, [(schedule.pairs, None)], kind=adpo.PairRewards)
 
 
-def what_counts(config, schedule, ds):
+def what_counts(config, run, schedule, ds):
     """All that decides what a member learns from the labels that it is given, for JSON.
 
     Loads a member, so that a model that cannot be trained is refused before a label is paid for.
@@ -133,7 +143,7 @@ def what_counts(config, schedule, ds):
 
     def look(engine):
         return [data.VERSION, engine.module.fingerprint, schedule.pairs.fingerprint, schedule.pairs.shared, *kernels(engine),
-                schedule.step_pairs, schedule.rows_seen(), keys]
+                schedule.step_pairs, schedule.rows_seen(), settings_that_count(run.engine_config), keys]
     return in_member(look, config, schedule, ds)
 
 
@@ -141,8 +151,8 @@ def member_margins(config, run, schedule, ds, labels, n, about):
     """m = r(x, y1) − r(x, y2) by member n, trained on these labels: (pairs,) on the CPU, NaN for a pair that the run does
     not come to.
 
-    They are cached, so that a run that was stopped goes on with the next member, and that one with another learning rate
-    for its policy need not train them again.  about: of `what_counts`.
+    They are cached, so that a run that was stopped goes on with the next member, and that one with another β or (where
+    committee_learning_rate is set) learning rate for its policy need not train them again.  about: of `what_counts`.
     """
     def learn(engine):
         train(engine, config, run, schedule, labels, n)

@@ -64,7 +64,14 @@ def card_rows(config, summary):
             "spent on labels": None if summary["cost"] is None else f"{summary['cost']:,.2f}",
             "held-out accuracy of the implicit reward": ("not measured" if summary["eval_accuracy"] is None
                                                          else f"{summary['eval_accuracy']:.3f}"),
-            "β, γ": f"{config.beta}, {config.gamma if config.data_selection else 'every pair asked'}", "adapter": adapter}
+            "β, γ": f"{config.beta}, {gate(config)}", "adapter": adapter}
+
+
+def gate(config):
+    """γ, or what there was in its place."""
+    if config.label_budget:
+        return f"no gate: label_budget {config.label_budget:g}"
+    return config.gamma if config.data_selection else "every pair asked"
 
 
 def judge_rows(summary):

@@ -65,8 +65,8 @@ class Config:
     data_selection: bool = key(True, "use the gate; false: ask about every pair, which is plain DPO")
     pseudo_labels: bool = key(True, "train a pair that is not asked about on sign(margin); false: it has no loss")
     label_budget: float | None = key(None, "instead of the gate: buy this share of the labels (up to 1), or this many, "
-                                           "before the first step, and train on soft labels that a committee of reward "
-                                           "models, which has learned from them, gives to every pair", low=1e-6)
+                                           "before the first step; a committee of reward models learns from them and "
+                                           "gives every pair a soft label", low=1e-6)
     committee_size: int = key(4, "reward models of the committee", low=2)
     committee_epochs: float = key(2.0, "passes of each of them over the labels bought", low=0.01, high=1e6)
     committee_learning_rate: float | None = key(None, "their peak learning rate; null: learning_rate", low=0)
@@ -172,11 +172,6 @@ FREE_ON_RESUME = {"logging_steps", "logging_first_step", "log_level", "eval_stra
                   "gradient_checkpointing", "deepspeed",
                   "max_queries"}  # a larger budget does not change what was computed under the old one, nor does another way
 #                                    to ask a judge; its rubric's content must stay (ChatJudge.check)
-
-
-def has_committee(config):
-    """Whether a committee buys the labels before the first step (labels/committee.py). Plain DPO has no use for one."""
-    return config.data_selection and config.label_budget is not None
 
 
 def hub_name(config):

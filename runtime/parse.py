@@ -27,7 +27,7 @@ import yaml
 import adpo
 from labels.judge import Rubric
 from labels.oracle import ANNOTATORS, JUDGES, annotator_class
-from runtime.config import Config, has_committee, hub_name, is_repo_id, key
+from runtime.config import Config, hub_name, is_repo_id, key
 from runtime.errors import UsageError, one_line
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -77,8 +77,8 @@ UNGATED_LOSSES = {
     "it divides log-probs by their lengths, so γ would have another unit": ("sigmoid_norm",),
 }
 
-NOT_WITH_A_BUDGET = {"max_queries": "that is the number of labels", "after_budget": "every pair gets a soft label",
-                     "pseudo_labels": "every pair gets a soft label",
+NOT_WITH_A_BUDGET = {"data_selection": "plain DPO buys every label", "max_queries": "that is the number of labels",
+                     "after_budget": "every pair gets a soft label", "pseudo_labels": "every pair gets a soft label",
                      "audit_fraction": "the committee is graded on labels that it has not learned from"}
 
 REQUIRED = ("model_name_or_path", "dataset_mixer", "output_dir")
@@ -379,12 +379,12 @@ def check_adpo(config, path):
         raise UsageError(f"{path}: label_smoothing is defined for loss_type sigmoid, not {config.loss_type}")
     if config.ties == "half" and config.loss_type != "sigmoid":
         raise UsageError(f"{path}: ties half is defined for loss_type sigmoid, not {config.loss_type}")
-    if has_committee(config):
+    if config.label_budget:
         if config.label_budget > 1 and config.label_budget % 1:
             raise UsageError(f"{path}, label_budget: expected a share of the labels up to 1 or a whole number of them, "
                              f"found {config.label_budget:g}")
         if config.loss_type != "sigmoid":
-            raise UsageError(f"{path}: label_budget trains on chances, and only loss_type sigmoid takes them, not "
+            raise UsageError(f"{path}: label_budget trains on soft labels, which only loss_type sigmoid takes, not "
                              f"{config.loss_type}")
         for name, why in NOT_WITH_A_BUDGET.items():
             if getattr(config, name) != FIELDS[name].default:

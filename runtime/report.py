@@ -81,10 +81,11 @@ def pseudo_label_accuracy(state):
 
 def label_metrics(oracle, schedule, step, config):
     """What a row of metrics says about labels after `step` optimiser steps."""
-    return {"pairs_seen": schedule.pairs_seen(step), "queries": oracle.queries(step - 1),
-            "queries_without_preference": oracle.without_preference(step - 1),
+    last = None if config.label_budget else step - 1  # None: all, which a committee has bought before the first step
+    return {"pairs_seen": schedule.pairs_seen(step), "queries": oracle.queries(last),
+            "queries_without_preference": oracle.without_preference(last),
             "pseudo_labels": oracle.state["pseudo_labels"], "pseudo_label_accuracy": pseudo_label_accuracy(oracle.state),
-            **oracle.judged(step - 1), **audit_metrics(oracle, step - 1, config)}
+            **oracle.judged(last), **audit_metrics(oracle, step - 1, config)}
 
 
 def audit_metrics(oracle, step, config):

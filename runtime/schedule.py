@@ -9,7 +9,6 @@ import math
 import torch
 
 import data
-from runtime.config import has_committee
 from runtime.ranks import rank, world_size
 
 
@@ -22,10 +21,11 @@ class Schedule:
 
     def __init__(self, config, pairs, test=None):
         self.config, self.pairs, self.test, self.world = config, pairs, test, world_size()
-        self.step_pairs, self.considered = pairs_a_step(config), None
+        self.step_pairs = pairs_a_step(config)
         self.keep_only(range(len(pairs)))
         self.total_steps = (config.max_steps if config.max_steps > 0
                             else math.ceil(config.num_train_epochs * self.epoch_steps))
+        self.considered = len({pairs.ids[row] for row in self.rows_seen()}) if config.label_budget else None
 
     def keep_only(self, rows):
         """Take only the pairs with these indices from now on. The number of steps does not change."""
@@ -63,14 +63,13 @@ class Schedule:
         return sorted(row for step in self.first_epoch() for row in self.rows(step))
 
     def pairs_seen(self, steps):
-        """How many different pairs the run has come to after so many steps. A committee has looked at all before the
-        first."""
+        """How many different pairs the run has come to after so many steps; with a committee, all of them from the start."""
         return self.considered or min(len(self.pairs), steps * self.step_pairs)
 
     def engine_batches(self):
         """The batch sizes that the engine is told: as many micro-steps as the longest step needs."""
         most = max(len(self.micro_batches(self.rows(step))) for step in range(self.total_steps))
-        if has_committee(self.config):  # its members train on any pairs together
+        if self.config.label_budget:  # the members of a committee train on any pairs together
             longest = sorted(range(len(self.pairs)), key=lambda row: -self.pairs.lengths[row])[:self.step_pairs]
             most = max(most, len(self.micro_batches(longest)))
         micro = self.config.per_device_train_batch_size

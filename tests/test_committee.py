@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from safetensors.torch import load_file
 import adpo
 import data
 from labels.annotators import HumanAnnotator
-from labels.committee import bald, knows_something, labels_to_buy
-from labels.ledger import Ledger
+from labels.committee import bald, knows_something, labels_to_have
+from labels.ledger import Ledger, Question
 from runtime import toy
 from runtime.config import Config
 from runtime.model import load_policy, load_tokenizer
@@ -101,12 +102,13 @@ def test_a_committee_is_graded_on_labels_that_it_had_not_seen(capsys):
     labels = torch.tensor([1.0, -1.0] * 100 + [0.0, math.nan, 1.0])
     margin = torch.cat([labels[:200], torch.tensor([9.0, 9.0, math.nan])])
     assert knows_something(margin, labels)
-    assert "right about 100.0% of the 200 labels" in capsys.readouterr().out
+    assert "right about 100.0% of 200 labels" in capsys.readouterr().out
     assert not knows_something(-margin, labels)
     half = margin.clone()
     half[:100] *= -1
     assert not knows_something(half, labels)
-    assert "right about 50.0% of the 200 labels that it bought where it was torn, no better" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "right about 50.0% of 200 labels that it had not learned from" in said and "no better than a coin" in said
     assert knows_something(half * torch.where(half * labels > 0, 2.0, 1.0), labels)  # surer where it is right
 
 
@@ -133,7 +135,7 @@ def members():
 
 def test_all_labels_are_bought_before_the_first_step_and_every_pair_is_trained_on(whole):
     rows = whole.rows()
-    assert [row["queries"] for row in rows if row["split"] == "train"][1:] == [64] * 11
+    assert {row["queries"] for row in rows} == {64} and {row["pairs_seen"] for row in rows} == {96}
     assert whole.summary()["queries"] == 64 and "no better than a coin" not in whole.stdout
     assert whole.summary()["pseudo_label_accuracy"] > 0.9
     ledger = Ledger(whole.output / "labels.sqlite")
@@ -232,13 +234,45 @@ def test_members_that_learn_nothing_are_not_believed(tiny, train, tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(
             json.dumps(row | {"label": rng.choice("ab")}) + "\n" for row in rows))
     run = train("committee-noise", dataset_mixer=f"{{{tmp_path}: 1.0}}", **KEYS)
-    assert "no better than a coin: it is not listened to; only the pairs with a label are trained on" in run.stdout
+    assert "no better than a coin, so it is not listened to; only the pairs with a label are trained on" in run.stdout
     summary = run.summary()
     assert (summary["pseudo_labels"], summary["queries"], summary["pairs"]) == (0, 64, 96) and "(67 %)" in run.stdout
     assert [row["pairs_seen"] for row in run.rows() if row["split"] == "train"] == [96] * 12
     assert run.rows()[-1]["epoch"] == 1.5  # 12 steps of 8 of 64 pairs
 
 
-@pytest.mark.parametrize("budget, labels", [(0.25, 30), ("1", 120), (64, 64), ("1e9", 120)])
+@pytest.mark.parametrize("budget, labels", [(0.25, 30), (1, 120), (64, 64), (1e9, 120), (1e-6, 2)])
 def test_a_budget_is_a_share_or_a_number(budget, labels):
-    assert min(120, labels_to_buy(Config(label_budget=float(budget)), 120)) == labels
+    assert labels_to_have(budget, 120) == labels
+
+
+def test_labels_of_another_run_count_and_half_of_them_grade_the_committee(whole, train, easy, tmp_path):
+    (tmp_path / "run").mkdir()
+    ledger = Ledger(tmp_path / "run" / "labels.sqlite")
+    known = sorted(whole.ledger())[:48]
+    ledger.add("reused", [(Question(pair, None, -1), label, "", None, None) for pair, label, _ in known])
+    ledger.close()
+    run = train("committee-reuses", dataset_mixer=easy, output_dir=tmp_path / "run", **KEYS)
+    assert run.summary()["queries"] == 16 and "48 answers of other runs are in the ledger" in run.stdout
+    graded = int(re.search(r"right about .* of (\d+) labels that it had not learned from", run.stdout)[1])
+    assert 48 / 4 <= graded <= 48 * 3 / 4  # about half of the reused ones, and what was bought in the second round
+    steps = [step for _, _, step in run.ledger() if step >= 0]
+    assert 0 < steps.count(0) < 16 and steps.count(0) + steps.count(1) == 16
+
+
+@pytest.mark.parametrize("ties, trained", [("none", 0), ("half", 1)])
+def test_an_answer_without_a_preference_is_not_overruled_by_the_committee(ties, trained):
+    margin, soft = torch.tensor([2.0, 2.0, 2.0]), torch.tensor([-0.5, 0.5, 0.25])
+    labels = adpo.choose_labels(margin, torch.tensor([1.0, math.nan, 0.0]), soft_labels=soft, ties=ties)
+    assert labels[0] == -0.5 and labels[2] == 0.25 and bool(labels[1].isnan()) == bool(trained)
+    assert (adpo.preference_loss(margin, labels)[1] > 0) == trained
+
+
+def test_answers_that_never_prefer_a_response_end_the_run(train, easy, tmp_path):
+    (tmp_path / "run").mkdir()
+    whole = train("committee-all", dataset_mixer=easy, **KEYS | {"label_budget": 1.0, "committee_epochs": 0.01})
+    ledger = Ledger(tmp_path / "run" / "labels.sqlite")
+    ledger.add("reused", [(Question(pair, None, -1), 0, "", None, None) for pair, *_ in whole.ledger()])
+    ledger.close()
+    run = train("committee-ties", check=2, dataset_mixer=easy, output_dir=tmp_path / "run", **KEYS)
+    assert "none of the 64 answers prefers a response" in run.stderr
