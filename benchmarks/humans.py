@@ -40,14 +40,13 @@ from tqdm import tqdm  # noqa: E402
 import train  # noqa: E402
 from benchmarks.query_efficiency import METHODS, choose, extended  # noqa: E402
 from benchmarks.query_report import text  # noqa: E402
-from benchmarks.query_runs import choosing  # noqa: E402
 from runtime.formats import parse_row  # noqa: E402
 from runtime.run import Run  # noqa: E402
 from runtime.sources import read_rows  # noqa: E402
 
 PARTS = 6
 SHARE = 1 / 3  # of the labels, for the methods that buy some
-NAMES = ["DPO, all labels", "random subset", "committee", "committee, random pairs", "paper, γ = 0.7"]
+NAMES = ["DPO, all labels", "random subset", "committee", "paper, γ = 0.7"]
 ALL, SUBSET = NAMES[:2]
 STEP = 16  # pairs
 BASE = {"beta": 0.1, "max_length": 512, "max_prompt_length": 256, "per_device_train_batch_size": STEP,
@@ -122,7 +121,6 @@ class Humans:
         output = self.output(method, rate, part)
         keys = {name: SHARE if name == "label_budget" else value for name, value in METHODS[method].items()
                 if not isinstance(value, dict)}  # what was chosen for each task has its default here
-        random_pairs = keys.pop("random_pairs", False)
         if keys.pop("subset", None):
             keys["max_train_samples"] = round(SHARE * self.pairs)
         config = output.with_suffix(".yaml")
@@ -131,7 +129,7 @@ class Humans:
             "dataset_mixer": {str(self.folder / f"part-{part}"): 1.0}, "output_dir": str(output)}))  # JSON is YAML
         started, log = time.time(), output.with_suffix(".log")
         with (open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file),
-              mock.patch.object(Run, "finish", finish), choosing(random_pairs)):
+              mock.patch.object(Run, "finish", finish)):
             code = command(["--config", str(config)], train.main)
         if code:
             raise RuntimeError(f"{config}: exit code {code}: {log.read_text().strip().splitlines()[-1]}")

@@ -13,14 +13,12 @@ import os
 import shutil
 import time
 from pathlib import Path
-from unittest import mock
 
 import torch
 
 import data
 import train
 from benchmarks import movies
-from labels import committee
 from labels.ledger import Ledger
 from runtime import toy
 from runtime.model import load_tokenizer
@@ -40,19 +38,17 @@ def build(task, root, noise, seed, train_pairs, test_pairs):
     TASKS[task][0](folder, float(level), train_pairs, test_pairs, seed=seed, flips=kind == "flips", quiet=True)
 
 
-def run(task, keys, root, random_pairs):
+def run(task, keys, root):
     """Train with these keys of train.py and write what was measured to result.json in its output_dir.
 
-    root: the folder of the task.  random_pairs: a committee buys all labels at random.
-    Raises RuntimeError where the run fails; its output is in the .log file beside its folder.
+    root: the folder of the task.  Raises RuntimeError where the run fails; its output is in the .log file beside its folder.
     """
     started, output = time.time(), Path(keys["output_dir"])
     shutil.rmtree(output, ignore_errors=True)  # a run that was cut short begins again
     output.parent.mkdir(parents=True, exist_ok=True)
     config, log = (output.with_name(f"{output.name}.{kind}") for kind in ("yaml", "log"))
     config.write_text(json.dumps(keys), encoding="utf-8")  # JSON is YAML
-    with (open(log, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file),
-          choosing(random_pairs)):
+    with open(log, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         code = command(["--config", str(config)], train.main)
         found = {} if code else measure(task, config, output, root)
     if code:
@@ -60,12 +56,6 @@ def run(task, keys, root, random_pairs):
     found["seconds"] = time.time() - started
     (output / "result.tmp").write_text(json.dumps(found), encoding="utf-8")
     os.replace(output / "result.tmp", output / "result.json")
-
-
-def choosing(random_pairs):
-    """A context in which a committee buys the labels of random pairs, or of those that it would choose."""
-    worth_nothing = mock.patch.object(committee, "bald", lambda margins: torch.zeros(margins.shape[1]))
-    return worth_nothing if random_pairs else contextlib.nullcontext()
 
 
 def measure(task, path, output, root):

@@ -1,17 +1,17 @@
 """A committee of reward models, which learns from the labels bought and gives every pair a soft label.  label_budget
 
-    add_soft_labels    buys the run's labels, in two rounds before the first step, and fills `.soft_labels` of the pairs
+    add_soft_labels    buys the run's labels before the first step, and fills `.soft_labels` of the training pairs
 
 Each member is the model that the run starts from, with a head that reads a reward (adpo.PairRewards), trained on the labels
 bought as a policy is trained by DPO, each in an order of its own. A policy's own sign(m) tells it what it believes already.
 What several other models agree on tells it something new, and averaging cancels much of their individual error.
 
-The first half of the labels goes to random pairs, the second to those on which the members disagree most. Where they agree
-that a pair is a toss-up, annotators disagree too, and one more label would tell little.
+The labels are those of random pairs. Choosing the pairs on which the members disagree gained up to a point on the built-in
+task and nothing on real text, and it costs another committee (benchmarks/results/query_efficiency_3.md).
 
 Departures from the paper: all of it; docs/method.md tells why, and what it brings. Ensembles of reward models: Coste et al.,
-arXiv 2310.02743. Training a policy on what they say: Fisch et al., arXiv 2405.19316. Choosing by disagreement (BALD):
-Houlsby et al., arXiv 1112.5745. Whatever is learned is a function of the ledger, so a resumed run goes on as it was.
+arXiv 2310.02743. Training a policy on what they say: Fisch et al., arXiv 2405.19316. Whatever is learned is a function of
+the ledger, so a resumed run goes on as it was.
 """
 
 import math
@@ -28,13 +28,11 @@ from runtime.ranks import from_rank_0, say
 from runtime.reference import cached, in_engine, kernels, score
 from runtime.schedule import my_batches, set_learning_rate
 
-ROUNDS = 2
-
 
 def add_soft_labels(config, run, annotator, schedule, ds):
     """Buy the labels of a run and fill `.soft_labels` of its training pairs, (pairs,) between −1 and 1: twice the mean
-    chance that its members give to y1 being preferred, less 1. Where the first round's members cannot tell what annotators
-    will prefer in the second, the run trains on the labels bought instead, and on no other pair.
+    chance that the members give to y1 being preferred, less 1. Where a member that has learned from half of the labels
+    cannot tell the other half, the run trains on the labels bought instead, and on no other pair.
 
     All ranks call it together, before the policy is loaded, because each member takes as much memory.
     annotator: on rank 0.  ds: the engine's config.
@@ -44,85 +42,56 @@ def add_soft_labels(config, run, annotator, schedule, ds):
     run.write_config()
     oracle = Oracle(annotator, run.output / "labels.sqlite", config, run)
     oracle.check_pairs(pairs.ids)
-    wanted = labels_to_have(config.label_budget, schedule.considered)
-    margins, knows, seen = None, True, None
-    with run.interruptible(ROUNDS * config.committee_size, "committee"):
-        for part in range(ROUNDS):
-            labels = buy(oracle, pairs, rows, math.ceil(wanted * (part + 1) / ROUNDS), margins, part, config)
-            if margins is not None:
-                knows = knows_something(margins.mean(0), labels.masked_fill(seen, 0.0))
-                if not knows:
-                    break
-            seen = labels != 0  # (pairs,)
+    with run.interruptible(1 + config.committee_size, "committee"):
+        labels = buy(oracle, schedule, config)  # (pairs,)
+        half = torch.tensor([drawn(f"half {config.seed} {id}") % 2 == 1 for id in pairs.ids])  # (pairs,)
+        graded = member_margins(config, run, schedule, ds, labels.masked_fill(half, 0.0), 0, about)  # (pairs,)
+        if knows_something(graded[rows], labels.masked_fill(~half, 0.0)[rows]):
             margins = torch.stack([member_margins(config, run, schedule, ds, labels, n, about)
                                    for n in range(config.committee_size)])  # (members, pairs)
-            adpo.gate(margins.mean(0)[rows], math.inf, [pairs.ids[row] for row in rows])  # raises where one is not finite
+            pairs.soft_labels = 2 * margins.sigmoid().mean(0) - 1
+        else:
+            trained_on = adpo.choose_labels(torch.zeros(len(pairs)), labels, pseudo_labels=False, ties=config.ties)
+            schedule.keep_only([row for row in rows if trained_on[row]])
     oracle.close()
-    if knows:
-        pairs.soft_labels = 2 * margins.sigmoid().mean(0) - 1
-        return
-    trained_on = adpo.choose_labels(torch.zeros(len(pairs)), labels, pseudo_labels=False, ties=config.ties)  # (pairs,)
-    kept = [row for row in rows if trained_on[row]]
-    if not kept:
-        raise UsageError(f"none of the {wanted:,} answers prefers a response, so there is nothing to learn: look at them "
-                         "with tools/ledger.py, or raise label_budget in another output_dir")
-    schedule.keep_only(kept)
+
+
+def buy(oracle, schedule, config):
+    """Ask about random pairs, until as many have an answer as label_budget says. Those that have one from another run count.
+
+    Returns the labels of all pairs, (pairs,): +1, −1, NaN for no preference, 0 where nobody has been asked. A resumed run
+    draws the same pairs again.  Raises UsageError where no answer prefers a response.
+    """
+    pairs = schedule.pairs
+    ids = sorted({pairs.ids[row] for row in schedule.rows_seen()}, key=lambda id: drawn(f"committee {config.seed} {id}"))
+    new = from_rank_0(oracle.ledger.unanswered(ids, before=0) if oracle.ledger else None)  # by other runs
+    left = labels_to_have(config.label_budget, len(ids)) - (len(ids) - len(new))
+    chosen = set(new[:max(0, left)])
+    labels = oracle.answer(pairs.ids, torch.zeros(len(pairs)), torch.tensor([id in chosen for id in pairs.ids]), step=0)
+    if not (labels.abs() == 1).any():
+        raise UsageError(f"none of the {int((labels != 0).sum()):,} answers prefers a response, so there is nothing to "
+                         "learn: look at them with tools/ledger.py, or raise label_budget in another output_dir")
+    return labels
 
 
 def labels_to_have(budget, pairs):
-    """The number of labels that label_budget means for so many pairs: at least 2, one to learn from and one to be graded by.
-    """
-    return max(2, min(pairs, round(budget * pairs) if budget <= 1 else int(budget)))
-
-
-def buy(oracle, pairs, rows, wanted, margins, part, config):
-    """Ask until `wanted` pairs have been asked about: those on which the members disagree most, or at first random ones.
-
-    rows: the pairs to choose from.  margins: (members, pairs), or None at first.  part: the round, from 0, which the ledger
-    keeps as the step.
-    Labels from other runs count like those bought, but half of them wait for the second round, to grade the members by.
-    Returns the labels of all pairs, (pairs,): +1, −1, NaN for no preference, 0 where this round and those before it asked
-    nobody. So a run that is resumed in a round makes the same choice again.
-    """
-    def draw(id):
-        return drawn(f"committee {config.seed} {id}")
-    row_of = {pairs.ids[row]: row for row in rows}  # a pair that is repeated is asked about once
-    new = from_rank_0(oracle.ledger.unanswered([*row_of], before=part) if oracle.ledger else None)
-    waiting = {id for id in row_of if draw(id) % 2}.difference(new) if part == 0 else set()
-    worth = torch.zeros(len(pairs)) if margins is None else bald(margins)  # (pairs,)
-    new.sort(key=lambda id: (-worth[row_of[id]].item(), draw(id)))
-    left = max(0, wanted - (len(row_of) - len(new) - len(waiting)))
-    chosen, later = set(new[:left]), waiting.union(new[left:])
-    margin = torch.zeros(len(pairs)) if margins is None else margins.mean(0)
-    answers = oracle.answer(pairs.ids, margin, torch.tensor([id in chosen for id in pairs.ids]), step=part)
-    return answers.masked_fill(torch.tensor([id in later for id in pairs.ids]), 0.0)
-
-
-def bald(margins):
-    """BALD: how much a label would tell about which member is right, in nats: H(mean p) − mean H(p), where p = σ(m) and
-    H(p) = −p log p − (1 − p) log(1 − p).  margins: (members, pairs).  Returns (pairs,) fp64."""
-    p = margins.double().sigmoid()
-
-    def entropy(p):
-        return torch.special.entr(p) + torch.special.entr(1 - p)
-    return entropy(p.mean(0)) - entropy(p).mean(0)
+    """The number of labels that label_budget means for so many pairs."""
+    return max(1, min(pairs, round(budget * pairs) if budget <= 1 else int(budget)))
 
 
 def knows_something(margin, labels):
-    """Whether a committee tells which response is preferred in pairs that it had not seen. Says how often it is right.
+    """Whether a member tells which response is preferred in pairs whose labels it had not seen. Says how often it is right.
 
     If labels were coins, Σ m·o would have mean 0 and variance Σ m², so a sum of over 1.96 standard deviations is knowledge.
     (This is the score test of a = 0, where σ(a·m) is the chance that the annotator prefers y1.)
 
-    margin: (pairs,), NaN for a pair that the run does not come to.  labels: (pairs,), 0 for a pair that was not asked about,
-    or whose label the committee had learned from.
+    margin: (pairs,).  labels: (pairs,), 0 for a pair without a label, or whose label the member had learned from.
     """
-    known = (labels.abs() == 1) & ~margin.isnan()
-    z = (margin * labels)[known].double()  # (n,)  m·o
+    z = (margin * labels)[labels.abs() == 1].double()  # (n,)  m·o
     knows = bool(z.sum() > 1.96 * z.square().sum().sqrt())
-    grade = f"right about {(z > 0).double().mean():.1%} of" if len(z) else "graded on"
-    say(f"committee: {grade} {len(z):,} labels that it had not learned from, bought where its members disagree"
-        + ("" if knows else ": no better than a coin, so it is not listened to; only the pairs with a label are trained on"))
+    grade = f" is right about {(z > 0).double().mean():.1%} of" if len(z) else " was to be graded on"
+    say(f"committee: a member that learned from half of the labels{grade} {len(z):,} others"
+        + ("" if knows else ", no better than a coin: there is no committee, and only labelled pairs are trained on"))
     return knows
 
 
@@ -149,19 +118,22 @@ def what_counts(config, run, schedule, ds):
 
 def member_margins(config, run, schedule, ds, labels, n, about):
     """m = r(x, y1) − r(x, y2) by member n, trained on these labels: (pairs,) on the CPU, NaN for a pair that the run does
-    not come to.
+    not come to. Raises FloatingPointError where a margin is not finite.
 
     They are cached, so that a run that was stopped goes on with the next member, and that one with another β or (where
     committee_learning_rate is set) learning rate for its policy need not train them again.  about: of `what_counts`.
     """
+    rows = schedule.rows_seen()
+
     def learn(engine):
         train(engine, config, run, schedule, labels, n)
-        batches = my_batches(schedule.rows_seen(), schedule.pairs, config.per_device_eval_batch_size, config)
+        batches = my_batches(rows, schedule.pairs, config.per_device_eval_batch_size, config)
         return adpo.margins(score(engine, schedule.pairs, batches, f"rewards by member {n + 1}"))
 
     run.stop_if_asked()
     margins = cached("committee", [n, labels.tolist(), about], lambda: in_member(learn, config, schedule, ds))
     run.progress.update()
+    adpo.gate(margins[rows], math.inf, [schedule.pairs.ids[row] for row in rows])  # for its error
     return margins
 
 

@@ -36,7 +36,7 @@ class LedgerError(UsageError):
 class Question:
     """A pair to be labelled.
 
-    margin: the policy's, in units of reward; None if unknown.  step: the optimiser step (or committee's round) that asks.
+    margin: the policy's, in units of reward; None if unknown.  step: the optimiser step that asks, from 0.
     audit: whether it is asked although the policy is confident.
     """
     pair: str
@@ -54,7 +54,7 @@ TABLES = """
         source TEXT NOT NULL,                             -- dataset, human, judge, reused
         annotator TEXT NOT NULL DEFAULT '',               -- who, within the source
         margin REAL,                                      -- the policy's margin when it asked, in units of reward
-        step INTEGER NOT NULL,                            -- optimiser step (or round) that asked, from 0; -1: another run
+        step INTEGER NOT NULL,                            -- optimiser step that asked, from 0; -1: from another run
         audit INTEGER NOT NULL DEFAULT 0,                 -- asked although the policy was confident
         answered_at REAL NOT NULL,                        -- seconds since 1970
         seconds REAL,                                     -- how long the annotator took

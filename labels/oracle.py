@@ -91,7 +91,7 @@ class Oracle:
     def answer(self, ids, margin, ask, step):
         """Algorithm 2, the answers. All ranks call it together, each with its own pairs.
 
-        ids: B pair ids, None for a filler.  margin, ask: (B,) on the CPU.  step: the optimiser step or a committee's round.
+        ids: B pair ids, None for a filler.  margin, ask: (B,) on the CPU.  step: the optimiser step, from 0.
         Besides the pairs in `ask`, the audited ones are asked.
         Returns (B,): +1 or −1 where the pair has been asked, now or ever, and NaN where the answer was that neither response
         is preferred; 0 where it has not been asked, or where the budget is spent.
