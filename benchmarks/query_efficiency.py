@@ -1,6 +1,6 @@
 """Accuracy and reward for the labels bought, compared fairly: DPO, random labels, the paper's ADPO, and what labels/ adds.
 
-    python benchmarks/query_efficiency.py                  both tasks; a night on two cores
+    python benchmarks/query_efficiency.py                  both tasks; about four hours on two cores
     python benchmarks/query_efficiency.py --task toy       one of them: toy or movies
     python benchmarks/query_efficiency.py --short          a few runs of a smaller task, under five minutes; only to outputs/
     python benchmarks/query_efficiency.py --report         run nothing; write the results of the runs that have finished
@@ -14,10 +14,11 @@ and 4,096 test pairs, whose labels have no noise. What makes the comparison fair
 - Seeds are paired: all methods of a seed see the same model, pairs, labels and order, for the same 256 steps of 64 pairs.
 - All labels that a run buys count.
 
-Primary comparisons, written down before any of the candidate's reported runs, as paired differences with 95 % intervals
-(Student's t). The candidate is the recommended way to spend a number of labels. It was "budget, replay" at first, which
-missed its aims, then a committee that bought half of its labels where its members disagreed, which gained nothing on real
-text (both are in results/query_efficiency_3.md). Now it is a committee that buys the labels of random pairs, "committee":
+Primary comparisons, written down before the first reported run, as paired differences with 95 % intervals (Student's t).
+The candidate is the recommended way to spend a number of labels. It was "budget, replay" at first, which missed its aims,
+then a committee that bought half of its labels where its members disagreed, which gained nothing on real text (both are in
+results/query_efficiency_3.md). Now it is a committee that buys the labels of random pairs, "committee". Both kinds had run
+when it was chosen, so it is not blind.
 
 1. 20 % of the labels wrong, a quarter of them bought: accuracy at most 0.5 points below that of DPO on all labels, and at
    least 2 points above that of a random subset, with the lower end of the interval above 0; on both tasks.

@@ -7,7 +7,7 @@ bought as a policy is trained by DPO, each in an order of its own. A policy's ow
 What several other models agree on tells it something new, and averaging cancels much of their individual error.
 
 The labels are those of random pairs. Choosing the pairs on which the members disagree gained up to a point on the built-in
-task and nothing on real text, and it costs another committee (benchmarks/results/query_efficiency_3.md).
+task and nothing on real text, for a third more compute (benchmarks/results/query_efficiency_3.md).
 
 Departures from the paper: all of it; docs/method.md tells why, and what it brings. Ensembles of reward models: Coste et al.,
 arXiv 2310.02743. Training a policy on what they say: Fisch et al., arXiv 2405.19316. Whatever is learned is a function of
