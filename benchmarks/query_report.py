@@ -226,12 +226,19 @@ def draw(results, pairs, path):
                 axis.plot([x for x, *_ in curve], [y for _, y, _ in curve], "--", color="0.4", linewidth=1,
                           label="random subsets")
             shown = [name for name in points if name not in (CURVE[0], CURVE[2])]
+            floor = -math.inf  # lower points stand at the edge, with their number: a collapse would squeeze all others
+            if ALL in points and SUBSET in points:
+                floor = points[SUBSET][1] - 2 * max(0.005, points[ALL][1] - points[SUBSET][1])
             for n, name in enumerate(shown):
                 (x, y, wide), (colour, marker) = points[name], style(name)
                 # A little apart, where methods buy the same number.
                 x += 0.8 * sum(abs(points[other][0] - x) < 0.5 for other in shown[:n])
+                if y < floor:
+                    axis.annotate(f" {y:.2f}", (x, floor), color=colour, fontsize=8)
+                    y, wide = floor, math.nan
                 axis.errorbar(x, y, 0 if math.isnan(wide) else wide, color=colour, marker=marker, linestyle="", capsize=2,
                               markersize=9 if marker == "*" else 5, label=name)
+            axis.set_ylim(bottom=max(floor - 0.002, axis.get_ylim()[0]))
             axis.set_title(f"{TITLES[task]}: {TITLES[noise]}")
             axis.set_xlabel("labels bought, % of the pairs")
             axis.set_ylabel("held-out accuracy")
