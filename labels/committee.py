@@ -63,7 +63,7 @@ def buy(oracle, schedule, config):
     draws the same pairs again.  Raises UsageError where no answer prefers a response.
     """
     pairs = schedule.pairs
-    ids = sorted({pairs.ids[row] for row in schedule.rows_seen()}, key=lambda id: drawn(f"committee {config.seed} {id}"))
+    ids = sorted(schedule.ids_seen(), key=lambda id: drawn(f"committee {config.seed} {id}"))
     new = from_rank_0(oracle.ledger.unanswered(ids, before=0) if oracle.ledger else None)  # by other runs
     left = labels_to_have(config.label_budget, len(ids)) - (len(ids) - len(new))
     chosen = set(new[:max(0, left)])
@@ -89,9 +89,9 @@ def knows_something(margin, labels):
     """
     z = (margin * labels)[labels.abs() == 1].double()  # (n,)  m·o
     knows = bool(z.sum() > 1.96 * z.square().sum().sqrt())
-    grade = f" is right about {(z > 0).double().mean():.1%} of" if len(z) else " was to be graded on"
+    grade = f" is right about {(z > 0).double().mean():.1%} of" if len(z) else " was graded on"
     say(f"committee: a member that learned from half of the labels{grade} {len(z):,} others"
-        + ("" if knows else ", no better than a coin: there is no committee, and only labelled pairs are trained on"))
+        + ("" if knows else "; it does not beat guessing, so the run trains only on the labelled pairs"))
     return knows
 
 

@@ -364,8 +364,8 @@ class Ledger:
                                "GROUP BY detail", (first, 2**62 if step is None else step)).fetchall()
 
     def audits(self, step=None):
-        """[(margin, label)] of the audited pairs up to and including an optimiser step (None: all). An answer without a
-        preference is no outcome."""
+        """[(margin, label)] of the audited pairs up to and including an optimiser step (None: all). Answers without a
+        preference are left out."""
         return self.db.execute("SELECT margin, label FROM answers WHERE audit AND label != 0 AND step BETWEEN 0 AND ?",
                                (2**62 if step is None else step,)).fetchall()
 

@@ -142,7 +142,7 @@ def bar_text(row, evaluation, cost):
 def summarise(schedule, oracle, run, engine):
     """summary.json without its times. All ranks call it together; only rank 0 knows the ledger."""
     config, evaluation = run.config, run.evaluation
-    pairs = schedule.considered or len({schedule.pairs.ids[row] for row in schedule.rows_seen()})
+    pairs = schedule.considered or len(schedule.ids_seen())
     queries, state, audit = oracle.queries(), oracle.state, oracle.audit()
     return {"pairs": pairs, "queries": queries, "query_fraction": queries / pairs,
             "queries_without_preference": oracle.without_preference(), "pseudo_labels": state["pseudo_labels"],

@@ -25,7 +25,7 @@ class Schedule:
         self.keep_only(range(len(pairs)))
         self.total_steps = (config.max_steps if config.max_steps > 0
                             else math.ceil(config.num_train_epochs * self.epoch_steps))
-        self.considered = len({pairs.ids[row] for row in self.rows_seen()}) if config.label_budget else None
+        self.considered = len(self.ids_seen()) if config.label_budget else None
 
     def keep_only(self, rows):
         """Take only the pairs with these indices from now on. The number of steps does not change."""
@@ -61,6 +61,10 @@ class Schedule:
     def rows_seen(self):
         """Indices of the pairs that the run comes to."""
         return sorted(row for step in self.first_epoch() for row in self.rows(step))
+
+    def ids_seen(self):
+        """The ids of these pairs: a pair that the data repeat counts once."""
+        return {self.pairs.ids[row] for row in self.rows_seen()}
 
     def pairs_seen(self, steps):
         """How many different pairs the run has come to after so many steps; with a committee, all of them from the start."""

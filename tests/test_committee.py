@@ -96,7 +96,7 @@ def test_a_member_is_graded_on_labels_that_it_had_not_seen(capsys):
     half = margin.clone()
     half[:100] *= -1
     assert not knows_something(half, labels)
-    assert "is right about 50.0% of 200 others, no better than a coin" in capsys.readouterr().out
+    assert "is right about 50.0% of 200 others; it does not beat guessing" in capsys.readouterr().out
     assert knows_something(half * torch.where(half * labels > 0, 2.0, 1.0), labels)  # surer where it is right
     assert not knows_something(margin, torch.zeros(202))
 
@@ -125,7 +125,7 @@ def members():
 def test_all_labels_are_bought_before_the_first_step_and_every_pair_is_trained_on(whole):
     rows = whole.rows()
     assert {row["queries"] for row in rows} == {64} and {row["pairs_seen"] for row in rows} == {96}
-    assert whole.summary()["queries"] == 64 and "no better than a coin" not in whole.stdout
+    assert whole.summary()["queries"] == 64 and "does not beat guessing" not in whole.stdout
     assert whole.summary()["pseudo_label_accuracy"] > 0.9
     ledger = Ledger(whole.output / "labels.sqlite")
     asked = ledger.db.execute("SELECT step, margin FROM answers ORDER BY step").fetchall()
@@ -223,7 +223,7 @@ def test_members_that_learn_nothing_are_not_believed(tiny, train, tmp_path):
         (tmp_path / f"{name}.jsonl").write_text("".join(
             json.dumps(row | {"label": rng.choice("ab")}) + "\n" for row in rows))
     run = train("committee-noise", dataset_mixer=f"{{{tmp_path}: 1.0}}", **KEYS)
-    assert "no better than a coin: there is no committee, and only labelled pairs are trained on" in run.stdout
+    assert "it does not beat guessing, so the run trains only on the labelled pairs" in run.stdout
     summary = run.summary()
     assert (summary["pseudo_labels"], summary["queries"], summary["pairs"]) == (0, 64, 96) and "(67 %)" in run.stdout
     assert [row["pairs_seen"] for row in run.rows() if row["split"] == "train"] == [96] * 12
