@@ -66,13 +66,19 @@ def test_a_run_that_nobody_answers_stops_and_the_same_command_goes_on(processes,
 
 
 def test_ties_can_be_trained_towards_one_half(train, unlabelled, tmp_path):
-    """Where nobody ever prefers one, the policy that is pushed towards one half stays where it began, at log 2."""
+    """Where nobody ever prefers one, the policy that is pushed towards one half stays near where it began, at log 2.
+
+    That is this loss's minimum. Rounding makes the first gradient not quite 0, and AdamW makes a full step of it, however
+    small it is, so the second step is only near.
+    """
     runs = []
     for ties in ("none", "half"):
         with Person(tmp_path / ties, undecided=lambda pair: True):
             runs.append(train(ties, output_dir=tmp_path / ties, oracle="human", dataset_mixer=f"{{{unlabelled}: 1.0}}",
                               ties=ties, max_steps=2))
-    assert runs[0].losses() == [0, 0] and runs[1].losses() == pytest.approx([math.log(2)] * 2, abs=1e-6)
+    assert runs[0].losses() == [0, 0]
+    first, second = runs[1].losses()
+    assert first == pytest.approx(math.log(2), abs=1e-6) and -1e-6 < second - math.log(2) < 0.01
     assert all(run.summary()["queries_without_preference"] == run.summary()["queries"] > 0 for run in runs)
 
 
