@@ -21,12 +21,12 @@ import argparse
 import contextlib
 import hashlib
 import json
+import shutil
 import statistics
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -41,7 +41,6 @@ import train  # noqa: E402
 from benchmarks.query_efficiency import METHODS, choose, extended  # noqa: E402
 from benchmarks.query_report import text  # noqa: E402
 from runtime.formats import parse_row  # noqa: E402
-from runtime.run import Run  # noqa: E402
 from runtime.sources import read_rows  # noqa: E402
 
 PARTS = 6
@@ -105,36 +104,38 @@ class Humans:
     def __init__(self, model, size, folder, pairs):
         self.model, self.size, self.folder, self.pairs = model, size, folder, min(pairs, size.pairs)
 
-    def output(self, method, rate, part):
+    def path(self, method, rate, part, ending=""):
+        """The folder of a run, or with an ending a file beside it."""
         name = "".join(c if c.isalnum() else "-" for c in method)
-        return self.folder / f"{name}-{rate:g}-part-{part}"
+        return self.folder / f"{name}-{rate:g}-part-{part}{ending}"
 
     def result(self, method, rate, part):
         """What a run measured, or None where it has not finished."""
-        path = self.output(method, rate, part) / "result.json"
+        path = self.path(method, rate, part, ".json")
         return json.loads(path.read_text()) if path.exists() else None
 
     def run(self, method, rate, part, bar):
         """Train with part `part` held out, unless that has been done. Raises RuntimeError where the run fails."""
         if self.result(method, rate, part):
             return
-        output = self.output(method, rate, part)
+        output, config, log = (self.path(method, rate, part, ending) for ending in ("", ".yaml", ".log"))
         keys = {name: SHARE if name == "label_budget" else value for name, value in METHODS[method].items()
                 if not isinstance(value, dict)}  # what was chosen for each task has its default here
         if keys.pop("subset", None):
             keys["max_train_samples"] = round(SHARE * self.pairs)
-        config = output.with_suffix(".yaml")
         config.write_text(json.dumps(BASE | self.size.keys | {"max_train_samples": self.pairs} | keys | {
             "max_steps": -(-self.pairs // STEP), "learning_rate": rate, "model_name_or_path": str(self.model),
             "dataset_mixer": {str(self.folder / f"part-{part}"): 1.0}, "output_dir": str(output)}))  # JSON is YAML
-        started, log = time.time(), output.with_suffix(".log")
-        with (open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file),
-              mock.patch.object(Run, "finish", finish)):
+        started = time.time()
+        with open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             code = command(["--config", str(config)], train.main)
         if code:
             raise RuntimeError(f"{config}: exit code {code}: {log.read_text().strip().splitlines()[-1]}")
-        found = json.loads((output / "found.json").read_text()) | {"seconds": time.time() - started}
-        (output / "result.json").write_text(json.dumps(found))
+        summary = json.loads((output / "summary.json").read_text())
+        found = {"accuracy": summary["eval_accuracy"], "log_loss": summary["eval_loss"], "queries": summary["queries"],
+                 "pseudo_label_accuracy": summary["pseudo_label_accuracy"], "seconds": time.time() - started}
+        shutil.rmtree(output)  # with the model
+        self.path(method, rate, part, ".json").write_text(json.dumps(found))
         bar.update()
 
     def rate(self, method):
@@ -164,14 +165,6 @@ class Humans:
                 parts = {part: result for part in range(1, PARTS) if (result := self.result(method, rate, part))}
                 found |= {method: (rate, parts)} if parts else {}
         return found
-
-
-def finish(run, engine, tokenizer, summary):
-    """In place of Run.finish: keep what was measured, and no model."""
-    found = {"accuracy": summary["eval_accuracy"], "log_loss": summary["eval_loss"], "queries": summary["queries"],
-             "pairs": summary["pairs"], "pseudo_label_accuracy": summary["pseudo_label_accuracy"]}
-    (run.output / "found.json").write_text(json.dumps(found))
-    engine.destroy()
 
 
 def page(humans, source, longer, where):

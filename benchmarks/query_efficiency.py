@@ -103,7 +103,7 @@ FULL = Plan(
     tuning={"toy": {"noise-0.2": 2, "noise-0.35": 2}, "movies": {"noise-0.2": 1, "noise-0.35": 1}},
     blocks=[(HEADLINE, ["noise-0.2"], {"toy": 5, "movies": 5}), (HEADLINE, ["noise-0.35"], {"toy": 5, "movies": 3}),
             (HEADLINE, ["flips-0.2", "noise-0.05"], {"toy": 3, "movies": 2}),
-            (OTHERS, ["noise-0.2"], {"toy": 3, "movies": 2}), (HEADLINE, ["noise-0.2"], {"toy": 10})])
+            (HEADLINE, ["noise-0.2"], {"toy": 10}), (OTHERS, ["noise-0.2"], {"toy": 3, "movies": 2})])
 SHORT = Plan(
     sizes=(4096, 1024), rates={"toy": (2e-3, 4e-3)}, betas=(BETA,), tuning={"toy": {"noise-0.2": 1}},
     blocks=[([*HEADLINE][:2] + ["paper, γ = 1.3"], ["noise-0.2"], {"toy": 2})])
@@ -217,13 +217,13 @@ class Bench:
         return f'{{"methods": {json.dumps(methods)},\n"runs": [\n{rows}\n]}}\n'
 
     def planned(self, task):
-        """(runs, seeds to build); without the runs that follow where the best setting is at the edge of a grid."""
-        some_rate = self.plan.rates[task][0]
-        grid = [(rate, BETA) for rate in self.plan.rates[task]] + [(some_rate, b) for b in self.plan.betas if b != BETA]
-        tuning = {job for cell in self.cells(task) for job in self.tuning(task, *cell, grid)}
-        reported = {(noise, method, seed) for methods, noises, seeds in self.plan.blocks for noise in noises
-                    for method in methods for seed in range(seeds.get(task, 0))}
-        return len(tuning) + len(reported), len({job.seed for job in tuning} | {seed for *_, seed in reported})
+        """All runs, as far as they are known; without those that follow where the best setting is at the edge of a grid."""
+        best = {cell: self.setting(task, *cell)[0] or (self.plan.rates[task][0], BETA) for cell in self.cells(task)}
+        jobs = [job for cell, (rate, _) in best.items() for job in self.tuning(task, *cell, dict.fromkeys(
+            [(value, BETA) for value in self.plan.rates[task]] + [(rate, beta) for beta in self.plan.betas]))]
+        return dict.fromkeys(jobs + [Job(task, *cell, *best[cell], seed) for methods, noises, seeds in self.plan.blocks
+                                     for cell in best if cell[0] in noises and cell[1] in methods
+                                     for seed in range(seeds.get(task, 0))])
 
     # Doing them
 
@@ -327,12 +327,12 @@ def main():
     if not args.report:
         done, left, seconds = 0, 0, 0.0
         for task, root in bench.roots.items():
-            runs, seeds = bench.planned(task)
-            finished = [result["seconds"] for result in bench.finished(task).values()]
-            to_build = seeds - len([*root.glob("seed-*/responses")])
-            done, left = done + len(finished), left + max(0, runs - len(finished))
-            seconds += max(0, runs - len(finished)) * (statistics.mean(finished) if finished else SECONDS[task][0])
-            seconds += max(0, to_build) * SECONDS[task][1]
+            found = {job: bench.result(job) for job in bench.planned(task)}
+            finished = [result["seconds"] for result in found.values() if result]
+            to_build = {job.seed for job in found if not (root / f"seed-{job.seed}" / "responses").exists()}
+            done, left = done + len(finished), left + len(found) - len(finished)
+            seconds += (len(found) - len(finished)) * (statistics.mean(finished) if finished else SECONDS[task][0])
+            seconds += len(to_build) * SECONDS[task][1]
         print(f"{left} runs to do: about {seconds / args.jobs / 3600:.1f} hours with {args.jobs} workers", flush=True)
         with tqdm(total=done + left, initial=done, desc="runs", smoothing=0) as bar:
             bench.run_all(bar)

@@ -152,9 +152,11 @@ def tuning_tables(bench, task):
 def progress(bench):
     """How much has been run, in words."""
     runs = [result["seconds"] for task in bench.roots for result in bench.finished(task).values()]
-    planned = sum(bench.planned(task)[0] for task in bench.roots)
-    return (f"**{len(runs):,} of about {planned:,} planned runs have finished**, those for learning rates and β included. "
-            f"They took {sum(runs) / 3600:.1f} hours, one thread each, {sum(runs) / max(1, len(runs)):.0f} s a run.")
+    planned = [bench.result(job) for task in bench.roots for job in bench.planned(task)]
+    done = sum(result is not None for result in planned)
+    more = f", and {extra} where the best setting was at the edge of a grid" if (extra := len(runs) - done) else ""
+    return (f"**{done:,} of {len(planned):,} planned runs have finished**{more}. They took {sum(runs) / 3600:.1f} hours, "
+            f"one thread each, {sum(runs) / max(1, len(runs)):.0f} s a run.")
 
 
 def collect(bench):

@@ -99,8 +99,10 @@ def test_every_method_is_a_config_that_train_accepts(bench, tmp_path):
 
 def test_the_plan_counts_what_is_run(bench):
     """By hand: 3 headline methods with 5 settings on 2 seeds of 2 noises, 10 others on one; then the blocks."""
-    assert bench.planned("toy") == (3 * 5 * 4 + 10 * 5 + 10 * 3 + 5 * 3 + 2 * 3 * 3 + 3 * 10, 10 + 2)
-    assert Bench(SHORT, bench.outputs, {"toy": bench.roots["toy"]}).planned("toy") == (3 * 2 + 3 * 2, 3)
+    jobs = bench.planned("toy")
+    assert len(jobs) == 3 * 5 * 4 + 10 * 5 + 10 * 3 + 5 * 3 + 2 * 3 * 3 + 3 * 10
+    assert {job.seed for job in jobs} == {*range(10), 100, 101}
+    assert len(Bench(SHORT, bench.outputs, {"toy": bench.roots["toy"]}).planned("toy")) == 3 * 2 + 3 * 2
 
 
 def test_a_worker_that_dies_loses_only_what_it_was_at(bench, monkeypatch, tmp_path):
