@@ -1,6 +1,6 @@
 """People's labels: the methods of query_efficiency.py with a real model on pairs that people labelled, cross-validated.
 
-    python benchmarks/humans.py MODEL PAIRS                a night on two cores
+    python benchmarks/humans.py MODEL PAIRS                a night on two cores with fast bf16 (avx512_bf16)
     python benchmarks/humans.py MODEL PAIRS --size gpu     more pairs and folds, on one GPU
     python benchmarks/humans.py MODEL PAIRS --report       run nothing; write the page of the runs that have finished
 
@@ -48,7 +48,7 @@ SHARE = 1 / 3  # of the labels, for the methods that buy some
 NAMES = ["DPO, all labels", "random subset", "committee", "paper, γ = 0.7"]
 ALL, SUBSET = NAMES[:2]
 STEP = 16  # pairs
-BASE = {"beta": 0.1, "max_length": 512, "max_prompt_length": 256, "per_device_train_batch_size": STEP,
+BASE = {"bf16": True, "beta": 0.1, "max_length": 512, "max_prompt_length": 256, "per_device_train_batch_size": STEP,
         "per_device_eval_batch_size": STEP, "save_strategy": "no", "logging_steps": 10, "seed": 0}
 
 
@@ -62,7 +62,7 @@ class Size:
 
 
 SIZES = {"cpu": Size(768, 3, (1.5e-5, 5e-5), {}),
-         "gpu": Size(10**6, 5, (1.5e-5, 5e-5), {"bf16": True, "micro_batch_tokens": 32768})}
+         "gpu": Size(10**6, 5, (1.5e-5, 5e-5), {"micro_batch_tokens": 32768})}
 
 
 def split(source, folder):

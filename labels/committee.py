@@ -44,10 +44,11 @@ def add_soft_labels(config, run, annotator, schedule, ds):
     oracle.check_pairs(pairs.ids)
     with run.interruptible(1 + config.committee_size, "committee"):
         labels = buy(oracle, schedule, config)  # (pairs,)
-        half = torch.tensor([drawn(f"half {config.seed} {id}") % 2 == 1 for id in pairs.ids])  # (pairs,)
-        graded = member_margins(config, run, schedule, ds, labels.masked_fill(half, 0.0), 0, about)  # (pairs,)
-        if knows_something(graded[rows], labels.masked_fill(~half, 0.0)[rows]):
-            margins = torch.stack([member_margins(config, run, schedule, ds, labels, n, about)
+        held_out = torch.tensor([drawn(f"half {config.seed} {id}") % 2 == 1 for id in pairs.ids])  # (pairs,)
+        held_out_rows = [row for row in rows if held_out[row] and labels[row].abs() == 1]
+        graded = member_margins(config, run, schedule, ds, labels.masked_fill(held_out, 0.0), 0, held_out_rows, about)
+        if knows_something(graded[held_out_rows], labels[held_out_rows]):
+            margins = torch.stack([member_margins(config, run, schedule, ds, labels, n, rows, about)
                                    for n in range(config.committee_size)])  # (members, pairs)
             pairs.soft_labels = 2 * margins.sigmoid().mean(0) - 1
         else:
@@ -85,9 +86,9 @@ def knows_something(margin, labels):
     If labels were coins, Σ m·o would have mean 0 and variance Σ m², so a sum of over 1.96 standard deviations is knowledge.
     (This is the score test of a = 0, where σ(a·m) is the chance that the annotator prefers y1.)
 
-    margin: (pairs,).  labels: (pairs,), 0 for a pair without a label, or whose label the member had learned from.
+    margin, labels: (n,), of labelled pairs that the member has not learned from.
     """
-    z = (margin * labels)[labels.abs() == 1].double()  # (n,)  m·o
+    z = (margin * labels).double()  # (n,)  m·o
     knows = bool(z.sum() > 1.96 * z.square().sum().sqrt())
     grade = f" is right about {(z > 0).double().mean():.1%} of" if len(z) else " was graded on"
     say(f"committee: a member that learned from half of the labels{grade} {len(z):,} others"
@@ -116,22 +117,20 @@ def what_counts(config, run, schedule, ds):
     return in_member(look, config, schedule, ds)
 
 
-def member_margins(config, run, schedule, ds, labels, n, about):
-    """m = r(x, y1) − r(x, y2) by member n, trained on these labels: (pairs,) on the CPU, NaN for a pair that the run does
-    not come to. Raises FloatingPointError where a margin is not finite.
+def member_margins(config, run, schedule, ds, labels, n, rows, about):
+    """m = r(x, y1) − r(x, y2) of the pairs in these rows by member n, trained on these labels: (pairs,) on the CPU, NaN for
+    the other pairs. Raises FloatingPointError where a margin is not finite.
 
     They are cached, so that a run that was stopped goes on with the next member, and that one with another β or (where
     committee_learning_rate is set) learning rate for its policy need not train them again.  about: of `what_counts`.
     """
-    rows = schedule.rows_seen()
-
     def learn(engine):
         train(engine, config, run, schedule, labels, n)
         batches = my_batches(rows, schedule.pairs, config.per_device_eval_batch_size, config)
         return adpo.margins(score(engine, schedule.pairs, batches, f"rewards by member {n + 1}"))
 
     run.stop_if_asked()
-    margins = cached("committee", [n, labels.tolist(), about], lambda: in_member(learn, config, schedule, ds))
+    margins = cached("committee", [n, labels.tolist(), rows, about], lambda: in_member(learn, config, schedule, ds))
     run.progress.update()
     adpo.gate(margins[rows], math.inf, [schedule.pairs.ids[row] for row in rows])  # for its error
     return margins
