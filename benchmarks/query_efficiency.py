@@ -219,11 +219,14 @@ class Bench:
     def planned(self, task):
         """All runs, as far as they are known; without those that follow where the best setting is at the edge of a grid."""
         best = {cell: self.setting(task, *cell)[0] or (self.plan.rates[task][0], BETA) for cell in self.cells(task)}
-        jobs = [job for cell, (rate, _) in best.items() for job in self.tuning(task, *cell, dict.fromkeys(
-            [(value, BETA) for value in self.plan.rates[task]] + [(rate, beta) for beta in self.plan.betas]))]
-        return dict.fromkeys(jobs + [Job(task, *cell, *best[cell], seed) for methods, noises, seeds in self.plan.blocks
-                                     for cell in best if cell[0] in noises and cell[1] in methods
-                                     for seed in range(seeds.get(task, 0))])
+        jobs = []
+        for cell, (rate, _) in best.items():
+            grid = [(value, BETA) for value in self.plan.rates[task]] + [(rate, b) for b in self.plan.betas if b != BETA]
+            jobs += self.tuning(task, *cell, grid)
+        for methods, noises, seeds in self.plan.blocks:
+            jobs += [Job(task, *cell, *best[cell], seed) for seed in range(seeds.get(task, 0))
+                     for cell in best if cell[0] in noises and cell[1] in methods]
+        return dict.fromkeys(jobs)
 
     # Doing them
 
