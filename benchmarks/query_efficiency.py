@@ -103,7 +103,8 @@ FULL = Plan(
     tuning={"toy": {"noise-0.2": 2, "noise-0.35": 2}, "movies": {"noise-0.2": 1, "noise-0.35": 1}},
     blocks=[(HEADLINE, ["noise-0.2"], {"toy": 5, "movies": 5}), (HEADLINE, ["noise-0.35"], {"toy": 5, "movies": 3}),
             (HEADLINE, ["flips-0.2", "noise-0.05"], {"toy": 3, "movies": 2}),
-            (HEADLINE, ["noise-0.2"], {"toy": 10}), (OTHERS, ["noise-0.2"], {"toy": 3, "movies": 2})])
+            ([*HEADLINE, "committee that learns nothing"], ["noise-0.2"], {"toy": 10}),
+            (OTHERS, ["noise-0.2"], {"toy": 3, "movies": 3})])
 SHORT = Plan(
     sizes=(4096, 1024), rates={"toy": (2e-3, 4e-3)}, betas=(BETA,), tuning={"toy": {"noise-0.2": 1}},
     blocks=[([*HEADLINE][:2] + ["paper, γ = 1.3"], ["noise-0.2"], {"toy": 2})])
