@@ -118,7 +118,7 @@ class Humans:
         """Train with part `part` held out, unless that has been done. Raises RuntimeError where the run fails."""
         if self.result(method, rate, part):
             return
-        output, config, log = (self.path(method, rate, part, ending) for ending in ("", ".yaml", ".log"))
+        output, config, log, result = (self.path(method, rate, part, end) for end in ("", ".yaml", ".log", ".json"))
         keys = {name: SHARE if name == "label_budget" else value for name, value in METHODS[method].items()
                 if not isinstance(value, dict)}  # what was chosen for each task has its default here
         if keys.pop("subset", None):
@@ -134,8 +134,8 @@ class Humans:
         summary = json.loads((output / "summary.json").read_text())
         found = {"accuracy": summary["eval_accuracy"], "log_loss": summary["eval_loss"], "queries": summary["queries"],
                  "pseudo_label_accuracy": summary["pseudo_label_accuracy"], "seconds": time.time() - started}
+        result.write_text(json.dumps(found))
         shutil.rmtree(output)  # with the model
-        self.path(method, rate, part, ".json").write_text(json.dumps(found))
         bar.update()
 
     def rate(self, method):

@@ -45,7 +45,7 @@ def add_soft_labels(config, run, annotator, schedule, ds):
     with run.interruptible(1 + config.committee_size, "committee"):
         labels = buy(oracle, schedule, config)  # (pairs,)
         held_out = torch.tensor([drawn(f"half {config.seed} {id}") % 2 == 1 for id in pairs.ids])  # (pairs,)
-        held_out_rows = [row for row in rows if held_out[row] and labels[row].abs() == 1]
+        held_out_rows = [row for row in rows if held_out[row] and labels[row] != 0]
         graded = member_margins(config, run, schedule, ds, labels.masked_fill(held_out, 0.0), 0, held_out_rows, about)
         if knows_something(graded[held_out_rows], labels[held_out_rows]):
             margins = torch.stack([member_margins(config, run, schedule, ds, labels, n, rows, about)
@@ -86,9 +86,9 @@ def knows_something(margin, labels):
     If labels were coins, Σ m·o would have mean 0 and variance Σ m², so a sum of over 1.96 standard deviations is knowledge.
     (This is the score test of a = 0, where σ(a·m) is the chance that the annotator prefers y1.)
 
-    margin, labels: (n,), of labelled pairs that the member has not learned from.
+    margin, labels: (pairs,), of pairs that the member has not learned from. Those without a preference do not count.
     """
-    z = (margin * labels).double()  # (n,)  m·o
+    z = (margin * labels)[labels.abs() == 1].double()  # (n,)  m·o
     knows = bool(z.sum() > 1.96 * z.square().sum().sqrt())
     grade = f" is right about {(z > 0).double().mean():.1%} of" if len(z) else " was graded on"
     say(f"committee: a member that learned from half of the labels{grade} {len(z):,} others"
@@ -113,7 +113,7 @@ def what_counts(config, run, schedule, ds):
 
     def look(engine):
         return [data.VERSION, engine.module.fingerprint, schedule.pairs.fingerprint, schedule.pairs.shared, *kernels(engine),
-                schedule.step_pairs, schedule.rows_seen(), settings_that_count(run.engine_config), keys]
+                schedule.step_pairs, settings_that_count(run.engine_config), keys]
     return in_member(look, config, schedule, ds)
 
 

@@ -88,8 +88,8 @@ def test_only_what_a_reward_reads_is_trained(config, pairs):
 # Many members
 
 def test_a_member_is_graded_on_labels_that_it_had_not_seen(capsys):
-    labels = torch.tensor([1.0, -1.0] * 100)
-    margin = 2 * labels
+    labels = torch.tensor([1.0, -1.0] * 100 + [0.0, math.nan])
+    margin = torch.cat([labels[:200], torch.tensor([9.0, 9.0])])
     assert knows_something(margin, labels)
     assert "is right about 100.0% of 200 others" in capsys.readouterr().out
     assert not knows_something(-margin, labels)
@@ -98,7 +98,7 @@ def test_a_member_is_graded_on_labels_that_it_had_not_seen(capsys):
     assert not knows_something(half, labels)
     assert "is right about 50.0% of 200 others; it does not beat guessing" in capsys.readouterr().out
     assert knows_something(half * torch.where(half * labels > 0, 2.0, 1.0), labels)  # surer where it is right
-    assert not knows_something(torch.empty(0), torch.empty(0))
+    assert not knows_something(margin, torch.zeros(202))
 
 
 def test_a_coin_is_seldom_taken_for_knowledge():
