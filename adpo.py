@@ -307,12 +307,11 @@ class PairLogps(torch.nn.Module):
 
 
 class PairRewards(PairLogps):
-    """The same language model as a reward model: r(x, y) = 0.1 Σ_t w · h_t over the last hidden states h of y's tokens.
+    """The same language model as a reward model: r(x, y) = Σ_t w · h_t over the last hidden states h of y's tokens.
 
-    It takes the place of the implicit reward β [log π_θ(y|x) − log π_ref(y|x)]: a sum over tokens as well, 0 before the
-    first step, where w is 0, and of about the same size with the usual β. Arguments as for PairLogps.
+    It takes the place of the implicit reward β [log π_θ(y|x) − log π_ref(y|x)]: a sum over tokens as well, and 0 before the
+    first step, where w is 0. Arguments as for PairLogps.
     """
-    SCALE = 0.1
 
     def __init__(self, lm, *arguments, **keywords):
         super().__init__(lm, *arguments, **keywords)
@@ -328,10 +327,8 @@ class PairRewards(PairLogps):
             return super().forward(batch, per_token)
         values = self.reward_head(self.hidden_states(batch)).squeeze(-1).float()  # (B, T)  w · h_t, or (2B, T)
         if batch.shared:
-            sums = torch.stack([(values * (batch.segments == response)).sum(-1) for response in (1, 2)], -1)
-        else:
-            sums = (values * (batch.segments > 0)).sum(-1).view(-1, 2)
-        return self.SCALE * sums
+            return torch.stack([(values * (batch.segments == response)).sum(-1) for response in (1, 2)], -1)
+        return (values * (batch.segments > 0)).sum(-1).view(-1, 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

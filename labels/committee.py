@@ -113,7 +113,7 @@ def what_counts(config, run, schedule, ds):
 
     def look(engine):
         return [data.VERSION, engine.module.fingerprint, schedule.pairs.fingerprint, schedule.pairs.shared, *kernels(engine),
-                schedule.step_pairs, settings_that_count(run.engine_config), keys]
+                settings_that_count(run.engine_config), keys]
     return in_member(look, config, schedule, ds)
 
 
@@ -141,14 +141,14 @@ def train(engine, config, run, schedule, labels, n):
     pairs, rows, rate = schedule.pairs, labels.nonzero().flatten(), config.committee_learning_rate
     labels = adpo.choose_labels(torch.zeros(len(pairs)), labels, pseudo_labels=False, ties=config.ties)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + n)
-    epoch_steps = math.ceil(len(rows) / schedule.step_pairs)
+    epoch_steps = math.ceil(len(rows) / config.committee_batch_size)
     total, skipped = math.ceil(config.committee_epochs * epoch_steps), 0
     for step in range(total):
         run.stop_if_asked()
         if step % epoch_steps == 0:
             order = rows[torch.randperm(len(rows), generator=generator)].tolist()
-        start = step % epoch_steps * schedule.step_pairs
-        chosen = order[start:start + schedule.step_pairs]
+        start = step % epoch_steps * config.committee_batch_size
+        chosen = order[start:start + config.committee_batch_size]
         engine.train()
         set_learning_rate(engine, step, total, config, rate)
         micro_batches = schedule.micro_batches(chosen)

@@ -74,7 +74,8 @@ class Schedule:
         """The batch sizes that the engine is told: as many micro-steps as the longest step needs."""
         most = max(len(self.micro_batches(self.rows(step))) for step in range(self.total_steps))
         if self.config.label_budget:  # the members of a committee train on any pairs together
-            longest = sorted(range(len(self.pairs)), key=lambda row: -self.pairs.lengths[row])[:self.step_pairs]
+            longest = sorted(range(len(self.pairs)), key=lambda row: -self.pairs.lengths[row])
+            longest = longest[:self.config.committee_batch_size]
             most = max(most, len(self.micro_batches(longest)))
         micro = self.config.per_device_train_batch_size
         return {"gradient_accumulation_steps": most, "train_batch_size": micro * most * self.world}

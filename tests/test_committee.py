@@ -6,7 +6,9 @@ import os
 import random
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +17,14 @@ from safetensors.torch import load_file
 
 import adpo
 import data
+from labels import committee
 from labels.annotators import HumanAnnotator
 from labels.committee import knows_something, labels_to_have
 from labels.ledger import Ledger, Question
 from runtime import toy
 from runtime.config import Config
 from runtime.model import load_policy, load_tokenizer
+from runtime.schedule import Schedule
 
 # Enough for the members to learn the pairs of `easy` with a random model.
 KEYS = {"label_budget": 64, "committee_size": 2, "committee_epochs": 6,
@@ -72,7 +76,7 @@ def test_a_reward_sums_the_states_of_the_response(config, pairs, shared):
             for reward, response in zip(pair, responses):
                 ids = torch.tensor([*prompt, *response])[None]
                 states = module.lm(ids, output_hidden_states=True).hidden_states[-1][0, len(prompt):]  # (n, H)
-                expected = 0.1 * (states @ module.reward_head.weight[0]).sum().item()
+                expected = (states @ module.reward_head.weight[0]).sum().item()
                 assert reward.item() == pytest.approx(expected, abs=1e-4)
 
 
@@ -82,6 +86,19 @@ def test_only_what_a_reward_reads_is_trained(config, pairs):
     module(data.collate(pairs, [0, 1])).sum().backward()
     for name, parameter in module.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+def test_a_member_takes_steps_of_committee_batch_size_over_the_labelled_pairs(config, pairs, monkeypatch):
+    steps = []  # (pairs of the step, whether the micro-batch ends it)
+    monkeypatch.setattr(committee, "backward", lambda engine, loss, whole, last: steps.append((whole, last)))
+    monkeypatch.setattr(committee, "set_learning_rate", lambda *arguments: None)
+    monkeypatch.setattr(committee, "skipped_in_a_row", lambda *arguments: 0)
+    config = replace(config, committee_batch_size=16, committee_epochs=1.5)
+    engine = load_policy(config, kind=adpo.PairRewards)
+    engine.device = torch.device("cpu")
+    labels = torch.zeros(len(pairs)).index_fill(0, torch.arange(40), 1.0)
+    committee.train(engine, config, SimpleNamespace(stop_if_asked=lambda: None), Schedule(config, pairs), labels, 0)
+    assert [whole for whole, last in steps if last] == [16, 16, 8, 16, 16]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
