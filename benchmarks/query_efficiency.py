@@ -63,7 +63,7 @@ BASE = {"max_length": 96, "max_prompt_length": 32, "per_device_train_batch_size"
         "preprocessing_num_workers": 1}
 PLAIN, SHARE = {"data_selection": False}, "the noise's share"
 # How many members a committee has, and how they learn: chosen on the first tuning seed of each task.
-COMMITTEE = {"committee_size": {"toy": 8, "movies": 4}, "committee_learning_rate": 1e-3,
+COMMITTEE = {"committee_size": {"toy": 8, "movies": 4}, "committee_learning_rate": {"toy": 1e-3, "movies": 1e-3},
              "committee_epochs": {"toy": 4, "movies": 2}}
 
 # method: keys of train.py, a value for all tasks or {task: value}. `subset` stands for training on a random share of the

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import humans
+from benchmarks import humans, query_efficiency
 from runtime.sources import read_rows
 
 
@@ -45,4 +45,7 @@ def test_the_methods_run_and_what_has_finished_is_not_run_again(tiny, tmp_path, 
     assert {path: path.read_bytes() for path in tmp_path.glob("*-part-*.json")} == written
     text = humans.page(runs, tiny / "pairs", longer, "a CPU")
     assert f"| DPO, all labels | {found['DPO, all labels'][0]:g} | 1 | {runs.pairs} |" in text
+    chosen_for_a_task = {*query_efficiency.COMMITTEE}
+    for path in tmp_path.glob("committee-*.yaml"):
+        assert not chosen_for_a_task & json.loads(path.read_text()).keys()  # a real model has train.py's defaults
     assert len(written) >= 9 and not [*tmp_path.rglob("model.safetensors")]  # three methods, two rates or more and a fold
