@@ -136,8 +136,8 @@ def tuning_tables(bench, task):
     for values, of_beta in ((extended(bench.plan.rates[task]), False), (extended(bench.plan.betas), True)):
         lines += ["", "| noise | method | seeds | " + " | ".join(f"{value:g}" for value in values) + " |",
                   "| --- | --- | --: |" + " --: |" * len(values)]
-        cells = dict.fromkeys((bench.tuning(task, noise, method, [(0, 0)])[0].noise, method)
-                              for noise, method in bench.cells(task))
+        runs = [bench.tuning(task, *cell, [(0, 0)])[0] for cell in bench.cells(task)]
+        cells = dict.fromkeys((run.noise, run.method) for run in runs)
         for noise, method in cells:
             if best := bench.setting(task, noise, method)[0]:
                 tried = bench.tried(task, noise, method, bench.settings(task, best[0] if of_beta else None))
