@@ -17,8 +17,8 @@ without being counted.
 A hash of the pair's content decides which response is y1. That does not depend on the label and is the same in every
 run, so a label in a ledger keeps its meaning.
 
-Legend: B pairs, T tokens of a row, N response tokens of a batch.  Try it: `python data.py FILE_OR_FOLDER MODEL_DIR`
-prints the first pairs as the model will see them.
+Legend: B pairs, T tokens of a row, N response tokens of a batch.  Try it: `python data.py --config configs/quickstart.yaml`,
+with the flags of train.py, prints the first pairs as the model will see them.
 """
 
 import hashlib
@@ -731,14 +731,17 @@ def collate(pairs, rows, shared=True, pad=0):
         lengths=torch.tensor([len(ids) for ids in targets]))
 
 
-def preview(source, model_dir):
-    """Print the first pairs of a source as the model will see them, special tokens in ⟦ ⟧ and what is cut off in ⟪ ⟫."""
-    from runtime.config import Config
+def preview(config, command_line=None):
+    """Print the first training pairs of a run as the model will see them: special tokens in ⟦ ⟧, what is cut off in ⟪ ⟫."""
+    from runtime import toy
     from runtime.model import load_tokenizer
 
-    tokenizer = load_tokenizer(Config(model_name_or_path=model_dir))
-    renderer, uncut = Renderer(tokenizer, 512, 1024), Renderer(tokenizer, 2**31, 2**31)
-    pairs, _, _ = load_pairs({source: 1.0}, ["train"], renderer, "train", max_samples=1000)
+    if config.objective != "adpo":
+        raise UsageError("data.py shows preference pairs, and objective is sft: say --objective=adpo")
+    toy.put_in_place(config)
+    tokenizer = load_tokenizer(config)
+    uncut = Renderer(tokenizer, 2**31, 2**31, config.auto_insert_empty_system_msg)
+    pairs, _, _ = load_split(config, tokenizer, "train", min(1000, config.max_train_samples or 1000))
     for row in range(min(3, len(pairs))):
         prompt, *responses = (json.loads(pairs.texts[row][name]) for name in ("prompt", "first", "second"))
         whole_prompt, whole_responses = uncut(prompt, responses)
@@ -763,12 +766,6 @@ def marked(tokenizer, ids, cut=None):
 
 
 if __name__ == "__main__":
-    import sys
+    from runtime.launch import launch
 
-    if len(sys.argv) != 3:
-        sys.exit("usage: python data.py FILE_OR_FOLDER MODEL_DIR")
-    try:
-        preview(*sys.argv[1:])
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    launch(preview)

@@ -440,25 +440,33 @@ def test_what_happened_to_pairs_is_counted(tmp_path):
                     f"1 {data.KEPT_AS_TEXT}")
 
 
-def test_preview_shows_what_is_easy_to_miss(tmp_path, monkeypatch):
-    """Token counts, special tokens as such, where responses begin and end, what is cut; a bad row is one line."""
-    model, rows = tmp_path / "model", tmp_path / "rows.jsonl"
+def test_preview_shows_what_is_easy_to_miss(tmp_path):
+    """Token counts, special tokens as such, where responses begin and end, what is cut, all by the run's own keys; a bad row
+    is one line."""
+    model, rows, config = tmp_path / "model", tmp_path / "rows.jsonl", tmp_path / "run.yaml"
     tokenizer(**BARE, template=CHATML).save_pretrained(model)
+    config.write_text(json.dumps({"model_name_or_path": str(model), "dataset_mixer": {str(rows): 1.0}, "max_length": 1000,
+                                  "output_dir": str(tmp_path / "run")}))
 
-    def shown(*lines):
+    def shown(*lines, keys=()):
         rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return subprocess.run([sys.executable, "data.py", str(rows), str(model)], cwd=ROOT, capture_output=True, text=True,
-                              timeout=600)
-    done = shown({"prompt": [user("say </s>\nnow")], "response_a": "A", "response_b": "B" * 2000})
-    lines = dict(line.split(" tokens: ", 1) for line in done.stdout.splitlines() if " tokens: " in line)
-    texts = {name.partition(",")[0]: text for name, text in lines.items()}
+        done = subprocess.run([sys.executable, "data.py", "--config", str(config), *keys], cwd=ROOT, capture_output=True,
+                              text=True, timeout=600)
+        texts = dict(line.split(" tokens: ", 1) for line in done.stdout.splitlines() if " tokens: " in line)
+        return done, {name.partition(",")[0]: text for name, text in texts.items()}
+    pair = {"prompt": [user("say </s>\nnow")], "response_a": "A", "response_b": "B" * 2000}
+    done, texts = shown(pair)
     assert texts.pop("prompt") == "⟦<|im_start|>⟧user↵say </s>↵now⟦<|im_end|>⟧↵⟦<|im_start|>⟧assistant↵"
     short, long = sorted(texts.values())
     assert short == "A⟦<|im_end|>⟧" and re.fullmatch(r"B+⟪\d+ tokens cut off: B+⟦<.im_end.>⟧⟫", long)
-    assert any(re.fullmatch(r"y[12], 2", name) for name in lines) and "1 with a response cut to max_length" in done.stdout
-    bad = shown({"prompt": "p", "chosen": 5, "rejected": "r"})
+    assert re.search(r"^y[12], 2 tokens", done.stdout, re.M) and "1 with a response cut to max_length" in done.stdout
+    done, texts = shown(pair, keys=["--max_length=3000", "--auto_insert_empty_system_msg=true"])
+    assert texts["prompt"].startswith("⟦<|im_start|>⟧system↵⟦<|im_end|>⟧") and "cut off" not in done.stdout
+    bad, _ = shown({"prompt": "p", "chosen": 5, "rejected": "r"})
     assert bad.returncode == 2 and bad.stderr.splitlines()[-1].startswith(f"error: {rows}, row 1, field chosen: expected")
     assert "Traceback" not in bad.stderr
+    sft, _ = shown(pair, keys=["--objective=sft"])
+    assert sft.returncode == 2 and sft.stderr.startswith("error: data.py shows preference pairs")
 
 
 def test_tokenizer_without_eos():
