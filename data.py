@@ -46,7 +46,7 @@ from runtime.formats import (
     squeezed,
     template_input,
 )
-from runtime.ranks import rank_0_first, say
+from runtime.ranks import all_gather, rank_0_first, say
 from runtime.sources import decontaminate, hash_of, mix, parse_source, processes, read_rows
 
 # Increase this with any change to what a row becomes: it is part of every cache key.
@@ -568,15 +568,22 @@ def hash_of_tokens(rows):
 
 
 def load_split(config, tokenizer, kind, limit):
-    """(Pairs or None, labels, truths) of the run's "train" or "test" splits, as load_pairs returns them."""
+    """(Pairs or None, labels, truths) of the run's "train" or "test" splits, as load_pairs returns them.
+
+    All ranks call it together. Raises UsageError if they do not find the same pairs.
+    """
     renderer = Renderer(tokenizer, config.max_prompt_length, config.max_length, config.auto_insert_empty_system_msg)
     if renderer.empty_system and kind == "train":
         say("conversations without a system message begin with an empty one (auto_insert_empty_system_msg)")
     names = dict(zip(config.dataset_mixer, config.dataset_configs or ()))
     splits = [split for split in config.dataset_splits if ("train" in split) == (kind == "train")]
-    return rank_0_first(lambda: load_pairs(
+    pairs, labels, truths = rank_0_first(lambda: load_pairs(
         config.dataset_mixer, splits, renderer, kind, names, config.preprocessing_num_workers,
         config.decontaminate_with if kind == "train" else None, limit, config.seed, say, config.objective == "sft"))
+    if len(set(all_gather(pairs and pairs.fingerprint))) > 1:  # hosts may have files of their own
+        raise UsageError(f"the {kind} pairs are not the same on all hosts: copy data set and tokenizer from one to the "
+                         "others, or put them on a file system that all share")
+    return pairs, labels, truths
 
 
 def _drop_unusable(rows, counts):

@@ -30,7 +30,7 @@ from runtime import report
 from runtime.engine import backward, check_against_plain_forward, make_optimizer, no_backward, norm_to_log, starting
 from runtime.errors import UsageError
 from runtime.model import check_models, load_policy, load_tokenizer
-from runtime.ranks import all_gather, bar, rank, reduced, say
+from runtime.ranks import bar, rank, reduced, say
 from runtime.reference import add_other_reference, add_reference, share_prompts
 from runtime.run import Run
 from runtime.schedule import Schedule, set_learning_rate
@@ -79,7 +79,7 @@ def main(config, command_line=None):
         for step in run.steps():
             rows = schedule.rows(step)
             micro_batches = schedule.micro_batches(rows)
-            if oracle.asks_together and not config.label_budget:
+            if oracle.asks_ahead:
                 ask_ahead(engine, oracle, gamma, train, micro_batches, step)
             engine.train()
             lr = set_learning_rate(engine, step, schedule.total_steps, config)
@@ -132,10 +132,6 @@ def load_data(config, tokenizer):
                          "have none): label them, or say --oracle=human or --oracle=judge")
     annotator = annotator_class(config).from_config(config, train, labels, truths) if rank() == 0 else None
     test = load_test_pairs(config, tokenizer) if config.do_eval else None
-    for split in filter(None, (train, test)):
-        if len(set(all_gather(split.fingerprint))) > 1:  # hosts may have files of their own
-            raise UsageError(f"the {split.kind} pairs are not the same on all hosts: copy data set and tokenizer from one "
-                             "to the others, or put them on a file system that all share")
     return train, test, annotator
 
 
@@ -175,7 +171,8 @@ def scored(engine, pairs, batches, beta):
 
 def ask_ahead(engine, oracle, gamma, pairs, micro_batches, step):
     """Ask all questions of a step at once, over all micro-batches and ranks, so that people and judges are not waited for
-    again and again. The loop then finds the answers in the ledger.
+    again and again, and a budget that ends in this step is spent on its least sure pairs. The loop then finds the answers in
+    the ledger.
 
     It costs one more forward pass of the step. Nothing changes between the two passes, so they agree on whom to ask.
     """

@@ -293,14 +293,15 @@ class Ledger:
 
     # For the run.
 
-    def take(self, ids):
+    def take(self, ids, step=2**62):
         """{pair id: label} for those of the ids that have an answer; the label is 0 for one without a preference. From now
-        on these answers cannot be retracted."""
+        on these answers cannot be retracted.  step: without the answers to questions of later steps."""
         found = {}
         for some, marks in portions(ids):
+            which = f"step <= ? AND pair IN ({marks})", (step, *some)
             with self.transaction():
-                found.update(self.db.execute(f"SELECT pair, label FROM answers WHERE pair IN ({marks})", some))
-                self.db.execute(f"UPDATE answers SET used = 1 WHERE used = 0 AND pair IN ({marks})", some)
+                found.update(self.db.execute(f"SELECT pair, label FROM answers WHERE {which[0]}", which[1]))
+                self.db.execute(f"UPDATE answers SET used = 1 WHERE used = 0 AND {which[0]}", which[1])
         return found
 
     def unanswered(self, ids, before=2**62):

@@ -74,6 +74,8 @@ class Oracle:
         if run and self.annotator:
             self.annotator.show = run.show_missing
         self.asks_together = annotator_class(config).asks_together
+        # The last labels of a budget go to the least sure pairs of a step, however it is cut.
+        self.asks_ahead = (self.asks_together or config.max_queries is not None) and not config.label_budget
         self.unasked = []  # (pair id, pseudo-label) of this rank and step
         self.state = {"pseudo_labels": 0, "pseudo_right": 0, "pseudo_known": 0, "budget_spent_at_step": None,
                       "warned_of_audit": False}
@@ -117,12 +119,17 @@ class Oracle:
         return torch.tensor(mine)
 
     def _answers(self, items, step):
-        """{pair: label} of the pairs that have an answer, after asking for those that want one; NaN: no preference."""
-        known = self.ledger.take([item[0] for item in items])
+        """{pair: label} of the pairs that have an answer, after asking for those that want one; NaN: no preference.
+
+        A run that goes on from an earlier checkpoint meets pairs that it asked about at a later step, in another epoch. Such
+        a label is bought, so it is not bought again, but where the pair is not asked, the run is as it was: without it.
+        """
+        known = self.ledger.take([pair for pair, *_ in items], step)
+        known |= self.ledger.take([pair for pair, _, ask, _ in items if ask and pair not in known])
         new = {pair: Question(pair, margin, step, audit) for pair, margin, ask, audit in items if ask and pair not in known}
         questions = list(new.values())
         if self.config.max_queries is not None:
-            left = max(0, self.config.max_queries - self.ledger.count(step))
+            left = max(0, self.config.max_queries - self.ledger.count())
             if left < len(questions):  # the least sure pairs are worth most
                 questions = sorted(questions, key=lambda q: (q.audit, abs(q.margin), q.pair))[:left]
                 if self.state["budget_spent_at_step"] is None:

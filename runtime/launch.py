@@ -73,7 +73,8 @@ def command(argv, main):
         main(config, same_command(argv))
     except Stopped as stopped:
         answers = f" All answers so far are in {config.output_dir}/labels.sqlite." if config.objective == "adpo" else ""
-        say(f"stopped: {stopped}.{answers} Resume with\n    {same_command(argv)}")
+        newest = " --resume_from_checkpoint=null" if config.resume_from_checkpoint is not None else ""
+        say(f"stopped: {stopped}.{answers} Resume with\n    {same_command(argv)}{newest}")
         return 75
     except sqlite3.Error as error:
         what = in_words(Path(config.output_dir) / "labels.sqlite", error)
@@ -141,7 +142,7 @@ def set_up(config):
 def same_command(argv):
     """The command line that started this run."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
-    where = ["--hostfile", "HOSTFILE"] if several_hosts() else ["--num_gpus", str(local)] if local > 1 else []
+    where = ["--hostfile", "HOSTFILE"] if several_hosts() else ["--num_gpus", str(local)] if local else []
     launcher = ["deepspeed", *where] if local else ["python"]
     return shlex.join([*launcher, "train.py", *(arg for arg in argv if not arg.startswith("--local_rank"))])
 

@@ -337,6 +337,8 @@ def save_model(engine, tokenizer, output, config):
             tokenizer.save_pretrained(staging)
             names = sorted(path.name + "/" * path.is_dir() for path in staging.iterdir())
             for name in names:
+                if name.endswith("/"):  # a folder of chat templates, which an attempt that was killed may have left
+                    shutil.rmtree(output / name, ignore_errors=True)
                 os.replace(staging / name, output / name)
         staging.rmdir()
     dist.barrier()

@@ -80,6 +80,7 @@ UNGATED_LOSSES = {
 NOT_WITH_A_BUDGET = {"data_selection": "plain DPO buys every label", "max_queries": "that is the number of labels",
                      "after_budget": "every pair gets a soft label", "pseudo_labels": "every pair gets a soft label",
                      "audit_fraction": "the committee is graded on labels that it has not learned from"}
+ONLY_WITH = {"after_budget": "max_queries"} | {name: "label_budget" for name in FIELDS if name.startswith("committee_")}
 
 REQUIRED = ("model_name_or_path", "dataset_mixer", "output_dir")
 EVALUATION_SPLITS = ("test", "eval", "valid", "dev")  # the name of a split for evaluation contains one of these
@@ -389,6 +390,11 @@ def check_adpo(config, path):
         for name, why in NOT_WITH_A_BUDGET.items():
             if getattr(config, name) != FIELDS[name].default:
                 raise UsageError(f"{path}: {name} does not go with label_budget, because {why}: leave one of them out")
+    for name, other in ONLY_WITH.items():
+        if getattr(config, name) != FIELDS[name].default and getattr(config, other) is None:
+            raise UsageError(f"{path}: {name} decides nothing without {other}: set that, or leave {name} out")
+    if config.after_budget == "pseudo_label" and not config.pseudo_labels:
+        raise UsageError(f"{path}: after_budget pseudo_label does not go with pseudo_labels false: leave one of them out")
     for name in annotator_class(config).needs:
         if getattr(config, name) is None:
             kind = f" ({config.judge})" if config.oracle == "judge" else ""

@@ -14,6 +14,8 @@ def test_a_budget_is_never_passed(train, by_dataset):
     assert summary["budget_spent_at_step"] in (1, 2, 3) and "the budget was spent at step" in run.stdout
     assert summary["queries"] + summary["pseudo_labels"] < 32  # some pairs got neither
     assert "| spent on labels | 3.00 |" in (run.output / "README.md").read_text()
+    cut = train("budget-cut", max_queries=12, micro_batch_tokens=64)  # a pair a micro-batch
+    assert sorted(cut.ledger()) == sorted(run.ledger())
     pseudo = train("budget-pseudo", max_queries=12, after_budget="pseudo_label").summary()
     assert pseudo["queries"] == 12 and pseudo["queries"] + pseudo["pseudo_labels"] == 32
 

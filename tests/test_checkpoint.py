@@ -11,6 +11,7 @@ import zlib
 import pytest
 import torch
 from helpers import assert_same_run, assert_same_weights, copy_without, errors, flip_byte
+from transformers import AutoTokenizer
 
 from runtime import checkpoint
 
@@ -209,3 +210,16 @@ def test_nothing_that_is_hidden_in_a_checkpoint_is_run(train, stopped, tmp_path)
     run = train("hidden", output_dir=stopped, check=2, **SAVING)
     assert len(errors(run)) == 1 and f"checkpoint-4/{MODEL}: " in errors(run)[0] and "os.mkdir" not in run.stdout
     assert not (tmp_path / "it-ran").exists()
+
+
+def test_an_end_that_was_killed_while_it_saved_is_repeated(train, tiny, tmp_path):
+    """With a tokenizer that has several chat templates, which transformers saves in a folder."""
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "model")
+    keys = SAVING | {"output_dir": tmp_path / "run", "model_name_or_path": tmp_path / "model"}
+    template = train("templates", **keys).output / "additional_chat_templates" / "tool_use.jinja"
+    assert template.is_file()
+    (tmp_path / "run" / "summary.json").unlink()
+    assert train("templates", **keys).summary()["queries"] and template.is_file()

@@ -38,7 +38,8 @@ from transformers import ByT5Tokenizer
 import data
 from data import Pairs, Renderer
 from runtime import sources
-from runtime.errors import DataError
+from runtime.config import Config
+from runtime.errors import DataError, UsageError
 from runtime.formats import hh_messages, parse_row
 
 HH = ROOT / ".." / "shared" / "data" / "hh-harmless-test.jsonl.gz"
@@ -472,6 +473,17 @@ def test_preview_shows_what_is_easy_to_miss(tmp_path):
 def test_tokenizer_without_eos():
     with pytest.raises(DataError, match="no eos_token"):
         renderer(eos=None)
+
+
+@pytest.mark.parametrize("hosts", [["here", "there"], ["here", None]])
+def test_hosts_with_other_pairs_are_refused(hosts, tmp_path, monkeypatch):
+    """Also where one of them has no such split. (Two hosts, as far as one process can play them.)"""
+    monkeypatch.setattr(data, "all_gather", lambda value: hosts)
+    monkeypatch.setattr(data, "rank_0_first", lambda work: work())
+    config = Config(dataset_mixer={str(write_folder(tmp_path / "s", [preference(1, prompt="p")])): 1.0}, output_dir="o",
+                    model_name_or_path="m")
+    with pytest.raises(UsageError, match="the train pairs are not the same on all hosts"):
+        data.load_split(config, tokenizer(), "train", None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

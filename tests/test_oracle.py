@@ -332,6 +332,21 @@ def test_the_budget_goes_to_the_least_sure_and_is_never_passed(tmp_path):
     assert oracle.queries() == oracle.annotator.calls == 3
 
 
+def test_a_run_that_goes_back_sees_a_label_from_the_step_at_which_it_asked(tmp_path):
+    """Pair b is sure in the first epoch and unsure in the second. So is the run that starts again from a checkpoint of the
+    first; one whose margins have become others may use the label at once, because it is paid for."""
+    oracle = make(DatasetAnnotator(LABELS), tmp_path, max_queries=2)
+    steps = [(["a", "b"], [0.1, 2.0], [True, False]), (["c"], [3.0], [False]), (["b", "a"], [0.1, 4.0], [True, False])]
+    first = [ask(oracle, *step, n) for n, step in enumerate(steps)]
+    assert first == [[1, 0], [0], [-1, 1]] and oracle.state["budget_spent_at_step"] is None
+    again = make(oracle.annotator, tmp_path, max_queries=2)
+    assert [ask(again, *step, n) for n, step in enumerate(steps)] == first and again.state["budget_spent_at_step"] is None
+    assert ask(again, ["a", "b"], [0.1, 0.2], [True, True], 0) == [1, -1] and again.queries() == oracle.annotator.calls == 2
+    assert ask(again, ["c"], [0.1], [True], 1) == [0] and again.queries() == 2  # the budget holds for all steps together
+    oracle.close()
+    again.close()
+
+
 def test_audited_pairs_tell_how_right_pseudo_labels_are(oracle, monkeypatch):
     monkeypatch.setattr(module, "is_audited", lambda pair, fraction, seed: pair in "abd")
     assert ask(oracle, ["a", "b", "c", None, "d"], [2.0, 3.0, 0.1, 0.0, -2.5],

@@ -146,9 +146,9 @@ def ending(monkeypatch):
             raise Ended
         return record
 
-    def run(main):
+    def run(main, **keys):
         monkeypatch.setattr(launch.sys, "argv", ["train.py", "--config", "c.yaml"])
-        monkeypatch.setattr(launch, "parse_config", lambda argv: Config(output_dir="o"))
+        monkeypatch.setattr(launch, "parse_config", lambda argv: Config(output_dir="o", **keys))
         monkeypatch.setattr(launch, "set_up", lambda config: None)
         monkeypatch.setattr(launch, "rank", lambda: 0)
         monkeypatch.setattr(launch, "time", types.SimpleNamespace(sleep=lambda seconds: None))
@@ -178,6 +178,8 @@ def test_a_stopped_run_says_how_to_go_on(ending, capsys):
     assert capsys.readouterr().out == (
         "stopped: interrupted. All answers so far are in o/labels.sqlite. "
         "Resume with\n    python train.py --config c.yaml\n")
+    ending(raising(Stopped("interrupted")), resume_from_checkpoint="o/checkpoint-1")  # which the run has left behind
+    assert capsys.readouterr().out.endswith("python train.py --config c.yaml --resume_from_checkpoint=null\n")
 
 
 @pytest.mark.parametrize("error, code, said", [
@@ -198,6 +200,8 @@ def test_a_run_that_fails_ends_alone_and_leaves_the_process_group_as_it_is(error
 def test_the_command_that_resumes_is_the_one_that_was_given(monkeypatch):
     argv = ["--config", "my config.yaml", "--local_rank=1", "--gamma=1"]
     assert launch.same_command(argv) == "python train.py --config 'my config.yaml' --gamma=1"
+    monkeypatch.setenv("LOCAL_SIZE", "1")  # of a machine with more GPUs, perhaps
+    assert launch.same_command(argv) == "deepspeed --num_gpus 1 train.py --config 'my config.yaml' --gamma=1"
     monkeypatch.setenv("LOCAL_SIZE", "2")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert launch.same_command(argv) == "deepspeed --num_gpus 2 train.py --config 'my config.yaml' --gamma=1"
