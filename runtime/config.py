@@ -165,7 +165,7 @@ class Config:
 FREE_ON_RESUME = {"logging_steps", "logging_first_step", "log_level", "eval_strategy", "eval_steps", "eval_on_start",
                   "do_eval", "max_eval_samples", "per_device_eval_batch_size", "save_strategy", "save_steps",
                   "save_total_limit", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id",
-                  "hub_model_revision", "preprocessing_num_workers", "num_threads", "output_dir", "toy_dir",
+                  "hub_model_revision", "preprocessing_num_workers", "num_threads", "output_dir",
                   "oracle_wait_minutes", "price_per_label", "judge_url", "judge_device", "judge_api_key_env",
                   "judge_concurrency", "judge_timeout", "judge_prompt", "judge_max_tokens", "judge_extra_body",
                   "judge_disagreement", "judge_unanswerable", "judge_prompt_price", "judge_completion_price",
