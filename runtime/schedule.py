@@ -67,7 +67,8 @@ class Schedule:
         return {self.pairs.ids[row] for row in self.rows_seen()}
 
     def pairs_seen(self, steps):
-        """How many different pairs the run has come to after so many steps; with a committee, all of them from the start."""
+        """How many pairs the run has come to after so many steps, each time counted that the data repeat one; with a
+        committee, the different pairs of all steps, from the start."""
         return self.considered or min(len(self.pairs), steps * self.step_pairs)
 
     def engine_batches(self):
