@@ -107,6 +107,9 @@ def find(config, output):
     folder = Path(wanted)
     if not (folder / "trainer_state.json").is_file():
         raise UsageError(f"resume_from_checkpoint {folder}: no complete checkpoint there (no trainer_state.json)")
+    if folder.resolve().parent != output.resolve():
+        raise UsageError(f"resume_from_checkpoint {folder}: belongs to another run, whose config.yaml and labels.sqlite are "
+                         f"not in {output}: copy that run's whole folder to {output}, and name the checkpoint in there")
     if problem := damage(folder):
         raise UsageError(f"resume_from_checkpoint: {problem}: name another one, or none to take the newest that is whole")
     return folder
@@ -119,7 +122,7 @@ def newest_whole(output):
     steps once more, with the same answers from the ledger. All ranks call it together.
     """
     for path in [output / ".checkpoint", *sorted(output.glob("checkpoint-*"))]:
-        if path.is_dir() and path.suffix != ".damaged" and not (path / "trainer_state.json").is_file():
+        if path.is_dir() and path.suffix not in (".damaged", ".abandoned") and not (path / "trainer_state.json").is_file():
             say(f"{path} is half-written: skipped")
     damaged = {}
     for folder in reversed(complete(output).values()):
@@ -140,6 +143,19 @@ def newest_whole(output):
             os.replace(bad, aside)
     dist.barrier()
     return folder
+
+
+def set_aside_later(output, step):
+    """Rename the checkpoints of later steps than the one that a run goes on from, so that nothing goes on from them: the run
+    comes to those steps again, perhaps in another way. All ranks call it together."""
+    for later, folder in complete(output).items():
+        if later > step:
+            aside = folder.with_name(f"{folder.name}.abandoned")
+            say(f"{folder.name} is of a later step: set aside as {aside.name}")
+            if rank() == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(folder, aside)
+    dist.barrier()
 
 
 def complete(output):

@@ -73,6 +73,10 @@ def read_engine_file(config):
         raise UsageError(f"{config.deepspeed}: {error}")
     if not isinstance(ds, dict) or not isinstance(ds.get("zero_optimization", {}), dict):
         raise UsageError(f"{config.deepspeed}: expected an engine config, an object whose zero_optimization is one too")
+    for name, ours in (("optimizer", "optim, learning_rate and weight_decay"),
+                       ("scheduler", "lr_scheduler_type and warmup_ratio")):
+        if name in ds:
+            raise UsageError(f"{config.deepspeed}: {name} cannot be honoured: the YAML's {ours} decide that; take it out")
     return ds
 
 

@@ -228,7 +228,7 @@ def _with_system(row, prompt, sides, place):
 
 def _with_tools(row, prompt, place):
     """The prompt with the row's tools as its first message."""
-    tools = row.get("tools")
+    tools = without_none(row.get("tools"))
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)

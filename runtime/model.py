@@ -29,11 +29,16 @@ from runtime.files import writing
 from runtime.ranks import rank, say
 
 
+def revision_of(config, name):
+    """The revision of a model or tokenizer: model_revision is that of model_name_or_path, and of no other repository."""
+    return config.model_revision if name == config.model_name_or_path else "main"
+
+
 def load_tokenizer(config):
     name = config.tokenizer_name_or_path or config.model_name_or_path
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            name, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
+            name, revision=revision_of(config, name), trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a damaged file of a folder may raise anything
         raise cannot_load("tokenizer", name, error)
     if config.chat_template:
@@ -82,10 +87,11 @@ def check_models(config, tokenizer):
 
 def resolve_model(config, name):
     """(model, its revision, None), or for an adapter (the model it was trained on, its revision, the adapter's folder)."""
+    revision = revision_of(config, name)
     try:
-        path = transformers.utils.find_adapter_config_file(name, revision=config.model_revision)
+        path = transformers.utils.find_adapter_config_file(name, revision=revision)
         if path is None:
-            return name, config.model_revision, None
+            return name, revision, None
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
         base, revision = settings["base_model_name_or_path"], settings.get("revision") or "main"
     except Exception as error:  # as above
@@ -116,14 +122,16 @@ def load_weights(config, name, revision, in_4bit=False):
     return lm
 
 
-def add_adapter(config, lm):
+def add_adapter(config, lm, base, revision):
     """Put LoRA weights into the layers of `lm`, in place, and freeze all others. The adapter's output is 0 until it is
-    trained, so the policy before its first step is the model that was loaded."""
+    trained, so the policy before its first step is the model that was loaded.  base, revision: that model's, which the
+    adapter names."""
     import peft
     targets = config.lora_target_modules
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM", r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=0.0,
-        target_modules="all-linear" if targets == ["all-linear"] else targets, modules_to_save=config.lora_modules_to_save)
+        target_modules="all-linear" if targets == ["all-linear"] else targets, modules_to_save=config.lora_modules_to_save,
+        revision=None if Path(base).exists() else revision)
     try:
         peft.get_peft_model(lm, settings)
     except ValueError as error:
@@ -135,7 +143,7 @@ def load_adapter(config, lm, name, trained):
     """`lm` with the adapter `name` in its layers, to be trained further; without use_peft, merged into its weights."""
     import peft
     try:
-        adapted = peft.PeftModel.from_pretrained(lm, name, revision=config.model_revision, is_trainable=config.use_peft)
+        adapted = peft.PeftModel.from_pretrained(lm, name, revision=revision_of(config, name), is_trainable=config.use_peft)
         if not config.use_peft:
             return adapted.merge_and_unload().requires_grad_(True)  # peft has frozen them
     except Exception as error:  # as above
@@ -199,7 +207,7 @@ def load_lm(config, name, trained):
         if adapter:
             lm = load_adapter(config, lm, name, trained)
         elif config.use_peft and trained:
-            add_adapter(config, lm)
+            add_adapter(config, lm, base, revision)
         return lm
     except SafetensorError as error:
         raise UsageError(f"model {name}: a file of its weights is damaged ({one_line(error)}): fetch it again")
@@ -246,7 +254,8 @@ def weights_fingerprint(config, name):
 def folder_fingerprint(folder):
     digest = hashlib.blake2b(digest_size=16)
     names = [name for name in ("config.json", "adapter_config.json") if (Path(folder) / name).is_file()]
-    for path in sorted([*Path(folder).glob("*.safetensors"), *(Path(folder) / name for name in names)]):
+    code = Path(folder).glob("*.py")  # of a model that brings its own
+    for path in sorted([*Path(folder).glob("*.safetensors"), *code, *(Path(folder) / name for name in names)]):
         with open(path, "rb") as file:
             while block := file.read(1 << 24):
                 digest.update(block)
@@ -258,7 +267,7 @@ def leaves_adapter(config):
     return config.use_peft and not config.merge_adapter
 
 
-def save_adapter(config, lm, state, folder):
+def save_adapter(config, lm, state, folder, tokenizer):
     """Write the adapter as PeftModel.from_pretrained reads it, or with merge_adapter a plain model that includes it.
 
     state: {name: weight} of everything that was trained.
@@ -274,6 +283,7 @@ def save_adapter(config, lm, state, folder):
     if config.merge_adapter:  # into the original weights, not into their 4-bit form
         base, revision, _ = resolve_model(config, config.model_name_or_path)
         merged = peft.PeftModel.from_pretrained(load_weights(config, base, revision), folder).merge_and_unload()
+        name_ends(merged, tokenizer)
         merged.save_pretrained(folder)
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             (folder / name).unlink()
@@ -330,7 +340,7 @@ def save_model(engine, tokenizer, output, config):
         shutil.rmtree(staging, ignore_errors=True)
         with writing(output / "model.safetensors", staging):
             if config.use_peft:
-                save_adapter(config, lm, state, staging)
+                save_adapter(config, lm, state, staging, tokenizer)
             else:
                 name_ends(lm, tokenizer)
                 lm.save_pretrained(staging, state_dict=state)

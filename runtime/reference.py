@@ -15,6 +15,7 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -96,9 +97,10 @@ def cached(kind, depends, compute):
 
 
 def kernels(engine):
-    """What decides which kernels compute a log-prob: the attention, the compiler, the version, the device."""
+    """What decides which kernels compute a log-prob: the attention, the compiler, the versions, the device."""
     device = torch.cuda.get_device_name() if engine.device.type == "cuda" else engine.device.type
-    return engine.module.lm.config._attn_implementation, engine.module.compiled, torch.__version__, device
+    versions = torch.__version__, transformers.__version__
+    return engine.module.lm.config._attn_implementation, engine.module.compiled, *versions, device
 
 
 def score(engine, pairs, batches, what):

@@ -112,6 +112,9 @@ class Run:
                 state[name] for name in ("step", "skipped", "wall_seconds", "evaluation", "sums"))
             for name, part in parts.items():
                 part.state = state[name]
+            if not schedule.test:  # the last evaluation would be taken for one of the model at the end
+                self.evaluation = None
+            checkpoint.set_aside_later(self.output, self.step)
             say(f"resumed from {self.checkpoint} at step {self.step:,} of {self.total_steps:,}")
         self.sums = torch.tensor(sums, dtype=torch.float64, device=engine.device) * (rank() == 0)
         self.metrics = report.Log(self.output, engine, self.step if self.checkpoint else -1)

@@ -196,13 +196,17 @@ def parse_source(source, split, config_name=None, *, parse, version, variant=())
     parse: a generator function (source, split, config_name) that yields dicts with the columns id, prompt, first, second
     (the last three JSON), place, and label and truth: +1 if the first response is better, −1 if the second, 0 if unknown.
     version, variant: what identifies `parse` in the cache key: the version of the row formats, and a list that tells
-    apart parsers of the same version. The rest of the key is the source and the state of its files.
+    apart parsers of the same version. The rest of the key is the source and the state of its files, or its
+    commit on the hub.
     Raises DataError, as `parse` does.
     """
     path = find_file(source, split) if Path(source).exists() else None
-    state = [path.stat().st_size, path.stat().st_mtime_ns] if path else []
-    if not path and Path(source).exists():
+    if path:
+        state = [path.stat().st_size, path.stat().st_mtime_ns]
+    elif Path(source).exists():
         state = sorted((str(p), p.stat().st_mtime_ns) for p in Path(source).rglob("*.arrow"))
+    else:  # on the hub: the commit that a name stands for
+        state = [datasets.load_dataset_builder(source, config_name).hash]
     columns = {name: datasets.Value("string") for name in ("id", "prompt", "first", "second", "place")}
     columns |= {name: datasets.Value("int8") for name in ("label", "truth")}
     where = os.path.abspath(source) if Path(source).exists() else source
@@ -227,6 +231,8 @@ def mix(mixer, splits, kind, load, configs=None, max_samples=None, seed=42):
     for source, fraction in mixer.items():
         config_name = (configs or {}).get(source)
         here = [split for split in splits if has_split(source, split, config_name)]
+        if Path(source).is_file() or (Path(source) / "state.json").is_file():
+            here = here[:1]  # it has no splits, and stands for each name: its pairs would count twice
         found |= bool(here)
         if kind == "train" and not here:
             raise DataError(f"{source}: has no split {' or '.join(splits)} (a folder holds SPLIT{{{','.join(SUFFIXES)}}})")

@@ -51,6 +51,32 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(harm, problem
     assert sorted(path.name for path in stopped.glob("checkpoint-*")) == ["checkpoint-4.damaged", "checkpoint-6"]
 
 
+def test_a_run_that_goes_back_leaves_later_checkpoints_aside(train, whole, tmp_path):
+    """Or save_total_limit would remove the new ones, and the same command would go on from an old one."""
+    copy = copy_without(whole, tmp_path / "back", "summary.json", "model.safetensors")
+    again = train("back", output_dir=copy, resume_from_checkpoint=copy / "checkpoint-2", save_total_limit=1, **SAVING)
+    assert "checkpoint-6 is of a later step: set aside as checkpoint-6.abandoned" in again.stdout
+    assert_same_run(again, whole)
+    assert sorted(path.name for path in copy.glob("checkpoint-*")) == [
+        "checkpoint-4.abandoned", "checkpoint-6", "checkpoint-6.abandoned"]
+
+
+def test_the_checkpoint_of_another_run_is_refused(train, whole, tmp_path):
+    """Its config would not be compared, and its labels would not be there."""
+    keys = SAVING | {"output_dir": tmp_path / "new", "resume_from_checkpoint": whole.output / "checkpoint-2"}
+    error, = errors(train("foreign", check=2, **keys))
+    assert "checkpoint-2: belongs to another run, whose config.yaml and labels.sqlite" in error
+
+
+def test_an_evaluation_of_an_earlier_step_is_not_taken_for_the_last_one(train, tmp_path):
+    keys = SAVING | {"output_dir": tmp_path / "run", "eval_strategy": "steps", "eval_steps": 2}
+    whole = train("evaluated", **keys)
+    assert whole.summary()["eval_accuracy"] is not None
+    copy = copy_without(whole, tmp_path / "stopped", "checkpoint-6", "summary.json", "model.safetensors")
+    resumed = train("not-evaluated", **keys | {"output_dir": copy, "do_eval": False})
+    assert resumed.summary()["eval_accuracy"] is None and resumed.rows()[-1]["step"] == 6
+
+
 def test_without_any_whole_checkpoint_the_run_does_not_start_again_unasked(train, stopped):
     shutil.rmtree(stopped / "checkpoint-2")
     flip_byte(stopped / "checkpoint-4" / MODEL)

@@ -249,6 +249,8 @@ def test_the_engine_config_takes_what_the_yaml_owns(write, tmp_path, monkeypatch
     for text, message in (('{"gradient_clipping": 2}', "gradient_clipping is 2, but the YAML says 0.5"),
                           ('{"zero_optimization": {"stage": "auto"}}', 'zero_optimization.stage is "auto", but no key'),
                           ('{"fp16": {"enabled": true}}', "fp16 cannot be honoured"), ("{", "line 1: not JSON"),
+                          ('{"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}', "optimizer cannot be honoured"),
+                          ('{"scheduler": {"type": "WarmupLR"}}', "scheduler cannot be honoured: the YAML's lr_scheduler"),
                           ('{"zero_optimization": {"stage": 3}}', "torch_compile cannot be honoured: ZeRO-3 gathers")):
         (tmp_path / "ds.json").write_text(text)
         with pytest.raises(UsageError, match=message):

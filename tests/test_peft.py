@@ -9,6 +9,9 @@ import transformers
 from helpers import assert_same_weights, copy_without
 from safetensors.torch import load_file
 
+from runtime import model
+from runtime.config import Config
+
 LORA = dict(use_peft=True, lora_r=4, lora_alpha=8, lora_target_modules="all-linear", learning_rate="1e-2")
 
 
@@ -47,6 +50,27 @@ def test_merged_it_is_a_plain_model_that_computes_the_same(train, adapted, tiny)
     plain = load(merged.output)
     assert not hasattr(plain, "peft_config") and plain.num_parameters() == load(tiny / "model").num_parameters()
     assert torch.allclose(logits(plain, tiny), logits(load(adapted.output), tiny), atol=1e-5)
+
+
+def test_merged_it_stops_where_its_replies_ended(train, adapted, tiny, monkeypatch):
+    """As a model that was trained whole does. Here the replies of training ended in token 5 as well."""
+    monkeypatch.setattr(model, "name_ends", lambda lm, tokenizer: setattr(lm.generation_config, "eos_token_id", [1, 5]))
+    merged = train("merged-ends", **LORA, merge_adapter=True)
+    assert load(merged.output).generation_config.eos_token_id == [1, 5]
+
+
+def test_an_adapter_names_the_revision_of_its_base(tmp_path):
+    lm = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
+    config = Config(model_name_or_path="org/base", model_revision="v2", dataset_mixer={"d": 1.0}, output_dir="o",
+                    lora_target_modules=["all-linear"])
+    model.add_adapter(config, lm, "org/base", model.revision_of(config, "org/base"))
+    assert lm.peft_config["default"].revision == "v2"
+    assert model.revision_of(config, "org/reference") == "main"  # model_revision is the policy's alone
+    for name in ("model.safetensors", "modeling_own.py"):
+        before = model.folder_fingerprint(tmp_path)
+        (tmp_path / name).write_text("x")
+        assert model.folder_fingerprint(tmp_path) != before
 
 
 @pytest.mark.parametrize("stage, processes", [

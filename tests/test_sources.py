@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 from collections import Counter
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -129,7 +130,7 @@ def test_splits(tmp_path):
 
 def test_hub_source(monkeypatch):
     """A hub id goes through datasets, with its config name; the error names id, split and row."""
-    asked = []
+    asked, commit = [], "1"
 
     def load_dataset(name, config, split):
         asked.append((name, config, split))
@@ -137,14 +138,43 @@ def test_hub_source(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["train", "bad"])
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, config: SimpleNamespace(hash=commit))
     pairs, labels, _, _ = load_source("someone/prefs", configs={"someone/prefs": "small"})
     assert [(p, {a, b}) for p, a, b in decoded(pairs)] == EXPECTED and len(labels) == 6
     assert asked == [("someone/prefs", "small", "train")]
+    load_source("someone/prefs", configs={"someone/prefs": "small"})
+    assert len(asked) == 1  # in the cache
+    commit = "2"
+    load_source("someone/prefs", configs={"someone/prefs": "small"})
+    assert len(asked) == 2  # the owner has changed it
     with pytest.raises(DataError, match=r"someone/prefs \[bad\], row 2, field rejected: .*nothing"):
         load_source("someone/prefs", splits=["bad"])
     assert load_source("someone/prefs", kind="test") == (None, {}, {}, "")
     with pytest.raises(DataError, match="someone/prefs: has no split train_prefs"):
         load_source("someone/prefs", splits=["train_prefs"])
+
+
+@pytest.mark.parametrize("form", ("one file", "Dataset"))
+def test_a_source_without_splits_counts_once(form, tmp_path):
+    """However many training splits the other sources have."""
+    source = tmp_path / ("rows.jsonl" if form == "one file" else "saved")
+    if form == "one file":
+        source.write_text(json.dumps(preference(1)) + "\n")
+    else:
+        datasets.Dataset.from_list([preference(1)]).save_to_disk(source)
+    assert len(load_source(source, splits=["train_sft", "train_gen"])[0]) == 1
+
+
+def test_tools_are_the_same_from_every_kind_of_file(tmp_path):
+    """Arrow gives each object the fields of all the others."""
+    tools = [{"name": "weather", "parameters": {"city": {"type": "string"}}},
+             {"name": "pay", "parameters": {"amount": {"type": "number"}}}]
+    row = {"prompt": [user("q")], "chosen": [reply("a")], "rejected": [reply("b")], "tools": tools}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    datasets.Dataset.from_list([row]).to_parquet(tmp_path / "train.parquet")
+    parsed = [parse_row(row, place) for name in ("train.jsonl", "train.parquet")
+              for place, row in sources.read_file(tmp_path / name)]
+    assert parsed[0] == parsed[1] and json.loads(parsed[0]["prompt"][0]["content"]) == tools
 
 
 def test_mixer_and_max_samples(tmp_path):
