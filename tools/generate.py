@@ -428,14 +428,16 @@ def answer_batch(model, batch, options):
 
 
 def model_config(name, options, device):
-    """The Config with which runtime/model.py loads the model. A key that is not given is as the training run had it."""
+    """The Config with which runtime/model.py loads the model. If auto_insert_empty_system_msg is not given, it is as the
+    training run had it, which wrote config.yaml."""
     keys = ("bf16", "seed", "chat_template", "auto_insert_empty_system_msg", "model_revision", "trust_remote_code")
     given = {key: convert(getattr(options, key), key, f"command line, --{key}") for key in keys
              if getattr(options, key) is not None}
     saved, key = Path(name) / "config.yaml", "auto_insert_empty_system_msg"
     if saved.is_file():
         with reading(saved):
-            trained = load_yaml(saved.read_text(encoding="utf-8"), saved)
+            written = load_yaml(saved.read_text(encoding="utf-8"), saved)
+        trained = written.get("config") if isinstance(written, dict) else None
         if isinstance(trained, dict) and key in trained:
             given.setdefault(key, convert(trained[key], key, f"{saved}, {key}"))
     given.setdefault(key, wants_empty_system(name))
