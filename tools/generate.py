@@ -88,6 +88,13 @@ def text_field(row, name, place):
     return checked_text(value, f"{place}, field {name}")
 
 
+def columns_of(prompt):
+    """The columns in which a row has this prompt, as training reads them: a conversation's tools have one of their own."""
+    if isinstance(prompt, list) and prompt[0]["role"] == "tools":
+        return {"prompt": prompt[1:], "tools": json.loads(prompt[0]["content"])}
+    return {"prompt": prompt}
+
+
 class Jsonl:
     """{"prompt", "response"} lines."""
 
