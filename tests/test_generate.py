@@ -105,6 +105,32 @@ def test_jsonl_is_the_default_and_takes_the_rows_of_a_test_split(tiny, model):
     assert all(list(row) == ["prompt", "response"] for row in found)
 
 
+def test_jsonl_asks_what_training_would_see(chat_model, tmp_path, capsys):
+    """The system message and the tools of a row are asked, and tell its answer from others."""
+    look, hear = ({"type": "function", "function": {"name": name}} for name in ("view", "music"))
+    talk = [{"role": "user", "content": "the bar"}]
+    asked = [{"prompt": "the bar"}, {"prompt": "the bar", "system": "the"}, {"question": "the bar"},
+             *({"prompt": talk, "tools": tools} for tools in ([look], json.dumps([hear])))]
+    questions = write(tmp_path / "q.jsonl", asked)
+    flags = ("--chat_template", "{% for tool in tools or () %}{{ tool.function.name }} {% endfor %}" + CHATML)
+    run(chat_model, questions, *flags)
+    found = lines(chat_model / "responses.jsonl")
+    ours = [{"prompt": "the bar"}, {"prompt": [{"role": "system", "content": "the"}, *talk]}, {"prompt": talk},
+            {"prompt": talk, "tools": [look]}, {"prompt": talk, "tools": [hear]}]
+    assert [{name: row[name] for name in row if name != "response"} for row in found] == ours
+    chat = "<|im_start|>user\nthe bar<|im_end|>\n<|im_start|>assistant\n"
+    for row, text in zip(found, ("the bar", f"<|im_start|>system\nthe<|im_end|>\n{chat}", chat, f"view {chat}",
+                                 f"music {chat}")):
+        assert row["response"] == greedy(chat_model, text, ends=("</s>", "<end>"))
+    kept = (chat_model / "responses.jsonl").read_text()
+    (chat_model / "responses.jsonl").write_text(kept[:kept.rindex("{\"prompt")])
+    run(chat_model, questions, *flags)
+    assert "5 answers in" in (said := capsys.readouterr().out) and "4 of them from before" in said
+    assert (chat_model / "responses.jsonl").read_text() == kept
+    assert generate.main(["--compare", str(chat_model), str(chat_model)]) == 0
+    assert "5 questions in both, 5 answers the same" in capsys.readouterr().out
+
+
 def test_the_task_of_the_harnesses_is_the_committed_one():
     rows = lines(harnesses.TASK / "reviews.jsonl")
     assert rows == harnesses.reviews() and len(rows) == 100
@@ -338,7 +364,8 @@ def test_answers_of_other_settings_weights_or_questions_are_refused(model, tmp_p
     ("mt_bench", {**MT_BENCH[0], "turns": []}, "row 2, field turns: expected a list of texts"),
     ("mt_bench", {**MT_BENCH[1], "turns": ["a", None]}, "row 2, field turns: expected a text, found None"),
     ("mt_bench", MT_BENCH[0], "row 2, field question_id: 81 appears twice"),
-    ("jsonl", {"prompt": None}, "row 2, field prompt: expected a string or a list of messages, found nothing"),
+    ("jsonl", {"text": "a"}, "row 2: needs a prompt; it has text"),
+    ("jsonl", {"prompt": "a", "context": "b"}, "row 2, field context: would be left out"),
     ("jsonl", {"prompt": [{"role": "user", "content": "a"}]}, "row 2: messages need a chat template"),
 ], ids=str)
 def test_bad_questions_are_refused_with_their_row_and_field(model, tmp_path, capsys, format, row, words):

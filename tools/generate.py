@@ -13,9 +13,11 @@ hold, and where the answers go unless --output says otherwise:
     alpaca_eval    {"instruction"}, and "dataset", which is kept                   DIR/model_outputs.json
     mt_bench       {"question_id", "category", "turns"}, as FastChat has them      DIR/data/mt_bench/model_answer/NAME.jsonl
 
-Instructions and turns go through the chat template as in training (data.Renderer, with the empty system message that the
-config.yaml beside the model asks for). Without a template they are plain text; a later turn follows the earlier ones and
-their answers, separated by blank lines. An answer ends at EOS or where the template ends a turn, and is stripped.
+A jsonl row may also have what goes with a prompt in training: `system`, `tools`, or the user's turn in another column
+(runtime/formats.py, parse_prompt). Instructions and turns go through the chat template as in training (data.Renderer, with
+the empty system message that the config.yaml beside the model asks for). Without a template they are plain text; a later
+turn follows the earlier ones and their answers, separated by blank lines. An answer ends at EOS or where the template ends a
+turn, and is stripped.
 
 The temperature is 0 (greedy), or for MT-Bench that of the category in FastChat's common.py; --temperature overrides both. A
 draw depends only on --seed, the question and the turn, so neither --batch_size nor resuming changes an answer, unless
@@ -46,7 +48,7 @@ from transformers import AutoConfig, GenerationConfig, LogitsProcessor, TopKLogi
 import data  # noqa: E402
 from runtime.config import Config  # noqa: E402
 from runtime.errors import DataError, Stopped, UsageError, one_line  # noqa: E402
-from runtime.formats import checked_text, text_or_messages  # noqa: E402
+from runtime.formats import checked_text, parse_prompt  # noqa: E402
 from runtime.parse import convert, load_yaml, wants_empty_system  # noqa: E402
 from runtime.ranks import bar, say  # noqa: E402
 from runtime.sources import hash_of, reading  # noqa: E402
@@ -96,7 +98,7 @@ def columns_of(prompt):
 
 
 class Jsonl:
-    """{"prompt", "response"} lines."""
+    """{"prompt", "response"} lines, with "tools" where there are some."""
 
     @staticmethod
     def path(folder, name):
@@ -104,16 +106,17 @@ class Jsonl:
 
     @staticmethod
     def key(row):
-        return json.dumps(row.get("prompt"))
+        return json.dumps([row.get("prompt"), row["tools"]] if "tools" in row else row.get("prompt"))
 
     @staticmethod
     def question(row, place):
-        prompt = text_or_messages(row.get("prompt"), f"{place}, field prompt")
-        return EvalQuestion(Jsonl.key({"prompt": prompt}), [prompt], {"prompt": prompt}, place, chat=False)
+        prompt = parse_prompt(row, place)
+        asked = columns_of(prompt)
+        return EvalQuestion(Jsonl.key(asked), [prompt], asked, place, chat=False)
 
     @staticmethod
     def answer(question, turns, name):
-        return {"prompt": question.row["prompt"], "response": turns[0]}
+        return question.row | {"response": turns[0]}
 
     @staticmethod
     def text(rows):
