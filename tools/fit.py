@@ -8,7 +8,8 @@
     python tools/fit.py MODEL_DIR --plan --gpus 16 --tflops 300 --wire 12.5
 
 The estimate is of what train.py holds at the peak of a step, from the shapes alone; benchmarks/results/speed.md compares it
-with measured peaks. It leaves out what the CUDA context, NCCL and fragmentation take, so keep 10 to 20 % free.
+with measured peaks. Activations are counted as in a layer of a Llama; one of another family may keep half or twice as much.
+The estimate leaves out what the CUDA context, NCCL and fragmentation take, so keep 10 to 20 % free.
 
 Exit code 2: there is no such model, its config does not name what the estimate needs, or a number makes no sense; one line
 says which.
