@@ -54,7 +54,11 @@ def read_metrics(folder):
     rows = []
     for n, line in enumerate(text.splitlines(keepends=True), 1):
         try:
-            rows.append(checked(json.loads(line)))
+            row = json.loads(line)
+            if isinstance(row, dict) and "loss" in row and "queries" not in row:  # as runtime/sft.py logs it
+                raise PlotError(f"{path}: of supervised fine-tuning, which buys no labels and has none of these curves; "
+                                "its losses are in that file")
+            rows.append(checked(row))
         except ValueError as error:
             if line.endswith("\n"):
                 raise PlotError(f"{path}, line {n}: cut off or damaged ({error}); delete that line, or resume the run, "

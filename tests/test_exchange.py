@@ -125,7 +125,7 @@ def test_round_trip_maps_each_label_back_by_its_text(store, tmp_path, format, sw
     wanted = {pair: form(texts[pair][1 if label == 1 else 2]) for pair, label in labels.items()}
     path = fill_in(tmp_path / "out", format, wanted, swap=swap)
     assert import_answers(store, path, format) == {
-        "answered": len(texts), "second_opinions": 0, "already_there": 0, "skipped": 0}
+        "answered": len(texts), "second_opinions": 0, "already_there": 0, "replaced": 0, "skipped": 0}
     assert answers(store) == labels
     assert store.db.execute("SELECT DISTINCT annotator, source, step FROM answers").fetchall() == [("ann", "human", 3)]
     assert store.db.execute("SELECT seconds FROM answers ORDER BY seconds").fetchall() == [
@@ -147,13 +147,13 @@ def test_partial_import_and_second_opinions(store, tmp_path, format):
     fill_in(bobs, format, {"pair0": "second 0", "pair1": "first 1"}, annotator="bob")
 
     def counts(path):
-        return list(import_answers(store, path, format).values())  # answered, second opinions, already there, skipped
+        return list(import_answers(store, path, format).values())  # answered, second, already there, replaced, skipped
 
-    assert counts(anns) == [2, 0, 0, 2]
+    assert counts(anns) == [2, 0, 0, 0, 2]
     assert answers(store) == {"pair0": 1, "pair2": -1}
-    assert counts(bobs) == [1, 1, 0, 2]
+    assert counts(bobs) == [1, 1, 0, 0, 2]
     assert answers(store) == {"pair0": 0, "pair1": 1, "pair2": -1}  # ann and bob disagree, so the first has no preference
-    assert counts(bobs) == counts(anns) == [0, 0, 2, 2]
+    assert counts(bobs) == counts(anns) == [0, 0, 2, 0, 2]
     assert store.db.execute("SELECT annotator, verdict FROM verdicts WHERE pair = 'pair0' ORDER BY id").fetchall() == [
         ("ann", 1), ("bob", -1)]
     assert export_questions(store, anns, format) == 1  # what is still open
@@ -170,10 +170,33 @@ def test_several_annotations_of_a_task(store, tmp_path):
         annotation(5, "left", was_cancelled=True), annotation(6, None), annotation(2, "right", lead_time=None)]}]))
     # the last has no time, so it counts as the oldest
     assert import_answers(store, path, "label-studio") == {
-        "answered": 1, "second_opinions": 1, "already_there": 1, "skipped": 2}
+        "answered": 1, "second_opinions": 1, "already_there": 0, "replaced": 1, "skipped": 2}
     assert store.db.execute("SELECT label, annotator FROM answers").fetchall() == [(0, "label-studio-2, label-studio-3")]
     assert store.db.execute("SELECT verdict, annotator FROM verdicts ORDER BY id").fetchall() == [
         (1, "label-studio-2"), (-1, "label-studio-3")]
+
+
+@pytest.mark.parametrize("said", [("a", "b", "a"), ("equal", "cannot judge", "equal"), ("a", "both bad", "a")], ids=str)
+def test_a_person_may_change_their_mind(store, tmp_path, said):
+    """In files one after the other, and then in one file, which changes nothing when it is imported again."""
+    ask(store, simple(1))
+    path = tmp_path / "in"
+
+    def give(*labels):
+        path.write_text("".join(json.dumps({"pair": "pair0", "label": label, "annotator": who}) + "\n"
+                                for label, who in zip(labels, ("ann", "ANN", "Ann"))))
+        return list(import_answers(store, path, "jsonl").values())  # answered, second, already there, replaced, skipped
+
+    def kept():
+        assert answers(store) == {"pair0": store.opinions("pair0")["ann"].label}
+        opinion = store.opinions("pair0")["ann"]
+        return opinion.said or "ab"[drawn_sides("pair0").index(opinion.label)]
+    for n, label in enumerate(said):
+        assert give(label) == [n == 0, n > 0, 0, 0, 0] and kept() == label
+        assert give(label) == [0, 0, 1, 0, 0] and kept() == label
+    assert give(*said[:2]) == [0, 1, 0, 1, 0] and kept() == said[1]
+    before = everything(store)
+    assert give(*said[:2]) == [0, 0, 1, 1, 0] and everything(store) == before
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -222,7 +245,8 @@ def test_a_third_answer_settles_a_pair_without_a_preference(store, tmp_path, for
         for task, choice in zip(tasks, choices):  # beside a click on a response, which cannot be taken back there
             task["annotations"][0]["result"].append({"type": "choices", "value": {"choices": [choice]}})
         path.write_text(json.dumps(tasks))
-    assert import_answers(store, path, format) == {"answered": 3, "second_opinions": 0, "already_there": 0, "skipped": 0}
+    assert import_answers(store, path, format) == {"answered": 3, "second_opinions": 0, "already_there": 0, "replaced": 0,
+                                                      "skipped": 0}
     assert answers(store) == dict.fromkeys(thirds, 0) and store.open_questions() == []
     opinions = {pair: next(iter(store.opinions(pair).values())) for pair in thirds}
     assert {pair: opinion.said for pair, opinion in opinions.items()} == thirds

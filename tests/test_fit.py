@@ -30,10 +30,22 @@ def test_fit_counts_a_model_as_it_is(tiny):
     assert plain["optimiser"] == 8 * n and plain["buffers"] == 0
 
 
-def test_fit_counts_the_activations_that_autograd_keeps(tiny):
+LLAMA = transformers.LlamaConfig(vocab_size=50, hidden_size=64, intermediate_size=160, num_hidden_layers=3,
+                                 num_attention_heads=4, num_key_value_heads=2)
+OTHERS = {  # families with other names for the same
+    "gpt2": transformers.GPT2Config(vocab_size=50, n_embd=64, n_layer=3, n_head=4),
+    "gpt_neo": transformers.GPTNeoConfig(vocab_size=50, hidden_size=64, num_layers=2, attention_types=[[["global"], 2]],
+                                         num_heads=4),
+    "opt": transformers.OPTConfig(vocab_size=50, hidden_size=64, ffn_dim=160, num_hidden_layers=3, num_attention_heads=4),
+    "falcon": transformers.FalconConfig(vocab_size=50, hidden_size=64, num_hidden_layers=3, num_attention_heads=4),
+    "gemma3": transformers.Gemma3Config(
+        text_config=dict(vocab_size=50, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4),
+        vision_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2))}
+
+
+def test_fit_counts_the_activations_that_autograd_keeps():
     """What one more token keeps for the backward pass, counted in the graph of a real model."""
-    config = transformers.LlamaConfig(vocab_size=50, hidden_size=64, intermediate_size=160, num_hidden_layers=3,
-                                      num_attention_heads=4, num_key_value_heads=2)
+    config = LLAMA
     lm = transformers.LlamaForCausalLM(config)
     weights = {p.untyped_storage().data_ptr() for p in lm.parameters()}
 
@@ -141,6 +153,36 @@ def test_numbers_without_a_meaning_are_refused(flags, words):
     done = subprocess.run([sys.executable, "tools/fit.py", *flags], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_families_with_other_names(family, tmp_path, capsys):
+    OTHERS[family].save_pretrained(tmp_path)
+    for flags in ([], ["--plan"]):
+        assert fit.main(fit.parse([str(tmp_path), *flags])) == 0
+        assert "GB" in capsys.readouterr().out
+    n = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(OTHERS[family]).parameters())
+    memory = fit.rank_memory(OTHERS[family])
+    assert memory["weights"] == 2 * n and memory["logits"] == 2048 * 50 * 6 + 50 * 64 * 2
+    f = 4 * 64 if family in ("gpt2", "gpt_neo", "falcon") else 160
+    wider = fit.activation_bytes(transformers.LlamaConfig(**LLAMA.to_dict() | {"intermediate_size": f}), 2, False)
+    layers = OTHERS[family].get_text_config().num_hidden_layers
+    if family != "gemma3":  # whose heads are wider
+        assert memory["activations"] == 8192 * (layers * 64 * 2 + (wider // 3))
+
+
+@pytest.mark.parametrize("config, words", [
+    (transformers.MambaConfig(num_hidden_layers=1), "names no number of attention heads"),
+    (transformers.BloomConfig(), "names no width of the MLP"),
+    (transformers.T5Config(num_layers=1), "Unrecognized configuration class")], ids=lambda value: getattr(
+        value, "model_type", ""))
+def test_a_shape_that_it_does_not_know_is_refused(config, words, tmp_path, capsys):
+    config.save_pretrained(tmp_path)
+    for flags in ([], ["--plan"]):
+        assert fit.main(fit.parse([str(tmp_path), *flags])) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.startswith(f"tools/fit.py: {tmp_path}: config.json cannot be used (") and words in err
+        assert err.count("\n") == 1
 
 
 def test_a_config_that_is_none(tmp_path, capsys):

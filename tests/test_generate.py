@@ -13,11 +13,13 @@ import time
 
 import pytest
 import torch
-from helpers import ROOT
+import torch.distributed as dist
+from helpers import CHATML, ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import harnesses
-from runtime import toy
+from runtime import checkpoint, toy
+from runtime.config import Config
 from tools import compare, generate
 
 SHORT = ("--max_new_tokens", "12")
@@ -101,6 +103,32 @@ def test_jsonl_is_the_default_and_takes_the_rows_of_a_test_split(tiny, model):
     found, asked = lines(model / "responses.jsonl"), lines(tiny / "pairs" / "test.jsonl")
     assert [row["prompt"] for row in found] == [row["prompt"] for row in asked]
     assert all(list(row) == ["prompt", "response"] for row in found)
+
+
+def test_jsonl_asks_what_training_would_see(chat_model, tmp_path, capsys):
+    """The system message and the tools of a row are asked, and tell its answer from others."""
+    look, hear = ({"type": "function", "function": {"name": name}} for name in ("view", "music"))
+    talk = [{"role": "user", "content": "the bar"}]
+    asked = [{"prompt": "the bar"}, {"prompt": "the bar", "system": "the"}, {"question": "the bar"},
+             *({"prompt": talk, "tools": tools} for tools in ([look], json.dumps([hear])))]
+    questions = write(tmp_path / "q.jsonl", asked)
+    flags = ("--chat_template", "{% for tool in tools or () %}{{ tool.function.name }} {% endfor %}" + CHATML)
+    run(chat_model, questions, *flags)
+    found = lines(chat_model / "responses.jsonl")
+    ours = [{"prompt": "the bar"}, {"prompt": [{"role": "system", "content": "the"}, *talk]}, {"prompt": talk},
+            {"prompt": talk, "tools": [look]}, {"prompt": talk, "tools": [hear]}]
+    assert [{name: row[name] for name in row if name != "response"} for row in found] == ours
+    chat = "<|im_start|>user\nthe bar<|im_end|>\n<|im_start|>assistant\n"
+    for row, text in zip(found, ("the bar", f"<|im_start|>system\nthe<|im_end|>\n{chat}", chat, f"view {chat}",
+                                 f"music {chat}")):
+        assert row["response"] == greedy(chat_model, text, ends=("</s>", "<end>"))
+    kept = (chat_model / "responses.jsonl").read_text()
+    (chat_model / "responses.jsonl").write_text(kept[:kept.rindex("{\"prompt")])
+    run(chat_model, questions, *flags)
+    assert "5 answers in" in (said := capsys.readouterr().out) and "4 of them from before" in said
+    assert (chat_model / "responses.jsonl").read_text() == kept
+    assert generate.main(["--compare", str(chat_model), str(chat_model)]) == 0
+    assert "5 questions in both, 5 answers the same" in capsys.readouterr().out
 
 
 def test_the_task_of_the_harnesses_is_the_committed_one():
@@ -201,6 +229,24 @@ def test_a_chat_template_is_used_and_its_end_of_turn_ends_an_answer(chat_model, 
     assert second == greedy(chat_model, f"the review of the bar : was {first} <end> the the view in the morning was was",
                             ends=ends)
     assert "through the model's chat template" in capsys.readouterr().out
+
+
+def test_the_empty_system_message_is_as_the_training_run_had_it(chat_model, tmp_path, capsys):
+    """As a run writes its config.yaml; a flag overrides it."""
+    questions = write(tmp_path / "q.json", ALPACA[:1], lines=False)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        for trained, flags, empty in ((True, (), True), (False, (), False), (True, ("false",), False)):
+            checkpoint.write_config(Config(model_name_or_path="base", auto_insert_empty_system_msg=trained), chat_model, 8)
+            flags = [word for flag in flags for word in ("--auto_insert_empty_system_msg", flag)]
+            out = tmp_path / f"{trained} {empty}.json"
+            run(chat_model, questions, "--format", "alpaca_eval", "--chat_template", CHATML, "--output", out, *flags)
+            assert ("with an empty system message as in training" in capsys.readouterr().out) == empty
+            text = ("<|im_start|>system\n<|im_end|>\n" * empty
+                    + f"<|im_start|>user\n{ALPACA[0]['instruction']}<|im_end|>\n<|im_start|>assistant\n")
+            assert json.loads(out.read_text())[0]["output"] == greedy(chat_model, text, ends=("</s>", "<end>"))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_an_answer_ends_at_its_first_end_token(model):
@@ -318,7 +364,8 @@ def test_answers_of_other_settings_weights_or_questions_are_refused(model, tmp_p
     ("mt_bench", {**MT_BENCH[0], "turns": []}, "row 2, field turns: expected a list of texts"),
     ("mt_bench", {**MT_BENCH[1], "turns": ["a", None]}, "row 2, field turns: expected a text, found None"),
     ("mt_bench", MT_BENCH[0], "row 2, field question_id: 81 appears twice"),
-    ("jsonl", {"prompt": None}, "row 2, field prompt: expected a string or a list of messages, found nothing"),
+    ("jsonl", {"text": "a"}, "row 2: needs a prompt; it has text"),
+    ("jsonl", {"prompt": "a", "context": "b"}, "row 2, field context: would be left out"),
     ("jsonl", {"prompt": [{"role": "user", "content": "a"}]}, "row 2: messages need a chat template"),
 ], ids=str)
 def test_bad_questions_are_refused_with_their_row_and_field(model, tmp_path, capsys, format, row, words):

@@ -343,6 +343,31 @@ def test_a_page_for_fewer_people_settles_what_is_there(tmp_path):
     site.stop()
 
 
+def test_files_settle_only_the_questions_that_they_answer(tmp_path, capsys):
+    """A page asks three people; the files come without --annotators-per-pair."""
+    site = Site(tmp_path, "--annotators-per-pair", "3")
+    site.put(3)
+    for who in ("ann", "bob"):
+        for pair in ("p00", "p01"):
+            site.ask("answer", who, pair=pair, choice=choice(site.ask("next", who)[1]["question"], "second"))
+    file = tmp_path / "questions.jsonl"
+    assert label.main([str(tmp_path), "--export", str(file)]) == 0 and site.answers() == {}
+    rows = {row["pair"]: row for row in map(json.loads, file.read_text().splitlines())}
+    assert list(rows) == ["p00", "p01", "p02"]
+
+    def give(pair, *flags):
+        side = "a" if rows[pair]["response_a"].startswith("second") else "b"
+        file.write_text(json.dumps({**rows[pair], "label": side, "annotator": "cleo"}))
+        assert label.main([str(tmp_path), "--import", str(file), *flags]) == 0
+    give("p02", "--annotators-per-pair", "3")
+    assert site.answers() == {}
+    give("p00", "--annotators-per-pair", "3")
+    assert site.answers() == {"p00": -1}
+    give("p01")
+    assert site.answers() == {"p00": -1, "p01": -1}
+    site.stop()
+
+
 def test_an_opinion_can_be_taken_back_also_where_an_adjudicator_has_decided(tmp_path):
     site = Site(tmp_path, "--annotators-per-pair", "2", "--adjudicator", "Eve")
     site.put(2)

@@ -266,6 +266,18 @@ def test_reuse_leaves_what_is_there(run, tmp_path, capsys):
     fails(capsys, "is the same run", run, "--reuse", run)
 
 
+def test_reuse_keeps_how_each_answer_came_about(run, tmp_path, capsys):
+    """Some answers say it and some do not, as where people answer what a judge could not."""
+    store = Ledger(run / "labels.sqlite")
+    store.add("judge", [(Question("j4", 0.1, 6), 0, "model", 3, 0.01)], detail='{"coin": true}')
+    store.close()
+    new = tmp_path / "new"
+    assert main(capsys, new, "--reuse", run)[1].startswith("8 answers copied")
+    store = Ledger(new / "labels.sqlite")
+    assert dict(store.db.execute("SELECT detail, COUNT(*) FROM answers GROUP BY detail")) == {None: 7, '{"coin": true}': 1}
+    store.close()
+
+
 def alpha(units):
     """Krippendorff's alpha for nominal values, by its definition: 1 − observed / expected disagreement.  units: lists of
     values, two or more each."""

@@ -3,6 +3,7 @@
 Whole rounds, from prompts to a better model, are in test_rounds.py.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -31,7 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data import Renderer
 from labels.endpoint import Endpoint
 from runtime import toy
-from runtime.formats import parse_row
+from runtime.formats import parse_prompt, parse_row
 from tools import generate, pairs
 
 SHORT = ("--max_new_tokens", "12")
@@ -146,6 +147,32 @@ def test_prompts_become_messages_where_the_model_chats(model, chat_model, tmp_pa
     else:
         assert one_line(capsys).endswith(f"{prompts}, row 1: messages need a chat template and the tokenizer has none: set "
                                          "chat_template")
+
+
+LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+WITH_TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML
+
+
+def test_tools_come_back_in_their_column_and_training_takes_them(chat_model, tmp_path, capsys):
+    asked = [{"prompt": [user("the view")], "tools": [LOOK]},
+             {"prompt": "the bar", "tools": json.dumps([LOOK]), "system": "the"}]
+    prompts = write(tmp_path / "p.jsonl", asked)
+    for flags, out in (((), "pairs.jsonl"), (("--max_new_tokens", 1, "--top_k", 1), "pairs.left_out.jsonl")):
+        (chat_model / "pairs.settings.json").unlink(missing_ok=True)
+        (chat_model / "pairs.jsonl").unlink(missing_ok=True)
+        run(chat_model, "--prompts", prompts, "--chat_template", WITH_TOOLS, *flags)
+        found = lines(chat_model / out)
+        assert [row["tools"] for row in found] == [[LOOK]] * 2
+        assert [row["prompt"] for row in found] == [[user("the view")], [system("the"), user("the bar")]]
+        assert [parse_prompt(row, "here") for row in found] == [parse_prompt(row, "here") for row in asked]
+        run(chat_model, "--prompts", prompts, "--chat_template", WITH_TOOLS, *flags)
+        assert "2 prompts done before" in capsys.readouterr().out
+        run(chat_model, "--prompts", write(tmp_path / "other.jsonl", [{**asked[0], "tools": []}, asked[1]]),
+            "--chat_template", WITH_TOOLS, *flags, code=2)
+        assert "row 1: does not answer prompt 1 of --prompts" in one_line(capsys)
+        if not flags:
+            said = load_source(write_folder(tmp_path / "set", found), made=renderer(template=WITH_TOOLS))[3]
+            assert "2 rows read, 2 pairs" in said
 
 
 def test_a_chat_model_reads_the_prompt_as_in_training(chat_model, tmp_path):
@@ -329,6 +356,18 @@ def test_a_server_writes_the_pairs(serve, prompts, tmp_path, monkeypatch, capsys
     assert "secret" not in said + (out.parent / "pairs.settings.json").read_text()
     loaded, _, _, said = load_source(write_folder(tmp_path / "set", found), made=renderer(template=CHATML))
     assert "20 pairs" in said
+
+
+def test_a_server_gets_the_tools_and_a_row_keeps_them(serve, tmp_path):
+    def behave(prompt, n):
+        return (400, {}, {"error": {"message": "content filter"}}) if prompt == "the bar" else written(prompt, n)
+    server, out = serve(behave), tmp_path / "out.jsonl"
+    asked = [{"prompt": [user(text)], "tools": [LOOK]} for text in ("the view", "the bar")]
+    ask(server, write(tmp_path / "p.jsonl", asked), out)
+    assert [body["tools"] for body in server.bodies if body["messages"] == [user("the view")]] == [[LOOK]] * 2
+    for path, prompt in ((out, "the view"), (out.with_suffix(".left_out.jsonl"), "the bar")):
+        row, = lines(path)
+        assert (row["prompt"], row["tools"]) == ([user(prompt)], [LOOK])
 
 
 def test_to_a_server_only_flags_that_are_given_are_sent_and_two_models_write_one_side_each(serve, prompts, tmp_path):

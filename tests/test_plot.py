@@ -9,7 +9,7 @@ import pytest
 from helpers import ROOT, launcher_environment
 from PIL import Image
 
-from runtime import curves
+from runtime import curves, toy
 from tools import plot
 
 
@@ -176,3 +176,12 @@ def test_a_real_runs_metrics_are_drawn(train):
     low, high = summary["pseudo_label_interval"]
     assert 0 < low < summary["pseudo_label_accuracy"] < high <= 1
     assert panels["labels bought per pair seen", "optimiser step"][0][-1] == (8, summary["query_fraction"])
+
+
+def test_a_run_of_supervised_fine_tuning_has_no_such_curves(train, tmp_path, capsys):
+    toy.write_jsonl(tmp_path / "train.jsonl", [{"prompt": f"review of the {place} :", "completion": " the food was good"}
+                                               for place in toy.PLACES[:8]])
+    run = train("sft", objective="sft", gamma=1.3, max_steps=2, do_eval=False, dataset_mixer=f"{{{tmp_path}: 1.0}}")
+    for flags in ((), ("--follow",)):
+        fails(capsys, f"{run.output}/metrics.jsonl: of supervised fine-tuning, which buys no labels and has none of these "
+                      "curves", run.output, *flags)

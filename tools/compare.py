@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, for the imports below
 
 from runtime.errors import DataError, UsageError  # noqa: E402
-from runtime.formats import text_or_messages  # noqa: E402
+from runtime.formats import parse_prompt  # noqa: E402
 from runtime.sources import find_file, read_file  # noqa: E402
 from tools.exchange import as_text  # noqa: E402
 
@@ -110,8 +110,7 @@ def read(path):
         elif "output" in row:
             key, name, turns = row.get("instruction"), row.get("generator"), [row["output"]]
         else:
-            key, turns = row.get("prompt"), [row.get("response")]
-            key = as_text(text_or_messages(key, f"{place}, field prompt"))
+            key, turns = as_text(parse_prompt(row, place)), [row.get("response")]
         if not isinstance(key, (str, int)) or not is_list_of(turns, str):
             raise DataError(f"{place}: is not an answer written by tools/generate.py")
         answers.setdefault(key, turns)

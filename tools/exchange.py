@@ -24,9 +24,10 @@ Format "label-studio": the JSON of Label Studio 1.x (labelstud.io/guide/task_for
         without annotations skip the question.
 
 A hash of the pair's id decides which side a response is on, so neither y1 nor y2 is always on the left. An import writes
-everything or nothing: it checks the whole file first, then writes in one transaction. It does not repeat what the ledger
-already has, so importing a file twice changes nothing. If several people have an opinion on a pair, the label is what more
-than half of them say, in whatever order they come (labels/ledger.py, Panel).
+everything or nothing: it checks the whole file first, then writes in one transaction. What a person says last about a pair
+is their opinion, within a file too. An opinion that they have by now is not written again, so importing a file twice changes
+nothing. If several people have an opinion on a pair, the label is what more than half of them say, in whatever order they
+come (labels/ledger.py, Panel).
 
 The paper and the official code ask nobody.
 """
@@ -136,7 +137,8 @@ def import_answers(ledger, path, format, annotator="import", panel=Panel()):
 
     format: "jsonl" or "label-studio".  annotator: the name for labels that come without one.  panel: how many opinions a
     question needs. Returns counts: `answered`, first opinions; `second_opinions`, on pairs that already had one, which may
-    change the label; `already_there`, the same label by the same annotator; `skipped`, without a label.
+    change the label; `already_there`, what the annotator says already; `replaced`, by what the same annotator says about the
+    pair later in the file; `skipped`, without a label.
     Raises ExchangeError if anything in the file is wrong; then nothing is imported.
     """
     if format not in READERS:
@@ -145,14 +147,14 @@ def import_answers(ledger, path, format, annotator="import", panel=Panel()):
                  ledger.db.execute("SELECT pair, first, second FROM questions")}
     answers = list(READERS[format](path, questions, annotator))
     asked_at, names = dict(ledger.db.execute("SELECT pair, asked_at FROM questions")), Names()
-    counts = {"answered": 0, "second_opinions": 0, "already_there": 0, "skipped": 0}
+    counts = {"answered": 0, "second_opinions": 0, "already_there": 0, "replaced": 0, "skipped": 0}
     with ledger.transaction():
-        for pair, label, detail, who, seconds in answers:
-            if label is None:
-                counts["skipped"] += 1
-                continue
-            who = names.of(ledger, who)
-            if _already_there(ledger, pair, label, who):
+        given = [(pair, names.of(ledger, who), label, detail, seconds) for pair, label, detail, who, seconds in answers
+                 if label is not None]
+        last = {(pair, who): said for pair, who, *said in given}  # of each person about each pair
+        counts["skipped"], counts["replaced"] = len(answers) - len(given), len(given) - len(last)
+        for (pair, who), (label, detail, seconds) in last.items():
+            if _already_there(ledger, pair, label, detail, who):
                 counts["already_there"] += 1
                 continue
             first = not ledger.opinions(pair)
@@ -161,10 +163,10 @@ def import_answers(ledger, path, format, annotator="import", panel=Panel()):
     return counts
 
 
-def _already_there(ledger, pair, label, annotator):
-    """Whether this annotator has said that about the pair before."""
-    return ledger.db.execute("SELECT 1 FROM verdicts WHERE pair = ? AND verdict = ? AND annotator = ? AND person",
-                             (pair, label, annotator)).fetchone() is not None
+def _already_there(ledger, pair, label, detail, annotator):
+    """Whether this is what the annotator says about the pair by now: the label, or which kind of no preference."""
+    mine = ledger.opinions(pair).get(annotator)
+    return mine is not None and (mine.label, mine.said) == (label, detail.get("said"))
 
 
 # Who said it, and how long they took.

@@ -8,9 +8,11 @@
     python tools/fit.py MODEL_DIR --plan --gpus 16 --tflops 300 --wire 12.5
 
 The estimate is of what train.py holds at the peak of a step, from the shapes alone; benchmarks/results/speed.md compares it
-with measured peaks. It leaves out what the CUDA context, NCCL and fragmentation take, so keep 10 to 20 % free.
+with measured peaks. Activations are counted as in a layer of a Llama; one of another family may keep half or twice as much.
+The estimate leaves out what the CUDA context, NCCL and fragmentation take, so keep 10 to 20 % free.
 
-Exit code 2: there is no such model, or a number makes no sense; one line says which.
+Exit code 2: there is no such model, its config does not name what the estimate needs, or a number makes no sense; one line
+says which.
 """
 
 import argparse
@@ -23,7 +25,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, for the import below
 
-from runtime.errors import one_line  # noqa: E402
+from runtime.errors import UsageError, one_line  # noqa: E402
 
 GB = 1e9
 # Rows of the table: name, and the keys of a Llama config.
@@ -37,15 +39,36 @@ SHAPES = {
     "Llama-3.1-70B": dict(vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80,
                           num_attention_heads=64, num_key_value_heads=8),
 }
+# What the estimate reads of a config, and the names that families have for it.
+NAMES = {"hidden size": ["hidden_size"], "width of the MLP": ["intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size"],
+         "number of attention heads": ["num_attention_heads"], "number of layers": ["num_hidden_layers"],
+         "size of the vocabulary": ["vocab_size"]}
 # Columns of the table: GPUs, ZeRO stage, whether the optimiser is in host memory.
 PLACES = [(1, 2, False), (1, 2, True), (8, 2, False), (8, 3, False), (64, 3, False)]
 
 
 def parameters(config):
-    """Number of weights of a model of this transformers config; nothing is allocated."""
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+    """Number of weights of a model of this transformers config; nothing is allocated. Raises UsageError."""
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise UsageError(error)
     return sum(p.numel() for p in model.parameters())
+
+
+def shape(config):
+    """(H, width of the MLP, attention heads, layers, V) of a config, or of its text part. Raises UsageError if it does not
+    name one of them."""
+    config = config.get_text_config()
+    found = []
+    for what, names in NAMES.items():
+        name = next((name for name in names if hasattr(config, name)), None)
+        if name is None:
+            raise UsageError(f"it names no {what}, as {' or '.join(names)}")
+        found.append(getattr(config, name))
+    h, mlp, *others = found
+    return h, mlp or 4 * h, *others  # a width of None stands for 4 H, as in GPT-2
 
 
 def rank_memory(config, gpus=1, stage=2, bf16=True, checkpointing=True, tokens=8192, chunk=2048, offload=False,
@@ -58,6 +81,7 @@ def rank_memory(config, gpus=1, stage=2, bf16=True, checkpointing=True, tokens=8
     gathers at a time.  This follows ZeRO (arXiv 1910.02054, section 5): what a stage partitions is divided by the GPUs.
     """
     n, width = parameters(config), 2 if bf16 else 4
+    h, _, _, _, vocabulary = shape(config)
     stage = 0 if gpus == 1 and not bf16 and not offload else stage  # as in runtime/engine.py
     shares = [gpus if stage >= needed else 1 for needed in (3, 2, 1)]  # of weights, gradients, optimiser
     master = 4 * n if stage > 0 else 0  # fp32 weights beside those of the engine
@@ -70,21 +94,20 @@ def rank_memory(config, gpus=1, stage=2, bf16=True, checkpointing=True, tokens=8
         memory["gradients"] = memory["optimiser"] = 0
     memory["activations"] = tokens * activation_bytes(config, width, checkpointing)
     # The logits in the model's dtype, the fp32 copy that becomes their gradient, and the head's gradient before it is added.
-    head = config.vocab_size * config.hidden_size * width
-    memory["logits"] = min(chunk, tokens) * config.vocab_size * (4 if width == 4 else 6) + head
+    head = vocabulary * h * width
+    memory["logits"] = min(chunk, tokens) * vocabulary * (4 if width == 4 else 6) + head
     return memory
 
 
 def activation_bytes(config, width, checkpointing):
     """Bytes that are kept of one token for the backward pass: all layers, or with checkpointing every layer's input and one
     layer."""
-    h, f = config.hidden_size, config.intermediate_size
-    q = config.num_attention_heads * (getattr(config, "head_dim", None) or h // config.num_attention_heads)
+    h, f, heads, layers, _ = shape(config)
+    q = heads * (getattr(config.get_text_config(), "head_dim", None) or h // heads)
     norms = 2 * h * (4 + 2 * width)  # each: its input in fp32, the normalised input, and its output
     attention = width * (3 * q + 2 * q)  # q, k, v (repeated to all heads), the output, its copy for the projection
     mlp = width * 4 * f  # gate, its activation, up, their product
     layer = norms + attention + mlp
-    layers = config.num_hidden_layers
     return layers * h * width + layer if checkpointing else layers * layer
 
 
@@ -195,14 +218,14 @@ def main(options):
         return 2
     try:
         config = transformers.AutoConfig.from_pretrained(options.model)
-    except (ValueError, OSError) as error:
+        if options.plan:
+            print(plan_table(Path(options.model).name, config, options))
+            return 0
+        memory = rank_memory(config, options.gpus or 1, options.zero, not options.fp32, not options.no_checkpointing,
+                             options.tokens, offload=options.offload)
+    except (UsageError, ValueError, OSError) as error:
         print(f"tools/fit.py: {options.model}: config.json cannot be used ({one_line(error, 300)})", file=sys.stderr)
         return 2
-    if options.plan:
-        print(plan_table(Path(options.model).name, config, options))
-        return 0
-    memory = rank_memory(config, options.gpus or 1, options.zero, not options.fp32, not options.no_checkpointing,
-                         options.tokens, offload=options.offload)
     for part, size in memory.items():
         print(f"{part:>12} {size / GB:8.2f} GB")
     print(f"{'together':>12} {sum(memory.values()) / GB:8.2f} GB a GPU")

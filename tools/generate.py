@@ -13,9 +13,11 @@ hold, and where the answers go unless --output says otherwise:
     alpaca_eval    {"instruction"}, and "dataset", which is kept                   DIR/model_outputs.json
     mt_bench       {"question_id", "category", "turns"}, as FastChat has them      DIR/data/mt_bench/model_answer/NAME.jsonl
 
-Instructions and turns go through the chat template as in training (data.Renderer, with the empty system message that the
-config.yaml beside the model asks for). Without a template they are plain text; a later turn follows the earlier ones and
-their answers, separated by blank lines. An answer ends at EOS or where the template ends a turn, and is stripped.
+A jsonl row may also have what goes with a prompt in training: `system`, `tools`, or the user's turn in another column
+(runtime/formats.py, parse_prompt). Instructions and turns go through the chat template as in training (data.Renderer, with
+the empty system message that the config.yaml beside the model asks for). Without a template they are plain text; a later
+turn follows the earlier ones and their answers, separated by blank lines. An answer ends at EOS or where the template ends a
+turn, and is stripped.
 
 The temperature is 0 (greedy), or for MT-Bench that of the category in FastChat's common.py; --temperature overrides both. A
 draw depends only on --seed, the question and the turn, so neither --batch_size nor resuming changes an answer, unless
@@ -46,7 +48,7 @@ from transformers import AutoConfig, GenerationConfig, LogitsProcessor, TopKLogi
 import data  # noqa: E402
 from runtime.config import Config  # noqa: E402
 from runtime.errors import DataError, Stopped, UsageError, one_line  # noqa: E402
-from runtime.formats import checked_text, text_or_messages  # noqa: E402
+from runtime.formats import checked_text, parse_prompt  # noqa: E402
 from runtime.parse import convert, load_yaml, wants_empty_system  # noqa: E402
 from runtime.ranks import bar, say  # noqa: E402
 from runtime.sources import hash_of, reading  # noqa: E402
@@ -88,8 +90,15 @@ def text_field(row, name, place):
     return checked_text(value, f"{place}, field {name}")
 
 
+def columns_of(prompt):
+    """The columns in which a row has this prompt, as training reads them: a conversation's tools have one of their own."""
+    if isinstance(prompt, list) and prompt[0]["role"] == "tools":
+        return {"prompt": prompt[1:], "tools": json.loads(prompt[0]["content"])}
+    return {"prompt": prompt}
+
+
 class Jsonl:
-    """{"prompt", "response"} lines."""
+    """{"prompt", "response"} lines, with "tools" where there are some."""
 
     @staticmethod
     def path(folder, name):
@@ -97,16 +106,17 @@ class Jsonl:
 
     @staticmethod
     def key(row):
-        return json.dumps(row.get("prompt"))
+        return json.dumps([row.get("prompt"), row["tools"]] if "tools" in row else row.get("prompt"))
 
     @staticmethod
     def question(row, place):
-        prompt = text_or_messages(row.get("prompt"), f"{place}, field prompt")
-        return EvalQuestion(Jsonl.key({"prompt": prompt}), [prompt], {"prompt": prompt}, place, chat=False)
+        prompt = parse_prompt(row, place)
+        asked = columns_of(prompt)
+        return EvalQuestion(Jsonl.key(asked), [prompt], asked, place, chat=False)
 
     @staticmethod
     def answer(question, turns, name):
-        return {"prompt": question.row["prompt"], "response": turns[0]}
+        return question.row | {"response": turns[0]}
 
     @staticmethod
     def text(rows):
@@ -428,14 +438,16 @@ def answer_batch(model, batch, options):
 
 
 def model_config(name, options, device):
-    """The Config with which runtime/model.py loads the model. A key that is not given is as the training run had it."""
+    """The Config with which runtime/model.py loads the model. If auto_insert_empty_system_msg is not given, it is as the
+    training run had it, which wrote config.yaml."""
     keys = ("bf16", "seed", "chat_template", "auto_insert_empty_system_msg", "model_revision", "trust_remote_code")
     given = {key: convert(getattr(options, key), key, f"command line, --{key}") for key in keys
              if getattr(options, key) is not None}
     saved, key = Path(name) / "config.yaml", "auto_insert_empty_system_msg"
     if saved.is_file():
         with reading(saved):
-            trained = load_yaml(saved.read_text(encoding="utf-8"), saved)
+            written = load_yaml(saved.read_text(encoding="utf-8"), saved)
+        trained = written.get("config") if isinstance(written, dict) else None
         if isinstance(trained, dict) and key in trained:
             given.setdefault(key, convert(trained[key], key, f"{saved}, {key}"))
     given.setdefault(key, wants_empty_system(name))

@@ -14,7 +14,8 @@ process. "Equal", "both bad" and "cannot judge" settle a question without a pref
 asked again.
 
 A label needs more than half of the opinions. Where no response has that (a split), the pair has no preference, or, with
---adjudicator NAME, that person sees the opinions and decides.
+--adjudicator NAME, that person sees the opinions and decides. No command remembers these two flags, so give them to each: a
+page that starts settles the open questions by its own, --import only those that its file answers, and --export none.
 
 On loopback, everybody on this machine may label, under a name of their choice. On any other host, or with --public-url, a
 token is required, and --annotator gives each person one of their own, so that nobody can label under another's name. The
@@ -338,7 +339,9 @@ def parser_of():
                         help="who decides where no response has more than half; without one, such a pair has no preference")
     parser.add_argument("--guidelines", metavar="FILE", help="a text in Markdown that the page shows beside the task")
     parser.add_argument("--export", metavar="FILE", help="write the open questions for another tool")
-    parser.add_argument("--import", metavar="FILE", dest="import_", help="read answers that were given elsewhere")
+    parser.add_argument("--import", metavar="FILE", dest="import_",
+                        help="read answers that were given elsewhere; --annotators-per-pair and --adjudicator decide when "
+                             "the questions of this file are settled")
     parser.add_argument("--format", choices=("jsonl", "label-studio"), default="jsonl", help="format of FILE")
     return parser
 
@@ -361,10 +364,11 @@ def main(argv=None):
             names = Names()
             people, adjudicator = people_of(ledger, args, names)
             panel = Panel(args.annotators_per_pair, adjudicator)
-            exchange(ledger, args, panel)
+            if args.import_ or args.export:
+                exchange(ledger, args, panel)
+                return 0
             ledger.settle_all(panel)  # the panel may ask for fewer opinions than the page before did
-        if not args.import_ and not args.export:
-            serve(path, args, Desk(path, panel, guidelines_of(args.guidelines), names), people)
+        serve(path, args, Desk(path, panel, guidelines_of(args.guidelines), names), people)
     except (UsageError, sqlite3.Error) as error:
         print(f"tools/label.py: {error}", file=sys.stderr)
         return 2

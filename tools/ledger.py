@@ -146,11 +146,11 @@ def figures(rows):
 
 
 def groups(rows, *names):
-    """Group rows by some of their columns: [((value, …), rows)], sorted."""
+    """Group rows by some of their columns: [((value, …), rows)], sorted, None first."""
     found = defaultdict(list)
     for row in rows:
         found[tuple(row[name] for name in names)].append(row)
-    return sorted(found.items())
+    return sorted(found.items(), key=lambda group: [(value is not None, value) for value in group[0]])
 
 
 def share(part, whole):

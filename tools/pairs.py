@@ -11,7 +11,7 @@ read), in JSON Lines, a JSON list, csv or parquet; or it is a .txt with one prom
 the built-in task. Where a model chats, a text becomes the user's message, and a dialogue of Anthropic's HH its messages.
 What train.py takes with --oracle human or --oracle judge is written to MODEL/pairs.jsonl, or to --output:
 
-    {"prompt", "response_a", "response_b", "finish_a", "finish_b", "draws", "number"}
+    {"prompt", "response_a", "response_b", "finish_a", "finish_b", "draws", "number"}, and "tools" where there are some
 
 finish is "length" for a response that was cut off at --max_new_tokens; number is the prompt's in FILE. Without a chat
 template a response begins with the space that follows the prompt, if the model wrote one. A pair with an empty response, or
@@ -52,6 +52,7 @@ from tools.generate import (
     EvalQuestion,
     Model,
     check_settings,
+    columns_of,
     draw_tokens,
     longest_first,
     output_path,
@@ -124,7 +125,7 @@ def outcome(question, responses, draws):
 
     responses: [(text, "stop" or "length")] of both sides.  draws: which draw of this pair it is."""
     (a, finish_a), (b, finish_b) = responses
-    row = {"prompt": question.turns[0]}
+    row = columns_of(question.turns[0])
     if a.strip() and b.strip() and a.strip() != b.strip():
         return row | {"response_a": a, "response_b": b, "finish_a": finish_a, "finish_b": finish_b, "draws": draws,
                       "number": question.key}
@@ -152,10 +153,11 @@ class PairFile:
         whole = content[:content.rfind(b"\n") + 1]
         if len(whole) < len(content):  # the last line was cut short, by a full disk perhaps
             os.truncate(path, len(whole))
-        prompts = {question.key: question.turns[0] for question in self.questions}
+        prompts = {question.key: columns_of(question.turns[0]) for question in self.questions}
         for place, row in rows_of(path) if whole else ():
             number = row.get("number")
-            if prompts.get(number) != row.get("prompt") or number in self.done:
+            prompt = {name: row[name] for name in ("prompt", "tools") if name in row}
+            if prompts.get(number) != prompt or number in self.done:
                 raise UsageError(f"{place}: does not answer prompt {one_line(number, 20)} of --prompts: {OTHER}")
             self.done[number] = row
 
@@ -328,7 +330,7 @@ class Server(Endpoint):
                     continue
                 last_reply_at = time.monotonic()
                 if isinstance(found, TextRefused):
-                    found = {"prompt": question.turns[0], "reason": f"refused: {found}", "number": question.key}
+                    found = columns_of(question.turns[0]) | {"reason": f"refused: {found}", "number": question.key}
                 if "reason" in found:  # kept back, as it may be the server's fault
                     left_out.append(found)
                     if len(left_out) == self.patience:

@@ -6,8 +6,9 @@
     python tools/plot.py RUN … --follow [--interval 30]    drawn again and again until every run has ended
 
 RUN is a run's output_dir. Only its metrics.jsonl is read; a summary.json beside it means that the run has ended. A row that
-a run is just writing is left out. Exit code 2: there are no metrics, or they are damaged; one line says where. Needs
-matplotlib (tools/requirements.txt). The official code draws nothing.
+a run is just writing is left out. Exit code 2: there are no metrics, they are damaged, or they are of supervised
+fine-tuning, which has none of these curves; one line says where. Needs matplotlib (tools/requirements.txt). The official
+code draws nothing.
 """
 
 import argparse
