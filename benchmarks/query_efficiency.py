@@ -36,8 +36,10 @@ committee on all labels, an upper bound, has the settings of the committee on a 
 A run that has finished is not run again, nor is one that finished elsewhere: results/query_efficiency.json holds what each
 run measured. (Delete it to begin anew. If the keys of a method have changed, its runs are done again.) Processors round
 differently, so a task that another one has built is another sample: do all runs of a seed and noise on the same machine.
-Those in the results are from two, both AMD EPYC. Each of Plan.blocks leaves a balanced table. Writes query_efficiency.md, .json and .png into benchmarks/results. One run is in query_runs.py, the
-tables are in query_report.py.
+Those in the results are from two, both AMD EPYC.
+
+Each of Plan.blocks leaves a balanced table. Writes query_efficiency.md, .json and .png into benchmarks/results. One run is
+in query_runs.py, the tables are in query_report.py.
 """
 
 import argparse
