@@ -270,8 +270,36 @@ def test_a_slow_answer_is_timed_out_and_asked_again(serve, ledger, release):
 def test_a_reply_that_trickles_in_has_its_time_too(serve, ledger):
     body = json.dumps(completion("[[A]]")[2]).encode()
     chat(serve(lambda prompt, n: [b" ", b" ", body])).answer([question("p0")], ledger)  # as OpenRouter does
-    with pytest.raises(Waiting, match="no whole reply after 1.5 s"):
+    with pytest.raises(Waiting, match=r"no whole reply, only [\d,]+ bytes \(the timeout is 1.5 s\)"):
         chat(serve(lambda prompt, n: itertools.repeat(b" ")), timeout=1.5, retries=0).answer([question("p1")], ledger)
+
+
+@pytest.mark.parametrize("answer, words", [
+    ("late", r"timed out \(the timeout is 0.5 s\)"), ((504, {}, b""), "HTTP 504"), ((529, {}, b""), "HTTP 529")],
+    ids=["timeout", "504", "529"])
+@pytest.mark.parametrize("first", [None, (500, {}, b"")], ids=["each time", "after other errors"])
+def test_a_text_that_takes_too_long_is_not_refused(serve, ledger, release, answer, words, first):
+    """The endpoint answers all else, so a short question would get its answer: the pair stays open nevertheless."""
+    def behave(prompt, n):
+        if "of p1" not in prompt:
+            return right(prompt, n)
+        if first and n < 2:
+            return first
+        return release.wait() if answer == "late" else answer
+
+    server = serve(behave)
+    with pytest.raises(Waiting, match=rf"1 of 6 answers are missing; pair p1: .*{words}.* \(\d attempts\); resume"):
+        chat(server, timeout=0.5 if answer == "late" else 60.0, retries=1).answer(QUESTIONS, ledger)
+    assert answers(ledger) == {pair: label for pair, label in TRUTHS.items() if pair != "p1"}
+    chat(serve(right)).answer(QUESTIONS, ledger)
+    assert answers(ledger) == TRUTHS
+
+
+def test_a_reply_without_end_is_about_its_text(serve, ledger, monkeypatch):
+    monkeypatch.setattr(Endpoint, "largest_reply", 1000)
+    server = serve(lambda prompt, n: completion("x" * 2000) if "of p1" in prompt else right(prompt, n))
+    chat(server, retries=0).answer(QUESTIONS, ledger)
+    assert answers(ledger) == {**TRUTHS, "p1": 0}
 
 
 @pytest.mark.parametrize("concurrency", [3, 12])
