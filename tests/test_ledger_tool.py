@@ -324,6 +324,29 @@ def test_the_agreement_of_people(panel, capsys):
     assert words_of(people, "cat") == "5 1 5 40.0% 5.0 720"
 
 
+def test_who_decides_between_the_others_has_no_independent_opinion(panel, tmp_path, capsys):
+    """An adjudicator has seen what the others said, and what they say becomes the label, so it tells nothing about
+    agreement. What they said before that still counts."""
+    folder = panel[0]
+    before = ledger.report(folder)
+    store = Ledger(folder / "labels.sqlite")
+    for pair, who in (("d", "eve"), ("e", "ann"), ("g", "eve")):
+        store.answer_question(pair, -1, who, 9.0, panel=Panel(3, "eve"), detail={"adjudicates": True})
+    labels = dict(store.db.execute("SELECT pair, label FROM answers"))
+    store.close()
+    assert [labels[pair] for pair in "deg"] == [-1, -1, -1]
+    text = main(capsys, folder)[1]
+    assert words_of(text, "people") == words_of(before, "people")
+    people = text[text.index("People, and"):]
+    # The labels of a to e and g are y1, y1, y2, y2, y2, y2, and ann's own opinions agree with the first three.
+    assert words_of(people, "ann") == "7 1 6 50.0% 5.0 720"
+    assert not any(line.startswith("eve") for line in people.splitlines())
+    listed = " ".join(main(capsys, folder, "--disagreements")[1].split())
+    assert "d y2 ann: both bad, bob: equal, cat: y1, eve: y2" in listed and "e y2 ann: y2, bob: cannot judge" in listed
+    assert main(capsys, folder, "--csv", tmp_path / "out.csv")[0] == 0
+    assert '""adjudicates"": true' in (tmp_path / "out.csv").read_text()
+
+
 def test_disagreements_are_listed(panel, capsys):
     code, out, _ = main(capsys, panel[0], "--disagreements")
     lines = out.splitlines()

@@ -99,7 +99,7 @@ def report(folder, now=None):
     answered = {row["pair"] for row in answers}
     questions = {row["pair"] for row in tables["questions"]} - answered
     leased = {row["pair"] for row in tables["leases"] if row["until"] > (time.time() if now is None else now)} & questions
-    opinions = opinions_of(verdicts)
+    opinions = opinions_of([row for row in verdicts if not adjudicates(row)])
     lines = [
         ("answers", f"{len(answers):,}: {len(bought):,} bought by this run, {len(answers) - len(bought):,} reused"),
         ("no preference", share(len(answers) - len(labelled), len(answers))),
@@ -184,13 +184,22 @@ def opinions_of(verdicts):
     return found
 
 
+def adjudicates(row):
+    """Whether a verdict decides between the others. Such a person has seen the others' opinions, and theirs becomes the
+    label, so it says nothing about how well people agree."""
+    return bool(row["person"]) and bool(json.loads(row["detail"] or "{}").get("adjudicates"))
+
+
 def said_by(row):
     """What a person said, in words."""
     return json.loads(row["detail"] or "{}").get("said") or {1: "y1", -1: "y2", 0: "no preference"}[row["verdict"]]
 
 
 def agreement_of_people(opinions):
-    """Krippendorff's alpha of people's opinions, with y1, y2 and no preference as three values; "cannot judge" is none."""
+    """Krippendorff's alpha of people's opinions, with y1, y2 and no preference as three values; "cannot judge" is none.
+
+    opinions: without adjudications.
+    """
     views = [[row["verdict"] for row in said.values() if said_by(row) != "cannot judge"] for said in opinions.values()]
     counts = [[found.count(value) for value in (1, 0, -1)] for found in views if len(found) > 1]
     if not counts:
@@ -212,7 +221,7 @@ PEOPLE = ("person", "opinions", "no preference", "with others", "say the label",
 
 
 def people(opinions, labels):
-    """Rows of the table PEOPLE. labels: {pair: label}."""
+    """Rows of the table PEOPLE. opinions: without adjudications.  labels: {pair: label}."""
     of = defaultdict(list)
     for pair, said in opinions.items():
         for who, row in said.items():
