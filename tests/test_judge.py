@@ -23,6 +23,7 @@ from labels.endpoint import Endpoint, Reply, retry_after
 from labels.judge import ChatJudge, Request, Rubric, coin, judge_text, judged
 from labels.ledger import Ledger, LedgerError
 from labels.oracle import Oracle
+from runtime import report
 from runtime.config import Config
 from runtime.errors import UsageError
 from tools.ledger import reuse
@@ -123,6 +124,21 @@ def test_without_a_price_or_usage_the_cost_is_unknown(serve, ledger):
     chat(serve(right)).answer([question("p0")], ledger)
     chat(serve(no_usage), price=(1, 1)).answer([question("p1")], ledger)
     assert ledger.db.execute("SELECT COUNT(*), COUNT(cost) FROM answers").fetchone() == (2, 0)
+
+
+def test_a_pair_with_a_reply_of_unknown_cost_has_no_known_cost(serve, ledger):
+    """What is known to be spent stays spent. A note that a text was refused is no request, and makes no cost unknown."""
+    def half(prompt, n):
+        status, headers, body = right(prompt, n)
+        return (status, headers, {**body, "usage": body["usage"] if "[[A]]" in json.dumps(body) else None})
+
+    chat(serve(half), price=(0.01, 0.1)).answer([question("p0")], ledger)
+    assert ledger.db.execute("SELECT cost FROM answers").fetchone() == (None,) and ledger.cost() == (pytest.approx(1.5), 1)
+    ledger.add_verdict("p1", "m", 0, detail='{"unanswerable": "HTTP 400", "settings": "old"}')
+    chat(serve(right), price=(0.01, 0.1)).answer([question("p1")], ledger)
+    assert ledger.spent("p1", "m")[1] == pytest.approx(3) and ledger.cost() == (pytest.approx(4.5), 1)
+    assert report.cost(types.SimpleNamespace(ledger=ledger), Config()) == (pytest.approx(4.5), True)
+    assert report.cost(types.SimpleNamespace(ledger=ledger), Config(price_per_label=2.0)) == (pytest.approx(6.5), False)
 
 
 def test_of_a_long_reply_the_beginning_is_kept(serve, ledger):
