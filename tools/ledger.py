@@ -3,7 +3,9 @@
     python tools/ledger.py OUTPUT_DIR                        print it
     python tools/ledger.py OUTPUT_DIR --disagreements        the pairs about which people disagree, and who says what
     python tools/ledger.py OUTPUT_DIR --csv FILE [--force]   one row per answer: all columns, the texts that people were
-                                                             shown, and every person's opinion as JSON
+                                                             shown, and every person's opinion as JSON. For spreadsheets:
+                                                             UTF-8 with a byte order mark, and a ' before a text that would
+                                                             be a formula (it begins with = + - @, tab or carriage return)
     python tools/ledger.py OUTPUT_DIR --reuse OLD_OUTPUT_DIR
                                                              copy the old run's answers, best before the new run starts
 
@@ -277,7 +279,7 @@ def printable(text):
 # The export and the seed.
 
 def export_csv(folder, path, force=False):
-    """Write one row per answer, oldest first. Returns how many there are."""
+    """Write one row per answer, oldest first, with texts as `no_formula` gives them. Returns how many there are."""
     if Path(path).exists() and not force:
         raise LedgerError(f"{path} exists: say --force to replace it")
     if Path(path).exists() and Path(path).samefile(Path(folder) / "labels.sqlite"):
@@ -288,14 +290,20 @@ def export_csv(folder, path, force=False):
     opinions = opinions_of(tables["verdicts"])
     rows = sorted(tables["answers"], key=lambda row: (row["answered_at"], row["step"], row["pair"]))
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text)  # its line ends are \r\n; with others, some versions of Python leave a \r without quotes
     writer.writerow([*ANSWERS.split(", "), "prompt", "y1", "y2", "opinions"])
     for row in rows:
         said = [{"annotator": who, "verdict": found["verdict"], "seconds": found["seconds"],
                  **json.loads(found["detail"] or "{}")} for who, found in opinions[row["pair"]].items()]
-        writer.writerow([*row, *texts.get(row["pair"], ("", "", "")), json.dumps(said, ensure_ascii=False) if said else ""])
-    replace_file(path, text.getvalue())
+        cells = [*row, *texts.get(row["pair"], ("", "", "")), json.dumps(said, ensure_ascii=False) if said else ""]
+        writer.writerow(map(no_formula, cells))
+    replace_file(path, "\ufeff" + text.getvalue())  # without the byte order mark, Excel takes é for two letters
     return len(rows)
+
+
+def no_formula(cell):
+    """A cell as it is, or with a ' before it if it is a text that a spreadsheet would run as a formula."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(tuple("=+-@\t\r")) else cell
 
 
 def reuse(folder, old):
