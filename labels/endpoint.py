@@ -78,8 +78,9 @@ class Reply:
 class Exchange:
     """Sends requests from several threads.
 
-    Iterate to get (request, Reply, Refused, TextRefused or GaveUp) as they arrive, until none is in flight or `stop` is set.
-    More requests may be put in the meantime. send: function called with a request and `stop`.
+    Iterate to get (request, Reply, Refused, TextRefused or GaveUp) as they arrive, until none is in flight. More requests
+    may be put in the meantime. Once `stop` is set, no request is sent any more, but what was sent before is paid for, and
+    still arrives; leaving the `with` block abandons it. send: function called with a request and `stop`.
 
     At most `concurrency` replies are ever paid for but not yet processed: a thread sends its next request only once the
     consumer has asked for the next reply. So a kill cannot lose more than that, however slow the ledger's disk is.
@@ -99,19 +100,22 @@ class Exchange:
             self.threads += 1
 
     def _work(self):
-        while (request := self.requests.get()) and self.unprocessed.acquire() and not self.stop.is_set():
+        while request := self.requests.get():
+            if not self.stop.is_set():
+                self.unprocessed.acquire()
             try:
-                self.replies.put((request, self.send(request, self.stop)))
+                self.replies.put((request, None if self.stop.is_set() else self.send(request, self.stop)))
             except BaseException as error:  # __iter__ raises it in the main thread, unless it is one of the three
                 self.replies.put((request, error))
 
     def __iter__(self):
-        while self.in_flight and not (self.stop.is_set() and self.replies.empty()):
+        while self.in_flight:
             request, reply = self.replies.get()
             self.in_flight -= 1
             if isinstance(reply, BaseException) and not isinstance(reply, (Refused, TextRefused, GaveUp)):
                 raise reply
-            yield request, reply
+            if reply is not None:  # None: it was not sent
+                yield request, reply
             self.unprocessed.release()
 
     def __enter__(self):
@@ -158,7 +162,8 @@ class Endpoint:
     def ask(self, text, stop, draw, temperature=0):
         """Send a text and return the Reply. A request that fails is sent again, with exponential back-off and jitter.
 
-        stop: an Event that ends the waiting.  draw: a random.Random for the jitter. Raises Refused, TextRefused or GaveUp.
+        stop: an Event after which nothing is sent again.  draw: a random.Random for the jitter. Raises Refused,
+        TextRefused or GaveUp.
         """
         started = time.monotonic()
         for attempt in range(self.retries + 1):
@@ -171,7 +176,7 @@ class Endpoint:
                     wait = failed.wait + self.backoff_seconds * draw.random()
                     if failed.wait > self.longest_wait:
                         raise GaveUp(f"{failed}, and asks to wait {failed.wait:.0f} s", started)
-                if attempt == self.retries and not failed.busy:
+                if attempt == self.retries and not failed.busy and not stop.is_set():
                     return self.last_try(text, temperature, failed, started)
                 if attempt == self.retries or stop.wait(wait):
                     raise GaveUp(f"{failed} ({attempt + 1} attempts)", started)

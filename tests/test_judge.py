@@ -782,6 +782,31 @@ def test_a_dead_endpoint_is_noticed_before_every_request_has_failed(serve, ledge
     assert len(server.bodies) < 40  # of 600
 
 
+@pytest.mark.parametrize("answer, words", [(completion("turtles"), "no usable verdict"), ((503, {}, b""), "HTTP 503"),
+                                           ((401, {}, b""), "HTTP 401")], ids=["nonsense", "down", "refused"])
+def test_a_run_that_stops_still_hears_what_it_has_sent(serve, ledger, monkeypatch, answer, words):
+    """The first request is answered only once the others have stopped the run. It is paid for, so it is kept."""
+    made = []
+
+    class Seen(endpoint.Exchange):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    def behave(prompt, n):
+        if "of p0" in prompt and "response A begins\ngood" in prompt:
+            assert made[0].stop.wait(300)
+            return right(prompt, n)
+        return answer
+
+    monkeypatch.setattr("labels.judge.Exchange", Seen)
+    server = serve(behave)
+    with pytest.raises(Waiting, match=f"100 of 100 answers are missing; .*{words}"):
+        chat(server, concurrency=2, retries=0).answer([question(f"p{n}") for n in [0, *range(1000, 1099)]], ledger)
+    assert ledger.db.execute("SELECT COUNT(*) FROM verdicts WHERE pair = 'p0' AND verdict = 1").fetchone() == (1,)
+    assert len(server.bodies) < 40  # what was not sent yet stays unsent
+
+
 def test_what_is_answered_already_is_not_asked_and_what_is_given_twice_is_asked_once(serve, ledger):
     server = serve(right)
     ledger.add("human", [(question("p0"), -1, "ann", None, None)])
