@@ -10,8 +10,9 @@ What a failure means decides who pays for it:
     GaveUp         it failed as often as it may; another time it could work
 
 An HTTP 400, 403, 413 or 422 can mean either of the first two, and what fails however often it is sent, either of the last
-two: a short question of our own tells them apart. A field of ours that a server does not know (newer models want
-max_completion_tokens, and no temperature) is renamed or left out from then on.
+two: a short question of our own tells them apart. A timeout, or an HTTP 429, 503, 504 or 529, is never held against the
+text: an endpoint that is slow or busy may well answer a short question. A field of ours that a server does not know (newer
+models want max_completion_tokens, and no temperature) is renamed or left out from then on.
 """
 
 import email.utils
@@ -46,8 +47,8 @@ class GaveUp(Exception):
 
 
 class Retry(Exception):
-    """A request failed and may be sent again. wait: seconds that the server asks us to wait, or None.  busy: it says that it
-    has too much to do, which says nothing about the text."""
+    """A request failed and may be sent again. wait: seconds that the server asks us to wait, or None.  busy: the endpoint
+    has too much to do, or is too slow, which says nothing about the text."""
 
     def __init__(self, message, wait=None, busy=False):
         super().__init__(message)
@@ -77,8 +78,9 @@ class Reply:
 class Exchange:
     """Sends requests from several threads.
 
-    Iterate to get (request, Reply, Refused, TextRefused or GaveUp) as they arrive, until none is in flight or `stop` is set.
-    More requests may be put in the meantime. send: function called with a request and `stop`.
+    Iterate to get (request, Reply, Refused, TextRefused or GaveUp) as they arrive, until none is in flight. More requests
+    may be put in the meantime. Once `stop` is set, no request is sent any more, but what was sent before is paid for, and
+    still arrives; leaving the `with` block abandons it. send: function called with a request and `stop`.
 
     At most `concurrency` replies are ever paid for but not yet processed: a thread sends its next request only once the
     consumer has asked for the next reply. So a kill cannot lose more than that, however slow the ledger's disk is.
@@ -98,19 +100,22 @@ class Exchange:
             self.threads += 1
 
     def _work(self):
-        while (request := self.requests.get()) and self.unprocessed.acquire() and not self.stop.is_set():
+        while request := self.requests.get():
+            if not self.stop.is_set():
+                self.unprocessed.acquire()
             try:
-                self.replies.put((request, self.send(request, self.stop)))
+                self.replies.put((request, None if self.stop.is_set() else self.send(request, self.stop)))
             except BaseException as error:  # __iter__ raises it in the main thread, unless it is one of the three
                 self.replies.put((request, error))
 
     def __iter__(self):
-        while self.in_flight and not (self.stop.is_set() and self.replies.empty()):
+        while self.in_flight:
             request, reply = self.replies.get()
             self.in_flight -= 1
             if isinstance(reply, BaseException) and not isinstance(reply, (Refused, TextRefused, GaveUp)):
                 raise reply
-            yield request, reply
+            if reply is not None:  # None: it was not sent
+                yield request, reply
             self.unprocessed.release()
 
     def __enter__(self):
@@ -157,7 +162,8 @@ class Endpoint:
     def ask(self, text, stop, draw, temperature=0):
         """Send a text and return the Reply. A request that fails is sent again, with exponential back-off and jitter.
 
-        stop: an Event that ends the waiting.  draw: a random.Random for the jitter. Raises Refused, TextRefused or GaveUp.
+        stop: an Event after which nothing is sent again.  draw: a random.Random for the jitter. Raises Refused,
+        TextRefused or GaveUp.
         """
         started = time.monotonic()
         for attempt in range(self.retries + 1):
@@ -170,7 +176,7 @@ class Endpoint:
                     wait = failed.wait + self.backoff_seconds * draw.random()
                     if failed.wait > self.longest_wait:
                         raise GaveUp(f"{failed}, and asks to wait {failed.wait:.0f} s", started)
-                if attempt == self.retries and not failed.busy:
+                if attempt == self.retries and not failed.busy and not stop.is_set():
                     return self.last_try(text, temperature, failed, started)
                 if attempt == self.retries or stop.wait(wait):
                     raise GaveUp(f"{failed} ({attempt + 1} attempts)", started)
@@ -185,6 +191,8 @@ class Endpoint:
         try:
             return self.post(text, temperature)
         except Retry as again:
+            if again.busy:
+                raise GaveUp(f"{again} ({self.retries + 2} attempts)", started)
             raise TextRefused(f"{again} ({self.retries + 2} attempts, while another question got an answer)")
 
     def post(self, text, temperature=0):
@@ -246,13 +254,17 @@ class Endpoint:
                 content = b""
                 while piece := response.read1(65536):
                     content += piece
+                    if len(content) > self.largest_reply:
+                        raise Retry(f"the reply is longer than {self.largest_reply:,} bytes")
                     # The timeout above only covers silence, and some servers send spaces while they think.
-                    if time.monotonic() > started + self.timeout or len(content) > self.largest_reply:
-                        raise TimeoutError(f"no whole reply after {self.timeout:g} s, {len(content):,} bytes")
+                    if time.monotonic() > started + self.timeout:
+                        raise TimeoutError(f"no whole reply, only {len(content):,} bytes")
         except urllib.error.HTTPError as error:
             raise self.failure(error)
         except (OSError, http.client.HTTPException) as error:  # refused, closed, timed out, unknown host, cut short
-            raise Retry(one_line(getattr(error, "reason", "") or error, 300) or type(error).__name__)
+            cause = getattr(error, "reason", "") or error
+            words, late = one_line(cause, 300) or type(cause).__name__, isinstance(cause, TimeoutError)
+            raise Retry(f"{words} (the timeout is {self.timeout:g} s)" if late else words, busy=late)
         return read_reply(content, time.monotonic() - started)
 
     def failure(self, error):
@@ -269,8 +281,11 @@ class Endpoint:
         if 300 <= error.code < 400:
             return Refused(f"{message}: the endpoint has moved to {error.headers.get('Location')}; use that as the url")
         if error.code in (408, 429) or error.code >= 500:
-            return Retry(message, retry_after(error.headers.get("Retry-After")), busy=error.code in (429, 503))
+            return Retry(message, retry_after(error.headers.get("Retry-After")), busy=error.code in BUSY)
         return Rejected(message, about) if error.code in (400, 403, 413, 422) else Refused(message)
+
+
+BUSY = (429, 503, 504, 529)  # HTTP errors that are about the endpoint: too much to do, or too slow
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):

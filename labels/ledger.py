@@ -542,9 +542,11 @@ class Ledger:
             (annotator, count))]
 
     def spent(self, pair, annotator):
-        """(seconds, cost) of all of an annotator's verdicts on a pair together; None where none of them is known."""
-        return self.db.execute("SELECT SUM(seconds), SUM(cost) FROM verdicts WHERE pair = ? AND annotator = ?",
-                               (pair, annotator)).fetchone()
+        """(seconds, cost) of all of an annotator's verdicts on a pair together: seconds None where none of them is known,
+        cost None unless all are. A verdict with neither, such as the note that a text was refused, is no request."""
+        return self.db.execute(
+            "SELECT SUM(seconds), CASE WHEN COUNT(cost) = COUNT(*) THEN SUM(cost) END FROM verdicts "
+            "WHERE pair = ? AND annotator = ? AND COALESCE(seconds, cost) IS NOT NULL", (pair, annotator)).fetchone()
 
     def close(self):
         self.db.close()

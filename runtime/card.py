@@ -61,10 +61,15 @@ def card_rows(config, summary):
             **judge_rows(summary),
             "pseudo-labels": pseudo if summary["pseudo_label_accuracy"] is None else f"{pseudo}, {right('pseudo_label')}",
             "audited pseudo-labels": f"{audited}, {right('audit')}" if summary["audited"] else None,
-            "spent on labels": None if summary["cost"] is None else f"{summary['cost']:,.2f}",
+            "spent on labels": None if summary["cost"] is None else money(summary["cost"], summary.get("cost_incomplete")),
             "held-out accuracy of the implicit reward": ("not measured" if summary["eval_accuracy"] is None
                                                          else f"{summary['eval_accuracy']:.3f}"),
             "β, γ": f"{config.beta}, {gate(config)}", "adapter": adapter}
+
+
+def money(spent, incomplete):
+    """An amount in words. incomplete: some labels have no known cost."""
+    return f"{'at least ' if incomplete else ''}{spent:,.2f}"
 
 
 def gate(config):

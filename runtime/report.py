@@ -65,13 +65,13 @@ class Log:
 
 
 def cost(oracle, config):
-    """Money spent on labels (rank 0), or None if no price is known."""
+    """(money spent on labels, whether some of it is unknown), on rank 0; the money is None if no price is known."""
     if not oracle.ledger:
-        return None
+        return None, False
     known, unpriced = oracle.ledger.cost()
     if config.price_per_label is None:
-        return known or None
-    return known + unpriced * config.price_per_label
+        return (known, unpriced > 0) if known else (None, False)
+    return known + unpriced * config.price_per_label, False
 
 
 def pseudo_label_accuracy(state):
@@ -129,9 +129,9 @@ def warn_of_judge(oracle, row):
 
 
 def bar_text(row, evaluation, cost):
-    """The text after the training bar."""
+    """The text after the training bar. cost: as `cost` returns it."""
     held_out = f", held-out {evaluation['rewards/accuracies']:.3f}" if evaluation else ""
-    price = f", {cost:,.2f} spent" if cost is not None else ""
+    price = f", {card.money(*cost)} spent" if cost[0] is not None else ""
     neither = row["queries_without_preference"]
     neither = f", {neither:,} without a preference" if neither else ""
     judge = f", judge: {text}" if (text := judge_text(row)) else ""
@@ -144,13 +144,14 @@ def summarise(schedule, oracle, run, engine):
     config, evaluation = run.config, run.evaluation
     pairs = schedule.considered or len(schedule.ids_seen())
     queries, state, audit = oracle.queries(), oracle.state, oracle.audit()
+    spent, incomplete = cost(oracle, config)
     return {"pairs": pairs, "queries": queries, "query_fraction": queries / pairs,
             "queries_without_preference": oracle.without_preference(), "pseudo_labels": state["pseudo_labels"],
             "pseudo_label_accuracy": pseudo_label_accuracy(state),
             "pseudo_label_interval": (list(wilson(state["pseudo_right"], state["pseudo_known"]))
                                       if state["pseudo_known"] else None),
             "audited": audit["audited"] if audit else 0, "audit_accuracy": audit and audit["accuracy"],
-            "audit_interval": audit and list(audit["interval"]), "cost": cost(oracle, config),
+            "audit_interval": audit and list(audit["interval"]), "cost": spent, "cost_incomplete": incomplete,
             "budget_spent_at_step": state["budget_spent_at_step"], **oracle.about, **oracle.judged(),
             "eval_loss": evaluation and evaluation["loss"],
             "eval_accuracy": evaluation and evaluation["rewards/accuracies"],
@@ -177,7 +178,7 @@ def closing_line(summary):
     if summary["budget_spent_at_step"] is not None:
         parts.append(f"the budget was spent at step {summary['budget_spent_at_step'] + 1:,}")
     if summary["cost"] is not None:
-        parts.append(f"{summary['cost']:,.2f} spent on labels")
+        parts.append(f"{card.money(summary['cost'], summary.get('cost_incomplete'))} spent on labels")
     if summary["eval_accuracy"] is not None:
         parts.append(f"held-out accuracy {summary['eval_accuracy']:.3f}")
     if "gold_reward_after" in summary:

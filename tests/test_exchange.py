@@ -325,6 +325,8 @@ GOOD = '{"pair": "pair0", "label": "a"}\n'
     ('{"pair": "pair1", "label": ["a"]}', "line 2, field label"),
     ('{"pair": "pair1", "label": "a", "annotator": 7}', "line 2, field annotator: expected a name, found 7"),
     ('{"pair": "pair1", "label": "a", "annotator": "\\udfff"}', "line 2, field annotator"),
+    ('{"pair": "pair1", "label": "a", "comment": "x \\udfff"}', "line 2, field comment: expected a text, found 'x "),
+    ('{"pair": "pair1", "label": "a", "comment": 7}', "line 2, field comment: expected a text, found 7"),
     ('{"pair": "pair1", "label": "a", "seconds": "3"}', "line 2, field seconds: expected a number of seconds"),
     ('{"pair": "pair1", "label": "a", "seconds": -1}', "line 2, field seconds"),
     ('{"pair": "pair1", "label": "a", "seconds": NaN}', "line 2, field seconds"),

@@ -471,6 +471,16 @@ def test_compare_is_a_command_of_its_own(tmp_path):
     assert done.stderr == "tools/compare.py: nowhere: there is no such file\n"
 
 
+@pytest.mark.parametrize("row", [{"question_id": 1}, {"question_id": 1, "turns": "one"}, {"question_id": 1, "turns": [1]},
+                                 {"question_id": 1, "turns": []}, {"question_id": [1], "turns": ["one"]}])
+def test_compare_refuses_a_file_that_holds_no_questions(tmp_path, row, capsys):
+    answer = {"question_id": 1, "model_id": "m", "choices": [{"turns": ["yes"]}]}
+    answers = [str(write(tmp_path / f"{name}.jsonl", [answer])) for name in "ab"]
+    questions = write(tmp_path / "question.jsonl", [{"question_id": 0, "turns": ["zero"]}, row])
+    assert compare.main(*answers, str(questions)) == 2
+    assert "question.jsonl, row 2: needs question_id and turns, a list of texts" in one_line(capsys)
+
+
 def test_a_pipe_that_is_closed_early_is_not_an_error(tmp_path):
     a, b = sides(tmp_path, [(f"prompt {n}", "word " * 99) for n in range(999)], [(f"prompt {n}", "x") for n in range(999)])
     done = subprocess.run(f"{sys.executable} tools/generate.py --compare {a} {b} | head -n 2; exit ${{PIPESTATUS[0]}}",

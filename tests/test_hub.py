@@ -242,6 +242,7 @@ def test_the_card_says_what_the_run_was(tmp_path):
                  "```sh\ndeepspeed train.py --config x.yaml --gamma=0.7\n```"):
         assert f"\n{line}\n" in text
     assert "](curves.png)" in text and yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])["gamma"] == 0.7
+    assert "\n| spent on labels | at least 12.50 |\n" in card_of({}, cost=12.5, cost_incomplete=True)
     data = ModelCard(text).data
     assert (data.base_model, data.datasets, data.library_name, data.pipeline_tag) == (
         "org/base", ["org/pairs"], "transformers", "text-generation")

@@ -23,6 +23,7 @@ from labels.endpoint import Endpoint, Reply, retry_after
 from labels.judge import ChatJudge, Request, Rubric, coin, judge_text, judged
 from labels.ledger import Ledger, LedgerError
 from labels.oracle import Oracle
+from runtime import report
 from runtime.config import Config
 from runtime.errors import UsageError
 from tools.ledger import reuse
@@ -123,6 +124,21 @@ def test_without_a_price_or_usage_the_cost_is_unknown(serve, ledger):
     chat(serve(right)).answer([question("p0")], ledger)
     chat(serve(no_usage), price=(1, 1)).answer([question("p1")], ledger)
     assert ledger.db.execute("SELECT COUNT(*), COUNT(cost) FROM answers").fetchone() == (2, 0)
+
+
+def test_a_pair_with_a_reply_of_unknown_cost_has_no_known_cost(serve, ledger):
+    """What is known to be spent stays spent. A note that a text was refused is no request, and makes no cost unknown."""
+    def half(prompt, n):
+        status, headers, body = right(prompt, n)
+        return (status, headers, {**body, "usage": body["usage"] if "[[A]]" in json.dumps(body) else None})
+
+    chat(serve(half), price=(0.01, 0.1)).answer([question("p0")], ledger)
+    assert ledger.db.execute("SELECT cost FROM answers").fetchone() == (None,) and ledger.cost() == (pytest.approx(1.5), 1)
+    ledger.add_verdict("p1", "m", 0, detail='{"unanswerable": "HTTP 400", "settings": "old"}')
+    chat(serve(right), price=(0.01, 0.1)).answer([question("p1")], ledger)
+    assert ledger.spent("p1", "m")[1] == pytest.approx(3) and ledger.cost() == (pytest.approx(4.5), 1)
+    assert report.cost(types.SimpleNamespace(ledger=ledger), Config()) == (pytest.approx(4.5), True)
+    assert report.cost(types.SimpleNamespace(ledger=ledger), Config(price_per_label=2.0)) == (pytest.approx(6.5), False)
 
 
 def test_of_a_long_reply_the_beginning_is_kept(serve, ledger):
@@ -270,8 +286,36 @@ def test_a_slow_answer_is_timed_out_and_asked_again(serve, ledger, release):
 def test_a_reply_that_trickles_in_has_its_time_too(serve, ledger):
     body = json.dumps(completion("[[A]]")[2]).encode()
     chat(serve(lambda prompt, n: [b" ", b" ", body])).answer([question("p0")], ledger)  # as OpenRouter does
-    with pytest.raises(Waiting, match="no whole reply after 1.5 s"):
+    with pytest.raises(Waiting, match=r"no whole reply, only [\d,]+ bytes \(the timeout is 1.5 s\)"):
         chat(serve(lambda prompt, n: itertools.repeat(b" ")), timeout=1.5, retries=0).answer([question("p1")], ledger)
+
+
+@pytest.mark.parametrize("answer, words", [
+    ("late", r"timed out \(the timeout is 0.5 s\)"), ((504, {}, b""), "HTTP 504"), ((529, {}, b""), "HTTP 529")],
+    ids=["timeout", "504", "529"])
+@pytest.mark.parametrize("first", [None, (500, {}, b"")], ids=["each time", "after other errors"])
+def test_a_text_that_takes_too_long_is_not_refused(serve, ledger, release, answer, words, first):
+    """The endpoint answers all else, so a short question would get its answer: the pair stays open nevertheless."""
+    def behave(prompt, n):
+        if "of p1" not in prompt:
+            return right(prompt, n)
+        if first and n < 2:
+            return first
+        return release.wait() if answer == "late" else answer
+
+    server = serve(behave)
+    with pytest.raises(Waiting, match=rf"1 of 6 answers are missing; pair p1: .*{words}.* \(\d attempts\); resume"):
+        chat(server, timeout=0.5 if answer == "late" else 60.0, retries=1).answer(QUESTIONS, ledger)
+    assert answers(ledger) == {pair: label for pair, label in TRUTHS.items() if pair != "p1"}
+    chat(serve(right)).answer(QUESTIONS, ledger)
+    assert answers(ledger) == TRUTHS
+
+
+def test_a_reply_without_end_is_about_its_text(serve, ledger, monkeypatch):
+    monkeypatch.setattr(Endpoint, "largest_reply", 1000)
+    server = serve(lambda prompt, n: completion("x" * 2000) if "of p1" in prompt else right(prompt, n))
+    chat(server, retries=0).answer(QUESTIONS, ledger)
+    assert answers(ledger) == {**TRUTHS, "p1": 0}
 
 
 @pytest.mark.parametrize("concurrency", [3, 12])
@@ -736,6 +780,31 @@ def test_a_dead_endpoint_is_noticed_before_every_request_has_failed(serve, ledge
     with pytest.raises(Waiting, match="100 of 100"):
         chat(server, concurrency=4).answer([question(f"p{n}") for n in range(100)], ledger)
     assert len(server.bodies) < 40  # of 600
+
+
+@pytest.mark.parametrize("answer, words", [(completion("turtles"), "no usable verdict"), ((503, {}, b""), "HTTP 503"),
+                                           ((401, {}, b""), "HTTP 401")], ids=["nonsense", "down", "refused"])
+def test_a_run_that_stops_still_hears_what_it_has_sent(serve, ledger, monkeypatch, answer, words):
+    """The first request is answered only once the others have stopped the run. It is paid for, so it is kept."""
+    made = []
+
+    class Seen(endpoint.Exchange):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    def behave(prompt, n):
+        if "of p0" in prompt and "response A begins\ngood" in prompt:
+            assert made[0].stop.wait(300)
+            return right(prompt, n)
+        return answer
+
+    monkeypatch.setattr("labels.judge.Exchange", Seen)
+    server = serve(behave)
+    with pytest.raises(Waiting, match=f"100 of 100 answers are missing; .*{words}"):
+        chat(server, concurrency=2, retries=0).answer([question(f"p{n}") for n in [0, *range(1000, 1099)]], ledger)
+    assert ledger.db.execute("SELECT COUNT(*) FROM verdicts WHERE pair = 'p0' AND verdict = 1").fetchone() == (1,)
+    assert len(server.bodies) < 40  # what was not sent yet stays unsent
 
 
 def test_what_is_answered_already_is_not_asked_and_what_is_given_twice_is_asked_once(serve, ledger):

@@ -20,6 +20,7 @@ from labels.annotators import DatasetAnnotator
 from labels.ledger import Ledger, Panel, Question
 from labels.oracle import Oracle, wilson
 from runtime.config import Config
+from runtime.sources import read_file
 from tools import ledger
 
 
@@ -206,7 +207,7 @@ def test_errors_are_one_line(run, tmp_path, capsys, monkeypatch):
 def test_csv(run, tmp_path, capsys):
     path = tmp_path / "answers.csv"
     assert main(capsys, run, "--csv", path) == (0, f"7 answers written to {path}\n", "")
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         rows = {row["pair"]: row for row in csv.DictReader(file)}
     store = Ledger(run / "labels.sqlite")
     columns = [row[1] for row in store.db.execute("PRAGMA table_info(answers)")]
@@ -227,6 +228,21 @@ def test_csv(run, tmp_path, capsys):
     fails(capsys, "is the ledger", run, "--csv", run / "labels.sqlite", "--force")
     fails(capsys, "No such file", run, "--csv", tmp_path / "absent" / "a.csv")
     assert not list(tmp_path.rglob("*.tmp")) and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r"])
+def test_no_cell_of_the_csv_is_a_formula(tmp_path, capsys, start):
+    """A spreadsheet would run it; numbers stay numbers. The byte order mark is what Excel reads é by."""
+    store = Ledger(tmp_path / "labels.sqlite")
+    store.put_questions([Question("q", -0.5, 0)], {"q": tuple(map(json.dumps, (start + "HYPERLINK(1)", "é", "a =1")))})
+    store.answer_question("q", -1, start + "ann", 5.0)
+    store.close()
+    assert main(capsys, tmp_path, "--csv", tmp_path / "out.csv")[0] == 0
+    assert (tmp_path / "out.csv").read_bytes().startswith(b"\xef\xbb\xbfpair,")
+    (place, row), = read_file(tmp_path / "out.csv")  # as training reads a file
+    assert [row[name] for name in ("prompt", "y1", "y2", "annotator")] == [f"'{start}HYPERLINK(1)", "é", "a =1",
+                                                                           f"'{start}ann"]
+    assert (row["label"], row["margin"]) == ("-1", "-0.5")
 
 
 def test_reused_answers_are_free_and_not_counted(run, tmp_path, capsys):
@@ -324,6 +340,29 @@ def test_the_agreement_of_people(panel, capsys):
     assert words_of(people, "cat") == "5 1 5 40.0% 5.0 720"
 
 
+def test_who_decides_between_the_others_has_no_independent_opinion(panel, tmp_path, capsys):
+    """An adjudicator has seen what the others said, and what they say becomes the label, so it tells nothing about
+    agreement. What they said before that still counts."""
+    folder = panel[0]
+    before = ledger.report(folder)
+    store = Ledger(folder / "labels.sqlite")
+    for pair, who in (("d", "eve"), ("e", "ann"), ("g", "eve")):
+        store.answer_question(pair, -1, who, 9.0, panel=Panel(3, "eve"), detail={"adjudicates": True})
+    labels = dict(store.db.execute("SELECT pair, label FROM answers"))
+    store.close()
+    assert [labels[pair] for pair in "deg"] == [-1, -1, -1]
+    text = main(capsys, folder)[1]
+    assert words_of(text, "people") == words_of(before, "people")
+    people = text[text.index("People, and"):]
+    # The labels of a to e and g are y1, y1, y2, y2, y2, y2, and ann's own opinions agree with the first three.
+    assert words_of(people, "ann") == "7 1 6 50.0% 5.0 720"
+    assert not any(line.startswith("eve") for line in people.splitlines())
+    listed = " ".join(main(capsys, folder, "--disagreements")[1].split())
+    assert "d y2 ann: both bad, bob: equal, cat: y1, eve: y2" in listed and "e y2 ann: y2, bob: cannot judge" in listed
+    assert main(capsys, folder, "--csv", tmp_path / "out.csv")[0] == 0
+    assert '""adjudicates"": true' in (tmp_path / "out.csv").read_text()
+
+
 def test_disagreements_are_listed(panel, capsys):
     code, out, _ = main(capsys, panel[0], "--disagreements")
     lines = out.splitlines()
@@ -334,7 +373,7 @@ def test_disagreements_are_listed(panel, capsys):
 
 def test_the_csv_has_texts_and_opinions(panel, tmp_path, capsys):
     main(capsys, panel[0], "--csv", tmp_path / "out.csv")
-    with open(tmp_path / "out.csv", newline="", encoding="utf-8") as file:
+    with open(tmp_path / "out.csv", newline="", encoding="utf-8-sig") as file:
         rows = {row["pair"]: row for row in csv.DictReader(file)}
     assert [rows["b"][name] for name in ("prompt", "y1", "y2")] == ["user:\nWhy\nis =1+1 so?", 'yes, "so"', "no"]
     opinions = json.loads(rows["b"]["opinions"])

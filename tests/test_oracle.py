@@ -17,9 +17,10 @@ import types
 import pytest
 import torch
 
+from labels import annotators
 from labels import oracle as module
 from labels.annotators import Annotator, DatasetAnnotator, HumanAnnotator, Waiting
-from labels.ledger import Ledger
+from labels.ledger import Ledger, Panel
 from labels.oracle import ANNOTATORS, JUDGES, Oracle, annotator_class, is_audited, wilson
 from runtime.config import Config
 from runtime.errors import Stopped, UsageError
@@ -317,6 +318,25 @@ def test_without_an_answer_the_run_stops_and_the_questions_stay_open(tmp_path):
     for pair in "ab":
         oracle.ledger.answer_question(pair, 1, "ann")
     assert ask(oracle, ["a", "b"], [0.1, 0.1], [True, True]) == [1, 1]  # answers given in the meantime are used
+
+
+def test_an_opinion_that_settles_nothing_yet_restarts_the_wait_too(tmp_path, monkeypatch):
+    """Three people are asked about each pair. On this clock each poll takes a minute, and one opinion comes every 40."""
+    annotator = HumanAnnotator(TEXTS.get, wait_minutes=60)
+    oracle = make(annotator, tmp_path, oracle="human")
+    minutes, opinions = [0], [("b", who) for who in ("ann", "bob")] + [("a", who) for who in ("ann", "bob", "cat")]
+
+    def sleep(_):
+        minutes[0] += 1
+        if minutes[0] % 40 == 0 and opinions:
+            pair, who = opinions.pop(0)
+            oracle.ledger.answer_question(pair, 1, who, panel=Panel(3))
+            oracle.ledger.add_verdict("c", "model", 1)  # a judge's verdict is nobody's answer
+
+    monkeypatch.setattr(annotators, "time", types.SimpleNamespace(monotonic=lambda: 60 * minutes[0], sleep=sleep))
+    with pytest.raises(Waiting, match="no answer for 60 minutes, 1 of 2 are missing"):
+        ask(oracle, ["a", "b"], [0.1, 0.1], [True, True])
+    assert not opinions and minutes[0] == 5 * 40 + 60
 
 
 # ----------------------------------------------------------------------------------------------------------------------

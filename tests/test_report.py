@@ -1,4 +1,4 @@
-"""The monitors that runtime/report.py feeds hold the numbers of metrics.jsonl.
+"""The monitors that runtime/report.py feeds hold the numbers of metrics.jsonl; and what it says about money.
 
     python -m pytest tests/test_report.py -n 0
 """
@@ -6,6 +6,24 @@
 import shutil
 
 import pytest
+
+from runtime import report
+
+ROW = {"loss": 0.6, "rewards/accuracies": 0.5, "queries": 4, "pairs_seen": 8, "queries_without_preference": 0}
+SUMMARY = {"queries": 4, "pairs": 8, "query_fraction": 0.5, "pseudo_label_accuracy": None, "audited": 0,
+           "budget_spent_at_step": None, "eval_accuracy": None, "wall_seconds": 1.0}
+
+
+@pytest.mark.parametrize("cost, said", [((1234.5, False), ", 1,234.50 spent"), ((0.5, True), ", at least 0.50 spent"),
+                                        ((None, False), "")])
+def test_money_of_which_a_part_is_unknown_is_at_least_that(cost, said):
+    assert report.bar_text(ROW, None, cost).endswith("(50% of pairs)" + said)
+    line = report.closing_line({**SUMMARY, "cost": cost[0], "cost_incomplete": cost[1]})
+    assert line == f"4 of 8 labels bought (50 %){said.replace(', ', ' · ')}{' on labels' if said else ''} · 1 s"
+
+
+def test_the_summary_of_an_older_run_is_read():
+    assert "0.50 spent on labels" in report.closing_line({**SUMMARY, "cost": 0.5})
 
 
 def points_of_csv(output):

@@ -30,7 +30,7 @@ METRICS = {"step", "epoch", "split", "loss", "rewards/chosen", "rewards/rejected
            "queries_without_preference", "pairs_seen", "pseudo_labels", "pseudo_label_accuracy", "tokens_per_second"}
 SUMMARY = {"pairs", "queries", "query_fraction", "queries_without_preference", "pseudo_labels", "pseudo_label_accuracy",
            "pseudo_label_interval", "eval_loss", "eval_accuracy", "wall_seconds", "peak_memory_bytes", "audited",
-           "audit_accuracy", "audit_interval", "cost", "budget_spent_at_step"}
+           "audit_accuracy", "audit_interval", "cost", "cost_incomplete", "budget_spent_at_step"}
 
 
 @pytest.fixture(scope="module")

@@ -117,6 +117,17 @@ def read(path):
     return harmless(name if isinstance(name, str) and name else str(path.parent.name or path)), answers
 
 
+def read_questions(path):
+    """{question id: its turns} from FastChat's question.jsonl. Raises DataError."""
+    questions = {}
+    for place, row in rows_of(path):
+        key, turns = row.get("question_id"), row.get("turns")
+        if not isinstance(key, (str, int)) or not is_list_of(turns, str):
+            raise DataError(f"{place}: needs question_id and turns, a list of texts, as in FastChat's question.jsonl")
+        questions[key] = turns
+    return questions
+
+
 def is_list_of(value, kind):
     return isinstance(value, list) and value != [] and all(isinstance(item, kind) for item in value)
 
@@ -152,9 +163,7 @@ def main(a, b, question_file=None, command="tools/generate.py"):
         sides = [read(path) for path in paths]
         if sides[0][0] == sides[1][0]:
             sides = [(harmless(str(path)), answers) for path, (_, answers) in zip(paths, sides)]
-        questions = None
-        if question_file:
-            questions = {row.get("question_id"): row.get("turns") for _, row in rows_of(question_file)}
+        questions = read_questions(question_file) if question_file else None
     except UsageError as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2

@@ -67,6 +67,8 @@ CONFIGURATION = """\
 SKIPPED = (None, "", "skip")
 THIRD_ANSWERS = ("equal", "both bad", "cannot judge")  # no preference, label 0; the ledger keeps which it was
 
+SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can hold it, a file in UTF-8 cannot
+
 
 class ExchangeError(UsageError):
     """A file cannot be read, written or used. The message names the file, the line or task, and the field."""
@@ -211,7 +213,7 @@ def _from_jsonl(path, questions, annotator):
             raise ExchangeError(f"{place}, field label: expected \"a\", \"b\", \"equal\", \"both bad\", \"cannot judge\" or "
                                 f"null, found {label!r:.80}")
         who, comment = row.get("annotator"), row.get("comment")
-        if not isinstance(comment, str | None):
+        if not isinstance(comment, str | None) or SURROGATE.search(comment or ""):
             raise ExchangeError(f"{place}, field comment: expected a text, found {comment!r:.80}")
         detail = {**({"said": label} if label in THIRD_ANSWERS else {}), **({"comment": comment} if comment else {})}
         yield (pair, None if label in SKIPPED else 0 if label in THIRD_ANSWERS else sides["ab".index(label)], detail,
@@ -294,7 +296,7 @@ def _sides(row, pair, texts, place):
 
 
 def _name(value, place):
-    if not isinstance(value, str) or not value.strip() or re.search("[\ud800-\udfff]", value):
+    if not isinstance(value, str) or not value.strip() or SURROGATE.search(value):
         raise ExchangeError(f"{place}: expected a name, found {value!r:.80}")
     return value
 

@@ -3,7 +3,9 @@
     python tools/ledger.py OUTPUT_DIR                        print it
     python tools/ledger.py OUTPUT_DIR --disagreements        the pairs about which people disagree, and who says what
     python tools/ledger.py OUTPUT_DIR --csv FILE [--force]   one row per answer: all columns, the texts that people were
-                                                             shown, and every person's opinion as JSON
+                                                             shown, and every person's opinion as JSON. For spreadsheets:
+                                                             UTF-8 with a byte order mark, and a ' before a text that would
+                                                             be a formula (it begins with = + - @, tab or carriage return)
     python tools/ledger.py OUTPUT_DIR --reuse OLD_OUTPUT_DIR
                                                              copy the old run's answers, best before the new run starts
 
@@ -99,7 +101,7 @@ def report(folder, now=None):
     answered = {row["pair"] for row in answers}
     questions = {row["pair"] for row in tables["questions"]} - answered
     leased = {row["pair"] for row in tables["leases"] if row["until"] > (time.time() if now is None else now)} & questions
-    opinions = opinions_of(verdicts)
+    opinions = opinions_of([row for row in verdicts if not adjudicates(row)])
     lines = [
         ("answers", f"{len(answers):,}: {len(bought):,} bought by this run, {len(answers) - len(bought):,} reused"),
         ("no preference", share(len(answers) - len(labelled), len(answers))),
@@ -184,13 +186,22 @@ def opinions_of(verdicts):
     return found
 
 
+def adjudicates(row):
+    """Whether a verdict decides between the others. Such a person has seen the others' opinions, and theirs becomes the
+    label, so it says nothing about how well people agree."""
+    return bool(row["person"]) and bool(json.loads(row["detail"] or "{}").get("adjudicates"))
+
+
 def said_by(row):
     """What a person said, in words."""
     return json.loads(row["detail"] or "{}").get("said") or {1: "y1", -1: "y2", 0: "no preference"}[row["verdict"]]
 
 
 def agreement_of_people(opinions):
-    """Krippendorff's alpha of people's opinions, with y1, y2 and no preference as three values; "cannot judge" is none."""
+    """Krippendorff's alpha of people's opinions, with y1, y2 and no preference as three values; "cannot judge" is none.
+
+    opinions: without adjudications.
+    """
     views = [[row["verdict"] for row in said.values() if said_by(row) != "cannot judge"] for said in opinions.values()]
     counts = [[found.count(value) for value in (1, 0, -1)] for found in views if len(found) > 1]
     if not counts:
@@ -212,7 +223,7 @@ PEOPLE = ("person", "opinions", "no preference", "with others", "say the label",
 
 
 def people(opinions, labels):
-    """Rows of the table PEOPLE. labels: {pair: label}."""
+    """Rows of the table PEOPLE. opinions: without adjudications.  labels: {pair: label}."""
     of = defaultdict(list)
     for pair, said in opinions.items():
         for who, row in said.items():
@@ -268,7 +279,7 @@ def printable(text):
 # The export and the seed.
 
 def export_csv(folder, path, force=False):
-    """Write one row per answer, oldest first. Returns how many there are."""
+    """Write one row per answer, oldest first, with texts as `no_formula` gives them. Returns how many there are."""
     if Path(path).exists() and not force:
         raise LedgerError(f"{path} exists: say --force to replace it")
     if Path(path).exists() and Path(path).samefile(Path(folder) / "labels.sqlite"):
@@ -279,14 +290,20 @@ def export_csv(folder, path, force=False):
     opinions = opinions_of(tables["verdicts"])
     rows = sorted(tables["answers"], key=lambda row: (row["answered_at"], row["step"], row["pair"]))
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text)  # its line ends are \r\n; with others, some versions of Python leave a \r without quotes
     writer.writerow([*ANSWERS.split(", "), "prompt", "y1", "y2", "opinions"])
     for row in rows:
         said = [{"annotator": who, "verdict": found["verdict"], "seconds": found["seconds"],
                  **json.loads(found["detail"] or "{}")} for who, found in opinions[row["pair"]].items()]
-        writer.writerow([*row, *texts.get(row["pair"], ("", "", "")), json.dumps(said, ensure_ascii=False) if said else ""])
-    replace_file(path, text.getvalue())
+        cells = [*row, *texts.get(row["pair"], ("", "", "")), json.dumps(said, ensure_ascii=False) if said else ""]
+        writer.writerow(map(no_formula, cells))
+    replace_file(path, "\ufeff" + text.getvalue())  # without the byte order mark, Excel takes é for two letters
     return len(rows)
+
+
+def no_formula(cell):
+    """A cell as it is, or with a ' before it if it is a text that a spreadsheet would run as a formula."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(tuple("=+-@\t\r")) else cell
 
 
 def reuse(folder, old):
