@@ -375,13 +375,47 @@ def test_an_opinion_can_be_taken_back_also_where_an_adjudicator_has_decided(tmp_
         question = site.ask("next", who)[1]["question"]
         assert question["pair"] == "p00" and len(question["opinions"]) == (2 if who == "EVE" else 0)
         assert site.answers() == {}
-        assert site.ask("answer", who, pair="p00", choice=choice(question, word))[0] == 200
+        assert site.ask("answer", who, pair="p00", choice=choice(question, word), round=question["round"])[0] == 200
     assert site.query("SELECT pair, label, annotator FROM answers") == [("p00", -1, "Eve")]
     status, reply = site.ask("undo", "ann", pair="p00")
     assert status == 200 and "without you" in reply["note"] and reply["question"]["pair"] == "p01"
     assert site.answers() == {"p00": -1} and site.query("SELECT COUNT(*) FROM verdicts") == [(2,)]
-    status, reply = site.ask("undo", "eve", pair="p00")  # now only bob's opinion is left, and ann may give hers again
-    assert status == 200 and site.answers() == {} and reply["question"]["pair"] == "p00"
+    status, reply = site.ask("undo", "eve", pair="p00", round="adjudicate")
+    assert status == 200 and site.answers() == {} and reply["question"]["pair"] == "p00"  # only bob's opinion is left
+    site.stop()
+
+
+def test_what_the_adjudicator_thinks_is_not_yet_the_label(tmp_path):
+    """One of two people who disagree is also the one who decides; each of their requests is sent twice."""
+    site = Site(tmp_path, "--annotators-per-pair", "2", "--adjudicator", "Ann")
+    site.put(1)
+    asked = {who: site.ask("next", who)[1]["question"] for who in ("Bob", "Ann")}
+    site.ask("answer", "Bob", pair="p00", choice=choice(asked["Bob"], "first"), round="")
+    first, second = (choice(asked["Ann"], word) for word in ("first", "second"))
+
+    def twice(action, **message):
+        (status, reply), (again, same) = (site.ask(action, "Ann", pair="p00", **message) for _ in range(2))
+        assert status == again == 200 and reply["question"] == same["question"]
+        return reply
+
+    def opinions():
+        return site.query("SELECT COUNT(*) FROM verdicts")[0][0]
+
+    assert asked["Ann"]["round"] == ""
+    reply = twice("answer", choice=second, round=asked["Ann"]["round"])
+    assert site.answers() == {} and opinions() == 2
+    assert reply["question"]["round"] == "adjudicate" and len(reply["question"]["opinions"]) == 2
+    assert site.ask("answer", "Ann", pair="p00", choice=first, round="")[0] == 409 and site.answers() == {}
+    reply = twice("answer", choice=second, round="adjudicate")
+    assert site.answers() == {"p00": -1} and opinions() == 3 and reply["last_round"] == "adjudicate"
+    assert site.ask("answer", "Ann", pair="p00", choice=first, round="adjudicate")[0] == 409
+    reply = twice("undo", round=reply["last_round"])
+    assert site.answers() == {} and opinions() == 2
+    assert reply["question"]["round"] == "adjudicate" and reply["last_round"] == ""
+    reply = twice("undo", round=reply["last_round"])
+    assert opinions() == 1 and reply["question"]["round"] == ""
+    assert site.ask("answer", "Ann", pair="p00", choice=second, round="adjudicate")[0] == 409  # nobody disagrees any more
+    assert site.answers() == {} and opinions() == 1
     site.stop()
 
 
