@@ -507,10 +507,15 @@ def test_a_link_for_each_person_says_who_they_are(tmp_path):
     site.put(3)
     for who, pair in (("Ann", "p00"), ("Bob", "p02")):  # Ann has p01 by then
         assert site.ask("hello", "", cookies[who])[1]["you"] == who
-        question = site.ask("next", "Somebody else", cookies[who])[1]["question"]  # whatever name they give
-        site.ask("answer", "Ann", cookies[who], pair=question["pair"], choice=choice(question, "first"))
+        question = site.ask("next", "", cookies[who])[1]["question"]
+        site.ask("answer", f" {who.upper()}", cookies[who], pair=question["pair"], choice=choice(question, "first"))
         assert site.query("SELECT annotator FROM answers WHERE pair = ?", pair) == [(who,)]
-    assert site.ask("undo", "Ann", cookies["Bob"], pair="p00")[0] == 409  # another's answer
+    assert site.ask("undo", "Bob", cookies["Bob"], pair="p00")[0] == 409  # another's answer
+    question = site.ask("next", "Ann", cookies["Ann"])[1]["question"]
+    for name in ("Ann", "Somebody else"):  # Ann's page, after Bob's link was opened in the same browser
+        status, reply = site.ask("answer", name, cookies["Bob"], pair=question["pair"], choice=choice(question, "first"))
+        assert status == 409 and reply["error"].startswith("Another person's link")
+    assert site.ask("next", 3, cookies["Bob"])[0] == 409
     assert len(site.answers()) == 2
     port, site.port = site.port, 0
     site.stop()
