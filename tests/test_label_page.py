@@ -671,6 +671,8 @@ def test_one_line_says_why_it_cannot_start(tmp_path, capsys, monkeypatch):
     assert "expected an address" in said("--public-url", "label.example.org")
     assert "is named twice" in said("--annotator", "Ann", "--annotator", "ann ")
     assert "a name needs" in said("--annotator", "a\nb")
+    assert "at least 3 --annotator names are needed" in said("--annotators-per-pair", "3", "--annotator", "Ann",
+                                                             "--adjudicator", "Bob")
     (tmp_path / "label.key").write_text("mine")
     assert "label.key: is damaged" in said("--annotator", "Ann")
     monkeypatch.setitem(sys.modules, "fastapi", None)

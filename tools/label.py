@@ -377,6 +377,9 @@ def main(argv=None):
             if args.import_ or args.export:
                 exchange(ledger, args, panel)
                 return 0
+            if 0 < len(people) < panel.needed:
+                raise UsageError(f"--annotators-per-pair {panel.needed}: at least {panel.needed} --annotator names are "
+                                 "needed, or no question can be settled")
             ledger.settle_all(panel)  # the panel may ask for fewer opinions than the page before did
         serve(path, args, Desk(path, panel, guidelines_of(args.guidelines), names), people)
     except (UsageError, sqlite3.Error) as error:
