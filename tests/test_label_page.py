@@ -233,7 +233,8 @@ def test_posts_of_the_page_itself_are_not_refused(site):
 
 @pytest.mark.parametrize("status, message", [
     (400, "["), (400, "[]"), (400, "["*5000), (400, "{}"), (400, '{"annotator": "  "}'), (400, '{"annotator": 3}'),
-    (400, '{"annotator": "a\\nb"}'), (400, '{"annotator": "\\ud800"}'), (400, json.dumps({"annotator": "a" * 41})),
+    (400, '{"annotator": "a\\nb"}'), (400, '{"annotator": "a\\u200bb"}'),
+    (400, '{"annotator": "\\ud800"}'), (400, json.dumps({"annotator": "a" * 41})),
     (409, '{"annotator": "a", "pair": ""}'), (400, '{"annotator": "a", "pair": ["p00"]}'),
     (400, '{"annotator": "a", "pair": "p00", "choice": {}}'), (400, '{"annotator": "a", "pair": "p00", "choice": "1"}'),
     (413, json.dumps({"annotator": "a" * 17_000})), (413, iter([b"x" * 9000, b"x" * 9000])),
@@ -275,7 +276,17 @@ def test_third_answers_settle_a_question(site):
     assert site.ask("undo", "ann", pair="p02")[1]["question"]["pair"] == "p02" and len(site.answers()) == 2
 
 
-@pytest.mark.parametrize("comment", ["x" * 2001, "a\nb", 3])
+@pytest.mark.parametrize("comment", ["c\u2019est faux\u202f: \u00ab\u00a0oui\u00a0\u00bb",
+                                     "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+                                     "\U0001f469\u200d\U0001f4bb \u200ftext\u200e"])
+def test_comments_may_be_in_any_language(site, comment):
+    site.put(1)
+    site.ask("next", "ann")
+    assert site.ask("answer", "ann", pair="p00", choice="equal", comment=comment)[0] == 200
+    assert json.loads(site.query("SELECT detail FROM verdicts")[0][0])["comment"] == comment
+
+
+@pytest.mark.parametrize("comment", ["x" * 2001, "a\nb", "a\x1b[0mb", "a\u2028b", "a\u2029b", "\ud800", 3])
 def test_comments_are_a_line_of_text(site, comment):
     site.put(1)
     site.ask("next", "ann")

@@ -39,6 +39,7 @@ import sqlite3
 import sys
 import threading
 import time
+import unicodedata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +57,7 @@ PATIENCE = 10  # seconds to wait while another process holds the ledger
 RATE_WINDOW = 3600  # seconds over which labels per hour are counted
 LONGEST_NAME, LONGEST_COMMENT = 40, 2000  # characters
 LONGEST_GUIDELINES = 1_000_000  # bytes
+FORBIDDEN = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's controls, surrogates, and separators of lines and paragraphs
 DECIDING = "adjudicate"  # the round of a question whose answer decides a split; of all others it is ""
 
 
@@ -84,8 +86,8 @@ class Desk:
         me, view, pair = (text_of(message, name) for name in ("annotator", "view", "pair"))
         if action == "hello":
             return self.hello(me)
-        if not 0 < len(me) <= LONGEST_NAME:
-            raise Refused(400, f"An annotator needs a name of 1 to {LONGEST_NAME} characters.")
+        if not (me.isprintable() and 0 < len(me) <= LONGEST_NAME):  # people must be able to see what tells two names apart
+            raise Refused(400, f"An annotator needs a name of 1 to {LONGEST_NAME} printable characters.")
         if not self.path.is_file():  # opening it would create an empty ledger
             raise Refused(503, f"The ledger {self.path} is gone.")
         try:
@@ -242,9 +244,11 @@ def an_hour(count, since, now):
 
 
 def text_of(message, name, longest=200):
+    """A line of text from a message, stripped. Any language: French needs spaces that do not break, Persian and emoji need
+    joiners, Hebrew needs marks of direction. Raises Refused."""
     value = message.get(name, "")
-    if not isinstance(value, str) or len(value) > longest or not value.isprintable():
-        raise Refused(400, f"{name} must be a text of at most {longest} characters, on one line.")
+    if not isinstance(value, str) or len(value) > longest or not FORBIDDEN.isdisjoint(map(unicodedata.category, value)):
+        raise Refused(400, f"{name} must be a text of at most {longest} characters, on one line, without controls.")
     return value.strip()
 
 
