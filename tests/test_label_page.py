@@ -20,7 +20,7 @@ from labels.ledger import Ledger, Question
 
 pytest.importorskip("fastapi", reason="needs tests/requirements.txt")
 
-from tools import label, serving  # noqa: E402
+from tools import label, reading, serving  # noqa: E402
 from tools.serving import Refused  # noqa: E402
 
 
@@ -442,6 +442,28 @@ def test_the_same_words_in_both_responses_are_not_said_to_differ(site):
     assert site.ask("difference", "ann", pair="nothing")[0] == 409
     site.put({"e": ("p", "word " * 4000, "other " * 4000)})
     assert site.ask("difference", "ann", pair="e")[0] == 413
+
+
+@pytest.mark.parametrize("text", [
+    "5*3*2 = 30", "2**3**2 is 512", "a~~b~~c", "def __init__(self): pass", "Use __all__ here.", "Let \\(x\\) be", "a\\_b",
+    "for x in y:\n    print(x)", "if x:\n\ty()", "if x:\n  \ty()", "- if x:\n          y()", "> if x:\n    y()",
+    "***a*b*c***", "x*y, z*w", "line\\\nline", "5*3**2*4**1"])
+def test_what_markdown_would_change_is_shown_as_written(text):
+    assert reading.rendered(text) is None
+
+
+@pytest.mark.parametrize("text, html", [
+    ("*one* and **two**, _three_.", "<p><em>one</em> and <strong>two</strong>, <em>three</em>.</p>"),
+    ("***both***: ~~gone~~", "<p><em><strong>both</strong></em>: <s>gone</s></p>"),
+    ("5 * 3 * 2, snake_case_name, *args, **kwargs", "<p>5 * 3 * 2, snake_case_name, *args, **kwargs</p>"),
+    ("这是**重点**内容", "<p>这是<strong>重点</strong>内容</p>"),
+    ("データー**表**", "<p>データー<strong>表</strong></p>"),
+    ("`5*3*2` and `__init__` and `\\(x\\)`", "<p><code>5*3*2</code> and <code>__init__</code> and <code>\\(x\\)</code></p>"),
+    ("```\nif x:\n    y*z*w\n```", "<pre><code>if x:\n    y*z*w\n</code></pre>"),
+    ("so:\n\n    if x:\n        y()", "<p>so:</p>\n<pre><code>if x:\n    y()\n</code></pre>"),
+    ("1. *one*\n   more\n    - two", '<ol>\n<li value="1"><em>one</em><br>\nmore\n<ul>\n<li>two</li>\n</ul>\n</li>\n</ol>')])
+def test_ordinary_markdown_is_rendered(text, html):
+    assert reading.rendered(text) == html
 
 
 @pytest.mark.parametrize("path", ["/labels.sqlite", "/label.html", "/../train.py", "/%2e%2e/train.py", "/ask", "//",
