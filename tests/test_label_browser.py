@@ -357,6 +357,31 @@ def test_an_adjudicator_sees_who_said_what(tmp_path, browser):
     site.stop()
 
 
+def test_an_adjudicator_who_disagrees_is_asked_again_in_words(tmp_path, browser):
+    site = Site(tmp_path, "--annotators-per-pair", "2", "--adjudicator", "Ann")
+    site.put(1)
+    question = site.ask("next", "Bob")[1]["question"]
+    first = next(side["choice"] for side in question["sides"] if side["turns"][0]["text"].startswith("first"))
+    site.ask("answer", "Bob", pair="p00", choice=first)
+    page = browser.new_page()
+    page.goto(site.url)
+    page.fill("#name", "Ann")
+    page.click("text=Begin")
+    texts = ready(page)[1]
+    other = next(side for side, text in enumerate(texts) if text.startswith("second"))
+    choose(page, other, texts)
+    page.locator("#note", has_text="disagree").wait_for()
+    assert page.locator(".side h2").nth(other).text_content().endswith("· Ann") and site.answers() == {}
+    choose(page, other, ready(page)[1])
+    page.wait_for_selector("#wait:not([hidden])")
+    assert site.answers() == {"p00": -1}
+    page.keyboard.press("u")  # only the decision
+    page.locator("#note", has_text="disagree").wait_for()
+    assert site.answers() == {} and site.query("SELECT COUNT(*) FROM verdicts") == [(2,)]
+    page.close()
+    site.stop()
+
+
 def test_a_token_in_the_address_goes_into_a_cookie(tmp_path, browser):
     site = Site(tmp_path, "--token", "secret-0123456789")
     site.put(2)

@@ -20,7 +20,7 @@ from labels.ledger import Ledger, Question
 
 pytest.importorskip("fastapi", reason="needs tests/requirements.txt")
 
-from tools import label, serving  # noqa: E402
+from tools import label, reading, serving  # noqa: E402
 from tools.serving import Refused  # noqa: E402
 
 
@@ -233,7 +233,8 @@ def test_posts_of_the_page_itself_are_not_refused(site):
 
 @pytest.mark.parametrize("status, message", [
     (400, "["), (400, "[]"), (400, "["*5000), (400, "{}"), (400, '{"annotator": "  "}'), (400, '{"annotator": 3}'),
-    (400, '{"annotator": "a\\nb"}'), (400, '{"annotator": "\\ud800"}'), (400, json.dumps({"annotator": "a" * 41})),
+    (400, '{"annotator": "a\\nb"}'), (400, '{"annotator": "a\\u200bb"}'),
+    (400, '{"annotator": "\\ud800"}'), (400, json.dumps({"annotator": "a" * 41})),
     (409, '{"annotator": "a", "pair": ""}'), (400, '{"annotator": "a", "pair": ["p00"]}'),
     (400, '{"annotator": "a", "pair": "p00", "choice": {}}'), (400, '{"annotator": "a", "pair": "p00", "choice": "1"}'),
     (413, json.dumps({"annotator": "a" * 17_000})), (413, iter([b"x" * 9000, b"x" * 9000])),
@@ -275,7 +276,17 @@ def test_third_answers_settle_a_question(site):
     assert site.ask("undo", "ann", pair="p02")[1]["question"]["pair"] == "p02" and len(site.answers()) == 2
 
 
-@pytest.mark.parametrize("comment", ["x" * 2001, "a\nb", 3])
+@pytest.mark.parametrize("comment", ["c\u2019est faux\u202f: \u00ab\u00a0oui\u00a0\u00bb",
+                                     "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+                                     "\U0001f469\u200d\U0001f4bb \u200ftext\u200e"])
+def test_comments_may_be_in_any_language(site, comment):
+    site.put(1)
+    site.ask("next", "ann")
+    assert site.ask("answer", "ann", pair="p00", choice="equal", comment=comment)[0] == 200
+    assert json.loads(site.query("SELECT detail FROM verdicts")[0][0])["comment"] == comment
+
+
+@pytest.mark.parametrize("comment", ["x" * 2001, "a\nb", "a\x1b[0mb", "a\u2028b", "a\u2029b", "\ud800", 3])
 def test_comments_are_a_line_of_text(site, comment):
     site.put(1)
     site.ask("next", "ann")
@@ -375,13 +386,47 @@ def test_an_opinion_can_be_taken_back_also_where_an_adjudicator_has_decided(tmp_
         question = site.ask("next", who)[1]["question"]
         assert question["pair"] == "p00" and len(question["opinions"]) == (2 if who == "EVE" else 0)
         assert site.answers() == {}
-        assert site.ask("answer", who, pair="p00", choice=choice(question, word))[0] == 200
+        assert site.ask("answer", who, pair="p00", choice=choice(question, word), round=question["round"])[0] == 200
     assert site.query("SELECT pair, label, annotator FROM answers") == [("p00", -1, "Eve")]
     status, reply = site.ask("undo", "ann", pair="p00")
     assert status == 200 and "without you" in reply["note"] and reply["question"]["pair"] == "p01"
     assert site.answers() == {"p00": -1} and site.query("SELECT COUNT(*) FROM verdicts") == [(2,)]
-    status, reply = site.ask("undo", "eve", pair="p00")  # now only bob's opinion is left, and ann may give hers again
-    assert status == 200 and site.answers() == {} and reply["question"]["pair"] == "p00"
+    status, reply = site.ask("undo", "eve", pair="p00", round="adjudicate")
+    assert status == 200 and site.answers() == {} and reply["question"]["pair"] == "p00"  # only bob's opinion is left
+    site.stop()
+
+
+def test_what_the_adjudicator_thinks_is_not_yet_the_label(tmp_path):
+    """One of two people who disagree is also the one who decides; each of their requests is sent twice."""
+    site = Site(tmp_path, "--annotators-per-pair", "2", "--adjudicator", "Ann")
+    site.put(1)
+    asked = {who: site.ask("next", who)[1]["question"] for who in ("Bob", "Ann")}
+    site.ask("answer", "Bob", pair="p00", choice=choice(asked["Bob"], "first"), round="")
+    first, second = (choice(asked["Ann"], word) for word in ("first", "second"))
+
+    def twice(action, **message):
+        (status, reply), (again, same) = (site.ask(action, "Ann", pair="p00", **message) for _ in range(2))
+        assert status == again == 200 and reply["question"] == same["question"]
+        return reply
+
+    def opinions():
+        return site.query("SELECT COUNT(*) FROM verdicts")[0][0]
+
+    assert asked["Ann"]["round"] == ""
+    reply = twice("answer", choice=second, round=asked["Ann"]["round"])
+    assert site.answers() == {} and opinions() == 2
+    assert reply["question"]["round"] == "adjudicate" and len(reply["question"]["opinions"]) == 2
+    assert site.ask("answer", "Ann", pair="p00", choice=first, round="")[0] == 409 and site.answers() == {}
+    reply = twice("answer", choice=second, round="adjudicate")
+    assert site.answers() == {"p00": -1} and opinions() == 3 and reply["last_round"] == "adjudicate"
+    assert site.ask("answer", "Ann", pair="p00", choice=first, round="adjudicate")[0] == 409
+    reply = twice("undo", round=reply["last_round"])
+    assert site.answers() == {} and opinions() == 2
+    assert reply["question"]["round"] == "adjudicate" and reply["last_round"] == ""
+    reply = twice("undo", round=reply["last_round"])
+    assert opinions() == 1 and reply["question"]["round"] == ""
+    assert site.ask("answer", "Ann", pair="p00", choice=second, round="adjudicate")[0] == 409  # nobody disagrees any more
+    assert site.answers() == {} and opinions() == 1
     site.stop()
 
 
@@ -397,6 +442,28 @@ def test_the_same_words_in_both_responses_are_not_said_to_differ(site):
     assert site.ask("difference", "ann", pair="nothing")[0] == 409
     site.put({"e": ("p", "word " * 4000, "other " * 4000)})
     assert site.ask("difference", "ann", pair="e")[0] == 413
+
+
+@pytest.mark.parametrize("text", [
+    "5*3*2 = 30", "2**3**2 is 512", "a~~b~~c", "def __init__(self): pass", "Use __all__ here.", "Let \\(x\\) be", "a\\_b",
+    "for x in y:\n    print(x)", "if x:\n\ty()", "if x:\n  \ty()", "- if x:\n          y()", "> if x:\n    y()",
+    "***a*b*c***", "x*y, z*w", "line\\\nline", "5*3**2*4**1"])
+def test_what_markdown_would_change_is_shown_as_written(text):
+    assert reading.rendered(text) is None
+
+
+@pytest.mark.parametrize("text, html", [
+    ("*one* and **two**, _three_.", "<p><em>one</em> and <strong>two</strong>, <em>three</em>.</p>"),
+    ("***both***: ~~gone~~", "<p><em><strong>both</strong></em>: <s>gone</s></p>"),
+    ("5 * 3 * 2, snake_case_name, *args, **kwargs", "<p>5 * 3 * 2, snake_case_name, *args, **kwargs</p>"),
+    ("这是**重点**内容", "<p>这是<strong>重点</strong>内容</p>"),
+    ("データー**表**", "<p>データー<strong>表</strong></p>"),
+    ("`5*3*2` and `__init__` and `\\(x\\)`", "<p><code>5*3*2</code> and <code>__init__</code> and <code>\\(x\\)</code></p>"),
+    ("```\nif x:\n    y*z*w\n```", "<pre><code>if x:\n    y*z*w\n</code></pre>"),
+    ("so:\n\n    if x:\n        y()", "<p>so:</p>\n<pre><code>if x:\n    y()\n</code></pre>"),
+    ("1. *one*\n   more\n    - two", '<ol>\n<li value="1"><em>one</em><br>\nmore\n<ul>\n<li>two</li>\n</ul>\n</li>\n</ol>')])
+def test_ordinary_markdown_is_rendered(text, html):
+    assert reading.rendered(text) == html
 
 
 @pytest.mark.parametrize("path", ["/labels.sqlite", "/label.html", "/../train.py", "/%2e%2e/train.py", "/ask", "//",
@@ -473,10 +540,15 @@ def test_a_link_for_each_person_says_who_they_are(tmp_path):
     site.put(3)
     for who, pair in (("Ann", "p00"), ("Bob", "p02")):  # Ann has p01 by then
         assert site.ask("hello", "", cookies[who])[1]["you"] == who
-        question = site.ask("next", "Somebody else", cookies[who])[1]["question"]  # whatever name they give
-        site.ask("answer", "Ann", cookies[who], pair=question["pair"], choice=choice(question, "first"))
+        question = site.ask("next", "", cookies[who])[1]["question"]
+        site.ask("answer", f" {who.upper()}", cookies[who], pair=question["pair"], choice=choice(question, "first"))
         assert site.query("SELECT annotator FROM answers WHERE pair = ?", pair) == [(who,)]
-    assert site.ask("undo", "Ann", cookies["Bob"], pair="p00")[0] == 409  # another's answer
+    assert site.ask("undo", "Bob", cookies["Bob"], pair="p00")[0] == 409  # another's answer
+    question = site.ask("next", "Ann", cookies["Ann"])[1]["question"]
+    for name in ("Ann", "Somebody else"):  # Ann's page, after Bob's link was opened in the same browser
+        status, reply = site.ask("answer", name, cookies["Bob"], pair=question["pair"], choice=choice(question, "first"))
+        assert status == 409 and reply["error"].startswith("Another person's link")
+    assert site.ask("next", 3, cookies["Bob"])[0] == 409
     assert len(site.answers()) == 2
     port, site.port = site.port, 0
     site.stop()
@@ -632,6 +704,8 @@ def test_one_line_says_why_it_cannot_start(tmp_path, capsys, monkeypatch):
     assert "expected an address" in said("--public-url", "label.example.org")
     assert "is named twice" in said("--annotator", "Ann", "--annotator", "ann ")
     assert "a name needs" in said("--annotator", "a\nb")
+    assert "at least 3 --annotator names are needed" in said("--annotators-per-pair", "3", "--annotator", "Ann",
+                                                             "--adjudicator", "Bob")
     (tmp_path / "label.key").write_text("mine")
     assert "label.key: is damaged" in said("--annotator", "Ann")
     monkeypatch.setitem(sys.modules, "fastapi", None)

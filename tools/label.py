@@ -39,6 +39,7 @@ import sqlite3
 import sys
 import threading
 import time
+import unicodedata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +57,8 @@ PATIENCE = 10  # seconds to wait while another process holds the ledger
 RATE_WINDOW = 3600  # seconds over which labels per hour are counted
 LONGEST_NAME, LONGEST_COMMENT = 40, 2000  # characters
 LONGEST_GUIDELINES = 1_000_000  # bytes
+FORBIDDEN = {"Cc", "Cs", "Zl", "Zp"}  # Unicode's controls, surrogates, and separators of lines and paragraphs
+DECIDING = "adjudicate"  # the round of a question whose answer decides a split; of all others it is ""
 
 
 # What the page asks of the ledger. Each action is one transaction, so what it checks is still true when it writes.
@@ -83,8 +86,8 @@ class Desk:
         me, view, pair = (text_of(message, name) for name in ("annotator", "view", "pair"))
         if action == "hello":
             return self.hello(me)
-        if not 0 < len(me) <= LONGEST_NAME:
-            raise Refused(400, f"An annotator needs a name of 1 to {LONGEST_NAME} characters.")
+        if not (me.isprintable() and 0 < len(me) <= LONGEST_NAME):  # people must be able to see what tells two names apart
+            raise Refused(400, f"An annotator needs a name of 1 to {LONGEST_NAME} printable characters.")
         if not self.path.is_file():  # opening it would create an empty ledger
             raise Refused(503, f"The ledger {self.path} is gone.")
         try:
@@ -140,14 +143,17 @@ class Desk:
         seconds = message.get("seconds")
         if seconds is not None and (type(seconds) not in (int, float) or not abs(seconds) < 1e18):
             raise Refused(400, "Seconds must be a number.")
-        adjudicates = me == self.panel.adjudicator and ledger.is_split(pair, self.panel)
+        deciding = text_of(message, "round") == DECIDING  # what the page showed; it may send an earlier answer again
+        adjudicates = deciding and me == self.panel.adjudicator and ledger.is_split(pair, self.panel)
         mine = ledger.opinions(pair).get(me)
         if mine and not adjudicates:
-            if (mine.label, mine.said) == (label, said.get("said")):  # sent again, because the page never got our reply
-                return ""
+            if (mine.label, mine.said, mine.adjudicates) == (label, said.get("said"), deciding):
+                return ""  # sent again, because the page never got our reply
             raise Refused(409, "You have answered that question already. Here is another.")
         if not asked[3]:
             raise Refused(409, "That question has been answered in the meantime. Here is another.")
+        if deciding and not adjudicates:
+            raise Refused(409, "Nothing has to be decided there any more. Please look again.")
         if not ledger.renew(me, pair, LEASE, self.panel):
             raise Refused(409, "That question was given back while you were away. Please look again.")
         detail = {**said, **({"comment": comment} if comment else {}), **({"adjudicates": True} if adjudicates else {})}
@@ -163,7 +169,8 @@ class Desk:
         return "Skipped. It will come back when nothing else is left."
 
     def undo(self, ledger, me, pair, message):
-        if me not in ledger.opinions(pair):
+        mine = ledger.opinions(pair).get(me)
+        if mine is None or mine.adjudicates != (text_of(message, "round") == DECIDING):
             if ledger.renew(me, pair, LEASE, self.panel):  # the page sends it again, see answer
                 return "Undone. Here is the question again."
             raise Refused(409, "You have no answer to undo here.")
@@ -198,7 +205,8 @@ class Desk:
         return row, ledger.opinions(row[0]) if split else {}
 
     def shown(self, me, row, opinions):
-        """A question as the page shows it. Outside of the transaction, because rendering takes time."""
+        """A question as the page shows it; the page sends its round back with the answer. Outside of the transaction,
+        because rendering takes time."""
         from tools.reading import nearly_equal, turns
         pair, prompt, *responses = row
         sides = [{"choice": digest(text), "turns": turns(text)} for text in responses]
@@ -207,10 +215,12 @@ class Desk:
                  "comment": opinion.comment} for who, opinion in opinions.items()]
         if hmac.digest(self.secret, f"{me}\0{pair}".encode(), "sha256")[0] & 1:
             sides.reverse()
-        return {"pair": pair, "prompt": turns(prompt), "sides": sides, "nearly_equal": same, "opinions": said}
+        return {"pair": pair, "round": DECIDING if said else "", "prompt": turns(prompt), "sides": sides,
+                "nearly_equal": same, "opinions": said}
 
     def progress(self, ledger, me):
-        """The page's figures. `answered` and `asked` count the questions of those steps that still have an open one."""
+        """The page's figures. `answered` and `asked` count the questions of those steps that still have an open one. `last`
+        and `last_round` say what an undo takes back."""
         now = time.time()
         for who, times in list(self.given.items()):
             while times and times[0] < now - RATE_WINDOW:
@@ -223,7 +233,9 @@ class Desk:
                  an_hour(sum(map(len, everybody)), min((times[0] for times in everybody), default=now), now)]
         left, asked = ledger.progress()
         count, last = ledger.given_by(me)
-        return {"left": left, "answered": asked - left, "asked": asked, "rates": rates, "last": last, "mine": count}
+        decided = last is not None and ledger.opinions(last)[me].adjudicates
+        return {"left": left, "answered": asked - left, "asked": asked, "rates": rates, "last": last,
+                "last_round": DECIDING if decided else "", "mine": count}
 
 
 def an_hour(count, since, now):
@@ -232,9 +244,11 @@ def an_hour(count, since, now):
 
 
 def text_of(message, name, longest=200):
+    """A line of text from a message, stripped. Any language: French needs spaces that do not break, Persian and emoji need
+    joiners, Hebrew needs marks of direction. Raises Refused."""
     value = message.get(name, "")
-    if not isinstance(value, str) or len(value) > longest or not value.isprintable():
-        raise Refused(400, f"{name} must be a text of at most {longest} characters, on one line.")
+    if not isinstance(value, str) or len(value) > longest or not FORBIDDEN.isdisjoint(map(unicodedata.category, value)):
+        raise Refused(400, f"{name} must be a text of at most {longest} characters, on one line, without controls.")
     return value.strip()
 
 
@@ -367,6 +381,9 @@ def main(argv=None):
             if args.import_ or args.export:
                 exchange(ledger, args, panel)
                 return 0
+            if 0 < len(people) < panel.needed:
+                raise UsageError(f"--annotators-per-pair {panel.needed}: at least {panel.needed} --annotator names are "
+                                 "needed, or no question can be settled")
             ledger.settle_all(panel)  # the panel may ask for fewer opinions than the page before did
         serve(path, args, Desk(path, panel, guidelines_of(args.guidelines), names), people)
     except (UsageError, sqlite3.Error) as error:

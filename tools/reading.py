@@ -5,7 +5,8 @@
 
 Responses come from models and may hold anything. markdown-it-py renders them with raw HTML switched off, nh3 removes every
 tag and attribute that is not listed here, and links and images stay as they are written: nothing can be clicked, loaded or
-run. If rendering would hide a letter, the page shows the text as it was written and says so.
+run. If rendering would hide a letter or a backslash, or change what looks like code or arithmetic, the page shows the text
+as it was written and says so.
 
 The paper and the official code ask nobody. Needs tools/requirements.txt.
 """
@@ -16,6 +17,7 @@ import html
 import json
 import os
 import re
+import unicodedata
 
 import nh3
 from markdown_it import MarkdownIt
@@ -51,16 +53,44 @@ PARSER = make_parser()
 
 @functools.lru_cache(maxsize=512)  # a page asks for its question again every 25 s
 def rendered(text):
-    """A text as HTML that is safe to show, or None if the rendering would hide some of it."""
+    """A text as HTML that is safe to show, or None if the rendering would hide or change some of it."""
     if len(text) > LONGEST:
         return None
-    safe = nh3.clean(PARSER.render(text), tags=TAGS, attributes={"li": {"value"}}, link_rel=None)
+    tokens, env = PARSER.parse(text), {}
+    if any(token.type == "inline" and changes(token) for token in tokens):
+        return None
+    made = PARSER.renderer.render(tokens, PARSER.options, env)
+    safe = nh3.clean(made, tags=TAGS, attributes={"li": {"value"}}, link_rel=None)
     shown = html.unescape(re.sub(r"<[^>]*>", " ", re.sub(r'<li value="(\d+)">', r"\1", safe)))
-    return safe.strip() if letters(shown) == letters(text) else None
+    return safe.strip() if kept(shown) == kept(text) else None
 
 
-def letters(text):
-    return "".join(filter(str.isalnum, text))
+def kept(text):
+    """The signs that every rendering has to keep."""
+    return "".join(sign for sign in text if sign.isalnum() or sign == "\\")
+
+
+def changes(inline):
+    """Whether a paragraph is code or arithmetic that Markdown takes for emphasis, as in 5*3*2 and __init__, or loses the
+    indentation of a line. inline: its token."""
+    if re.search(r"\n( {4}| *\t)", inline.content):
+        return True
+    before, marked = " ", False  # the last sign that is shown; whether marks of emphasis came after it
+    for token in inline.children:
+        if token.type.endswith(("_open", "_close")):
+            if token.markup == "__":
+                return True
+            marked = True
+        elif content := token.content if token.type == "text" else " ":
+            if marked and in_word(before) and in_word(content[0]):
+                return True
+            before, marked = content[-1], False
+    return False
+
+
+def in_word(sign):
+    """Whether emphasis beside this sign is within a word. Scripts such as Chinese put no spaces between words."""
+    return sign.isalnum() and unicodedata.category(sign) not in ("Lo", "Lm")
 
 
 def turns(text):

@@ -4,7 +4,8 @@
 
 On loopback, whoever is on this machine may label, unless there are tokens. On any other host, and behind a public address,
 nobody comes in without a token. A token is a secret in a link; the page moves it into a cookie. A personal token says who
-somebody is, so nobody can label under another's name.
+somebody is, so nobody can label under another's name. Two people who share a browser take turns: a page whose cookie has
+become another person's is refused.
 
 The page is plain HTTP. To label from another machine, leave it on loopback and run `ssh -L 8642:localhost:8642 MACHINE`, or
 put a proxy with TLS in front of it and name its address with --public-url.
@@ -27,6 +28,7 @@ import time
 from urllib.parse import urlsplit
 
 from runtime.errors import UsageError
+from tools.exchange import fold
 
 BODY_LIMIT = 16 * 1024  # bytes of a request
 BODY_SECONDS = 10  # for the body of a request to arrive
@@ -189,7 +191,7 @@ def make_app(desk, page, door, local, port, public=None):
         try:
             message = await json_of(request)
             if request.state.person is not None:
-                message["annotator"] = request.state.person
+                message["annotator"] = checked_name(action, message.get("annotator"), request.state.person)
             reply, status = await run_in_threadpool(desk, action, message), 200
         except Refused as refused:
             status, why = refused.args
@@ -197,6 +199,14 @@ def make_app(desk, page, door, local, port, public=None):
         return Response(json.dumps(reply), status, media_type="application/json")
 
     return app
+
+
+def checked_name(action, name, person):
+    """The person that a link belongs to. Raises Refused where the page that asks is somebody else's: all pages of a browser
+    share a cookie, so it names whoever opened their link last. A page learns its name from hello."""
+    if action != "hello" and name and fold(str(name)) != fold(person):
+        raise Refused(409, "Another person's link has been opened in this browser. Open your own link again.")
+    return person
 
 
 async def json_of(request):
