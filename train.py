@@ -79,7 +79,7 @@ def main(config, command_line=None):
         for step in run.steps():
             rows = schedule.rows(step)
             micro_batches = schedule.micro_batches(rows)
-            if oracle.asks_ahead:
+            if oracle.asks_ahead(len(rows)):
                 ask_ahead(engine, oracle, gamma, train, micro_batches, step)
             engine.train()
             lr = set_learning_rate(engine, step, schedule.total_steps, config)

@@ -26,7 +26,7 @@ from labels.judge import ChatJudge, judged
 from labels.ledger import Ledger, Question
 from labels.reward_model import RewardModelJudge
 from runtime.errors import Stopped, UsageError
-from runtime.ranks import gather_to_rank_0, rank, say, scatter_from_rank_0, world_size
+from runtime.ranks import from_rank_0, gather_to_rank_0, rank, say, scatter_from_rank_0, world_size
 
 ANNOTATORS = {"dataset": DatasetAnnotator, "human": HumanAnnotator}  # by the key `oracle`
 JUDGES = {"chat": ChatJudge, "reward_model": RewardModelJudge}  # by the key `judge`, where `oracle` is judge
@@ -74,8 +74,6 @@ class Oracle:
         if run and self.annotator:
             self.annotator.show = run.show_missing
         self.asks_together = annotator_class(config).asks_together
-        # The last labels of a budget go to the least sure pairs of a step, however it is cut.
-        self.asks_ahead = (self.asks_together or config.max_queries is not None) and not config.label_budget
         self.unasked = []  # (pair id, pseudo-label) of this rank and step
         self.state = {"pseudo_labels": 0, "pseudo_right": 0, "pseudo_known": 0, "budget_spent_at_step": None,
                       "warned_of_audit": False}
@@ -89,6 +87,15 @@ class Oracle:
             say(f"{reused:,} answers of other runs are in the ledger, {of_ours:,} of them of pairs of this run")
         if self.annotator:
             self.annotator.check(self.ledger)
+
+    def asks_ahead(self, pairs):
+        """Whether the questions of a step of so many pairs are to be asked all at once: for people and judges, and where the
+        budget may end within the step, because its last labels go to the least sure pairs. All ranks call it together."""
+        if self.config.label_budget:  # everything has been asked
+            return False
+        if self.asks_together or self.config.max_queries is None:
+            return self.asks_together
+        return 0 < from_rank_0(self.config.max_queries - self.ledger.count() if self.ledger else None) < pairs
 
     def answer(self, ids, margin, ask, step):
         """Algorithm 2, the answers. All ranks call it together, each with its own pairs.

@@ -384,6 +384,17 @@ def test_a_pair_that_is_asked_anyway_is_not_an_audit(tmp_path):
     assert oracle.audit()["audited"] == 1 and oracle.ledger.audits() == [(5.0, -1)]
 
 
+def test_a_step_is_asked_ahead_where_the_budget_may_end_in_it(tmp_path):
+    oracle = make(DatasetAnnotator(LABELS), tmp_path, max_queries=3)
+    assert not oracle.asks_ahead(3) and oracle.asks_ahead(4)
+    ask(oracle, ["a", "b"], [0.1, 0.1], [True, True])
+    assert oracle.asks_ahead(2) and not oracle.asks_ahead(1)
+    ask(oracle, ["c"], [0.1], [True])
+    assert not oracle.asks_ahead(4)  # nothing is left
+    people = make(None, tmp_path, oracle="human")
+    assert people.asks_ahead(1) and not make(None, tmp_path, oracle="human", label_budget=0.5).asks_ahead(1)
+
+
 def test_audits_come_last_where_the_budget_is_short(tmp_path):
     oracle = make(DatasetAnnotator(LABELS), tmp_path, audit_fraction=1.0, max_queries=2)
     assert ask(oracle, ["a", "b", "c"], [0.2, 0.1, 5.0], [True, False, True]) == [1, 0, 1]  # whatever the margins
