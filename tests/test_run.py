@@ -271,7 +271,7 @@ def test_the_cache_is_not_used_where_the_last_bits_would_differ(change, referenc
     if "torch" in change:
         monkeypatch.setattr(torch, "__version__", change["torch"])
     if "transformers" in change:
-        monkeypatch.setattr(transformers, "__version__", change["transformers"])
+        monkeypatch.setattr(reference.transformers, "__version__", change["transformers"])
     if "data" in change:
         monkeypatch.setattr(data, "VERSION", change["data"])
     if "device" in change:
