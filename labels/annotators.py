@@ -105,17 +105,15 @@ class HumanAnnotator(Annotator):
     def answer(self, questions, ledger):
         """Put the questions and wait until all are answered. Raises Waiting if for wait_minutes nobody has answered any
         question, or on Ctrl-C; the questions stay open."""
-        ids, shown, last, since = [q.pair for q in questions], None, None, time.monotonic()
+        ids, last, since = [q.pair for q in questions], None, time.monotonic()
         missing, page = len(ids), f"python tools/label.py {shlex.quote(str(Path(ledger.path).parent))}"
         try:
             ledger.put_questions(questions, {q.pair: self.texts(q.pair) for q in questions})
             while missing := len(ledger.unanswered(ids)):
-                if missing != shown:
-                    shown = missing
-                    self.show(missing, page)
                 # Where several people are asked about each pair, they may work for hours before one is settled.
-                if (news := (missing, self.last_opinion(ledger))) != last:
+                if (news := (missing, ledger.last_opinion())) != last:
                     last, since = news, time.monotonic()
+                    self.show(missing, page)
                 if time.monotonic() - since >= self.wait_seconds:
                     raise Waiting(f"no answer for {self.wait_seconds / 60:g} minutes, {missing} of {len(ids)} are missing; "
                                   f"people answer with `{page}`")
@@ -123,8 +121,3 @@ class HumanAnnotator(Annotator):
         except KeyboardInterrupt:
             raise Waiting(f"interrupted, {missing} of {len(ids)} answers are missing; people answer with `{page}`")
         self.show(0)
-
-    def last_opinion(self, ledger):
-        """The number of the latest opinion of a person, whether or not it settled its question; None if there is none."""
-        row = ledger.db.execute("SELECT id FROM verdicts WHERE person ORDER BY id DESC LIMIT 1").fetchone()
-        return row and row[0]

@@ -502,6 +502,11 @@ class Ledger:
                 self._settle(pair, panel)
             return len(pairs) - len(self.unanswered(pairs))
 
+    def last_opinion(self):
+        """The number of the latest opinion of a person, whether or not it settled its question; None if there is none."""
+        row = self.db.execute("SELECT id FROM verdicts WHERE person ORDER BY id DESC LIMIT 1").fetchone()
+        return row and row[0]
+
     def opinions(self, pair):
         """{annotator: Opinion} of the people who said something about a pair; of each, what they said last."""
         found = {}
@@ -542,8 +547,8 @@ class Ledger:
             (annotator, count))]
 
     def spent(self, pair, annotator):
-        """(seconds, cost) of all of an annotator's verdicts on a pair together: seconds None where none of them is known,
-        cost None unless all are. A verdict with neither, such as the note that a text was refused, is no request."""
+        """(seconds, cost) of all of an annotator's verdicts on a pair together. seconds is None if none of them is known,
+        cost is None unless all are. A verdict with neither is not a request: it may say that a text was refused."""
         return self.db.execute(
             "SELECT SUM(seconds), CASE WHEN COUNT(cost) = COUNT(*) THEN SUM(cost) END FROM verdicts "
             "WHERE pair = ? AND annotator = ? AND COALESCE(seconds, cost) IS NOT NULL", (pair, annotator)).fetchone()

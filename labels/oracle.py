@@ -95,7 +95,11 @@ class Oracle:
             return False
         if self.asks_together or self.config.max_queries is None:
             return self.asks_together
-        return 0 < from_rank_0(self.config.max_queries - self.ledger.count() if self.ledger else None) < pairs
+        return 0 < from_rank_0(self.budget_left() if self.ledger else None) < pairs
+
+    def budget_left(self):
+        """How many labels max_queries still allows, over all steps: also those that a run has gone back from. On rank 0."""
+        return max(0, self.config.max_queries - self.ledger.count())
 
     def answer(self, ids, margin, ask, step):
         """Algorithm 2, the answers. All ranks call it together, each with its own pairs.
@@ -131,12 +135,12 @@ class Oracle:
         A run that goes on from an earlier checkpoint meets pairs that it asked about at a later step, in another epoch. Such
         a label is bought, so it is not bought again, but where the pair is not asked, the run is as it was: without it.
         """
-        known = self.ledger.take([pair for pair, *_ in items], step)
-        known |= self.ledger.take([pair for pair, _, ask, _ in items if ask and pair not in known])
+        known = self.ledger.take([pair for pair, _, ask, _ in items if ask])
+        known |= self.ledger.take([pair for pair, _, ask, _ in items if not ask], step)
         new = {pair: Question(pair, margin, step, audit) for pair, margin, ask, audit in items if ask and pair not in known}
         questions = list(new.values())
         if self.config.max_queries is not None:
-            left = max(0, self.config.max_queries - self.ledger.count())
+            left = self.budget_left()
             if left < len(questions):  # the least sure pairs are worth most
                 questions = sorted(questions, key=lambda q: (q.audit, abs(q.margin), q.pair))[:left]
                 if self.state["budget_spent_at_step"] is None:

@@ -22,6 +22,8 @@ from runtime.errors import UsageError, one_line
 from runtime.files import replace_text, writing
 from runtime.ranks import all_gather, rank, say
 
+ASIDE = DAMAGED, ABANDONED = ".damaged", ".abandoned"  # how the names end of checkpoints that nothing may go on from
+
 
 def write_config(config, output, step_pairs):
     """Make the run's folder and write its config.yaml."""
@@ -122,7 +124,7 @@ def newest_whole(output):
     steps once more, with the same answers from the ledger. All ranks call it together.
     """
     for path in [output / ".checkpoint", *sorted(output.glob("checkpoint-*"))]:
-        if path.is_dir() and path.suffix not in (".damaged", ".abandoned") and not (path / "trainer_state.json").is_file():
+        if path.is_dir() and path.suffix not in ASIDE and not (path / "trainer_state.json").is_file():
             say(f"{path} is half-written: skipped")
     damaged = {}
     for folder in reversed(complete(output).values()):
@@ -136,11 +138,7 @@ def newest_whole(output):
                              f"start from step 0, with the labels of {output}/labels.sqlite")
         return None
     for bad, problem in damaged.items():
-        aside = bad.with_name(f"{bad.name}.damaged")
-        say(f"{problem}: set aside as {aside.name}, going back to {folder.name}")
-        if rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(bad, aside)
+        say(f"{problem}: set aside as {set_aside(bad, DAMAGED)}, going back to {folder.name}")
     dist.barrier()
     return folder
 
@@ -150,12 +148,17 @@ def set_aside_later(output, step):
     comes to those steps again, perhaps in another way. All ranks call it together."""
     for later, folder in complete(output).items():
         if later > step:
-            aside = folder.with_name(f"{folder.name}.abandoned")
-            say(f"{folder.name} is of a later step: set aside as {aside.name}")
-            if rank() == 0:
-                shutil.rmtree(aside, ignore_errors=True)
-                os.replace(folder, aside)
+            say(f"{folder.name} is of a later step: set aside as {set_aside(folder, ABANDONED)}")
     dist.barrier()
+
+
+def set_aside(folder, ending):
+    """Rename a checkpoint, on rank 0, so that nothing takes it for one any more. Returns the new name."""
+    aside = folder.with_name(folder.name + ending)
+    if rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+    return aside.name
 
 
 def complete(output):

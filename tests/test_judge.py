@@ -127,7 +127,8 @@ def test_without_a_price_or_usage_the_cost_is_unknown(serve, ledger):
 
 
 def test_a_pair_with_a_reply_of_unknown_cost_has_no_known_cost(serve, ledger):
-    """What is known to be spent stays spent. A note that a text was refused is no request, and makes no cost unknown."""
+    """The money that is known to be spent still counts. The verdict that a text was refused was not a request, so the cost
+    stays known."""
     def half(prompt, n):
         status, headers, body = right(prompt, n)
         return (status, headers, {**body, "usage": body["usage"] if "[[A]]" in json.dumps(body) else None})

@@ -45,15 +45,20 @@ def person(browser, server):
         page.set_default_timeout(PATIENCE)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda message: "Security Policy" in message.text and errors.append(message.text))
-        page.goto(server.url)
-        page.fill("#name", name)
-        page.click("text=Begin")
+        begin(page, server.url, name)
         return page
 
     yield come
     for context in contexts:
         context.close()
     assert errors == []
+
+
+def begin(page, url, name):
+    """Open the page and say who one is."""
+    page.goto(url)
+    page.fill("#name", name)
+    page.click("text=Begin")
 
 
 def ready(page, after=None):
@@ -285,9 +290,7 @@ def test_guidelines_statistics_and_a_hint_at_a_break(tmp_path, browser):
     context = browser.new_context(viewport={"width": 1400, "height": 900})
     page = context.new_page()
     page.clock.install()
-    page.goto(site.url)
-    page.fill("#name", "Oda")
-    page.click("text=Begin")
+    begin(page, site.url, "Oda")
     pair, texts = ready(page)
     assert "<script>owned=1</script>" in page.text_content("#guide") and page.locator("#guide strong").count() == 1
     right = page.locator(".side").nth(1).bounding_box()
@@ -342,9 +345,7 @@ def test_an_adjudicator_sees_who_said_what(tmp_path, browser):
         assert site.ask("answer", who, pair="p00", choice=choice, comment=comment)[0] == 200
     assert site.answers() == {}
     page = browser.new_page()
-    page.goto(site.url)
-    page.fill("#name", "eve")
-    page.click("text=Begin")
+    begin(page, site.url, "eve")
     texts = ready(page)[1]
     side = next(side for side, text in enumerate(texts) if text.startswith("first"))
     assert page.locator(".side h2").nth(side).text_content().endswith("· Ann (“it is first”)")
@@ -364,9 +365,7 @@ def test_an_adjudicator_who_disagrees_is_asked_again_in_words(tmp_path, browser)
     first = next(side["choice"] for side in question["sides"] if side["turns"][0]["text"].startswith("first"))
     site.ask("answer", "Bob", pair="p00", choice=first)
     page = browser.new_page()
-    page.goto(site.url)
-    page.fill("#name", "Ann")
-    page.click("text=Begin")
+    begin(page, site.url, "Ann")
     texts = ready(page)[1]
     other = next(side for side, text in enumerate(texts) if text.startswith("second"))
     choose(page, other, texts)
@@ -389,9 +388,7 @@ def test_a_token_in_the_address_goes_into_a_cookie(tmp_path, browser):
     page = context.new_page()
     page.set_default_timeout(PATIENCE)
     assert page.goto(site.url.split("?")[0]).status == 401
-    page.goto(site.url)
-    page.fill("#name", "Ida")
-    page.click("text=Begin")
+    begin(page, site.url, "Ida")
     pair, texts = ready(page)
     assert "secret" not in page.url and "secret" not in page.evaluate("document.cookie")
     page.reload()
@@ -406,9 +403,7 @@ def test_kill_9_of_the_server_loses_and_doubles_nothing(tmp_path, browser):
     context = browser.new_context()
     page = context.new_page()
     page.set_default_timeout(PATIENCE)
-    page.goto(site.url)
-    page.fill("#name", "Kay")
-    page.click("text=Begin")
+    begin(page, site.url, "Kay")
     stopped = []
 
     def kill():

@@ -11,8 +11,8 @@ The estimate is of what train.py holds at the peak of a step, from the shapes al
 with measured peaks. Activations are counted as in a layer of a Llama; one of another family may keep half or twice as much.
 The estimate leaves out what the CUDA context, NCCL and fragmentation take, so keep 10 to 20 % free.
 
-Exit code 2: there is no such model, its config does not name what the estimate needs, or a number makes no sense; one line
-says which.
+Exit code 2: the model does not exist, its config lacks something that the estimate needs, or a number does not make sense.
+One line says which.
 """
 
 import argparse

@@ -56,10 +56,10 @@ def rendered(text):
     """A text as HTML that is safe to show, or None if the rendering would hide or change some of it."""
     if len(text) > LONGEST:
         return None
-    tokens, env = PARSER.parse(text), {}
+    tokens = PARSER.parse(text)
     if any(token.type == "inline" and changes(token) for token in tokens):
         return None
-    made = PARSER.renderer.render(tokens, PARSER.options, env)
+    made = PARSER.renderer.render(tokens, PARSER.options, {})
     safe = nh3.clean(made, tags=TAGS, attributes={"li": {"value"}}, link_rel=None)
     shown = html.unescape(re.sub(r"<[^>]*>", " ", re.sub(r'<li value="(\d+)">', r"\1", safe)))
     return safe.strip() if kept(shown) == kept(text) else None
