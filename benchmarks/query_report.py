@@ -30,7 +30,7 @@ NOT_BELOW_RANDOM = -0.005
 STUDENT = dict(enumerate([12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
                           2.131, 2.120, 2.110, 2.101, 2.093], 2))  # 95 %, by number of values
 STYLES = {ALL: ("0.4", "s"), SUBSET: ("0.4", "o"), "committee": ("tab:green", "*"),
-          "committee, all labels": ("tab:green", "s"),
+          "committee, 50 %": ("tab:green", "D"), "committee, all labels": ("tab:green", "s"),
           "committee that learns nothing": ("tab:green", "x"),
           "no pseudo-labels": ("tab:orange", "^"), "paper": ("tab:red", "v")}
 
