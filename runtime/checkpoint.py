@@ -6,10 +6,12 @@ config that computes the same (config.yaml), from the same weights, pairs and en
 """
 
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import os
 import shutil
+import time
 import zlib
 from pathlib import Path
 
@@ -20,9 +22,11 @@ from runtime import shards
 from runtime.config import FREE_ON_RESUME
 from runtime.errors import UsageError, one_line
 from runtime.files import replace_text, writing
-from runtime.ranks import all_gather, rank, say
+from runtime.ranks import all_gather, from_rank_0, rank, say
 
 ASIDE = DAMAGED, ABANDONED = ".damaged", ".abandoned"  # how the names end of checkpoints that nothing may go on from
+HELD = {}  # {output_dir: its descriptor} of the folders that this process has locked
+PATIENCE = 5  # seconds that a run which was just killed may take to end
 
 
 def write_config(config, output, step_pairs):
@@ -30,6 +34,8 @@ def write_config(config, output, step_pairs):
     if rank() == 0:
         with writing(output):
             output.mkdir(parents=True, exist_ok=True)
+    lock(output)  # where `Run.open` did not find a folder
+    if rank() == 0:
         replace_text(output / "config.yaml", yaml.safe_dump(
             {"config": dataclasses.asdict(config), "pairs_a_step": step_pairs, "versions": versions()},
             sort_keys=False, allow_unicode=True))
@@ -46,6 +52,44 @@ def check_writable(output):
     there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UsageError(f"output_dir {output}: nothing can be written in {there}: make it writable, or choose another one")
+
+
+def lock(output):
+    """Keep other runs out of the run's folder, if it exists, until `unlock` or the end of this process, however it ends.
+
+    Raises UsageError where another run is at work in it. A file system that knows no locks keeps nobody out.
+    """
+    taken = False
+    if rank() == 0 and output.is_dir() and output.resolve() not in HELD:
+        HELD[output.resolve()] = folder = os.open(output, os.O_RDONLY)
+        patience = time.monotonic() + PATIENCE
+        while (taken := not locked(folder)) and time.monotonic() < patience:
+            time.sleep(0.2)
+        if taken:
+            os.close(HELD.pop(output.resolve()))
+    if from_rank_0(taken):
+        raise UsageError(f"output_dir {output}: another run is at work in it: wait until it has ended, stop it with Ctrl-C, "
+                         "or choose another output_dir")
+
+
+def locked(folder):
+    """Lock an open folder. Returns whether it is ours."""
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that knows no locks
+        pass
+    return True
+
+
+def unlock():
+    """Let other runs into the folders of this process."""
+    while HELD:
+        os.close(HELD.popitem()[1])
+
+
+os.register_at_fork(after_in_child=unlock)  # a process that outlives us must not keep others out
 
 
 def check_same_run(config, output, step_pairs):

@@ -40,6 +40,7 @@ from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
 from labels.ledger import in_words
+from runtime import checkpoint
 from runtime.errors import Stopped, UsageError, one_line
 from runtime.parse import help_text, parse_config
 from runtime.ranks import lost_peer, rank, say, several_hosts
@@ -100,6 +101,8 @@ def command(argv, main):
         if not lost_peer(error):
             raise
         return wait_to_be_ended(error)
+    finally:
+        checkpoint.unlock()
     return 0
 
 

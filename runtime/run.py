@@ -84,6 +84,7 @@ class Run:
             run.finished = True
             return run
         checkpoint.check_writable(output)
+        checkpoint.lock(output)
         if not shared_output and config.save_strategy != "no":
             raise UsageError(f"output_dir {output}: is not the same folder on all hosts, and each rank writes its part of a "
                              "checkpoint there: put it on a file system that all share, or say --save_strategy=no")

@@ -3,6 +3,7 @@
     python -m pytest tests/test_checkpoint.py -n 0
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from helpers import assert_same_run, assert_same_weights, copy_without, errors, 
 from transformers import AutoTokenizer
 
 from runtime import checkpoint
+from runtime.errors import UsageError
 
 SAVING = dict(max_steps=6, save_strategy="steps", save_steps=2)
 
@@ -249,3 +251,39 @@ def test_an_end_that_was_killed_while_it_saved_is_repeated(train, tiny, tmp_path
     assert template.is_file()
     (tmp_path / "run" / "summary.json").unlink()
     assert train("templates", **keys).summary()["queries"] and template.is_file()
+
+
+def test_one_run_at_a_time_in_a_folder(train, stopped, monkeypatch):
+    """The second would write into the files of the first. Here the first is this process."""
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0.3)
+    other = os.open(stopped, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    run = train("second", output_dir=stopped, check=2, **SAVING)
+    assert errors(run) == [f"error: output_dir {stopped}: another run is at work in it: wait until it has ended, stop it "
+                           "with Ctrl-C, or choose another output_dir"]
+    os.close(other)
+    assert train("second", output_dir=stopped, **SAVING).summary()
+    other = os.open(stopped, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the run that has ended holds it no more
+    os.close(other)
+
+
+def test_two_runs_that_begin_at_once_do_not_both_train(tmp_path, monkeypatch):
+    """Neither finds a folder; the lock of the first to make it keeps the other out. A child process keeps nobody out."""
+    checkpoint.lock(tmp_path / "run")  # not there yet
+    (tmp_path / "run").mkdir()
+    checkpoint.lock(tmp_path / "run")
+    checkpoint.lock(tmp_path / "run")  # ours already
+    child = os.fork()
+    if not child:
+        os._exit(bool(checkpoint.HELD))
+    assert os.waitpid(child, 0)[1] == 0 and len(checkpoint.HELD) == 1
+    mine = dict(checkpoint.HELD)
+    checkpoint.HELD.clear()
+    monkeypatch.setattr(checkpoint, "PATIENCE", 0)
+    with pytest.raises(UsageError, match="another run is at work"):
+        checkpoint.lock(tmp_path / "run")
+    checkpoint.HELD.update(mine)
+    checkpoint.unlock()
+    checkpoint.lock(tmp_path / "run")
+    checkpoint.unlock()
