@@ -25,6 +25,8 @@ from runtime.sources import unique_keys
 
 # What the own code of a model raises on rows that it cannot take.
 FROM_MODELS = ValueError, RuntimeError, LookupError, TypeError, AttributeError, AssertionError
+# The services that DeepSpeed's monitor reports to, as the engine's config names them.
+SERVICES = "tensorboard", "csv_monitor", "wandb", "comet"
 
 
 def engine_config(config):
@@ -130,8 +132,8 @@ def check_engine_config(ds, config):
 def settings_that_count(ds):
     """The engine settings that affect results: all but how the work is shared out, timed and printed."""
     free = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_optimization",
-            "steps_per_print", "tensorboard", "csv_monitor", "wandb", "comet", "wall_clock_breakdown", "memory_breakdown",
-            "dump_state", "comms_logger", "flops_profiler", "activation_checkpointing", "aio", "timers"}
+            "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler",
+            "activation_checkpointing", "aio", "timers", *SERVICES}
     return {name: value for name, value in ds.items() if name not in free}
 
 

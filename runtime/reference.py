@@ -10,17 +10,20 @@ import json
 import os
 import zlib
 from functools import partial
+from inspect import getclosurevars
 from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
 import transformers
+from deepspeed.runtime.zero import parameter_offload
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import data
-from runtime.engine import check_against_plain_forward, make_optimizer, no_backward, starting
+from runtime.engine import SERVICES, check_against_plain_forward, make_optimizer, no_backward, starting
 from runtime.errors import one_line
 from runtime.files import replacing, writing
 from runtime.model import load_policy
@@ -42,17 +45,27 @@ def in_engine(use, config, ds, scoring, trained=True, **model):
     ds: the engine's config.  scoring: [(pairs, anything)], the splits that it reads.  trained: whether it has an optimiser.
     model: more arguments of load_policy.
     """
+    ds = {name: value for name, value in ds.items() if name not in SERVICES}  # they hold the metrics of the run alone
     module = load_policy(config, trained=trained, **model)
     share_prompts(module, scoring)
     with starting(config, module, ds):
         optimizer = make_optimizer(config, module, ds) if trained else None
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds)
+        engine = deepspeed.initialize(model=module, optimizer=optimizer, config=ds)[0]
     check_against_plain_forward(engine, *(pairs for pairs, _ in scoring))
     result = use(engine)
-    engine.destroy()
+    destroy(engine)
     del engine, module, optimizer
     gc.collect()
     return result
+
+
+def destroy(engine):
+    """Destroy an engine so that its memory can be freed. After ZeRO-3, DeepSpeed would keep the module, and with it the
+    engine, in a global list and in the cache of a method."""
+    engine.destroy()
+    parameter_offload.FWD_MODULE_STACK.clear()
+    method = PartitionedParameterCoordinator._PartitionedParameterCoordinator__params_to_release
+    getclosurevars(method).nonlocals["func"].cache_clear()
 
 
 def share_prompts(policy, scoring):

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,6 +174,35 @@ def test_another_rate_or_beta_of_the_policy_needs_no_new_members(whole, train, e
     before = members()
     other = train("committee-beta", dataset_mixer=easy, beta=0.5, learning_rate=3e-4, **KEYS)
     assert members() == before and other.ledger() == whole.ledger() and other.losses() != whole.losses()
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """The engines of all members from now on, as weak references. Each must be gone before the next is made."""
+    engines, in_engine = [], committee.in_engine
+
+    def watched(use, *arguments, **keywords):
+        assert not any(engine() for engine in engines)
+        return in_engine(lambda engine: (engines.append(weakref.ref(engine)), use(engine))[1], *arguments, **keywords)
+    monkeypatch.setattr(committee, "in_engine", watched)
+    monkeypatch.setattr(committee, "cached", lambda kind, depends, compute: compute())
+    return engines
+
+
+@pytest.mark.parametrize("stage, bf16", [(0, False), (1, True), (3, False)])
+def test_a_member_is_gone_before_the_next_is_loaded(stage, bf16, engines, train, easy, engine_configs):
+    train("committee-memory", dataset_mixer=easy, deepspeed=engine_configs[stage], bf16=bf16,
+          **KEYS | {"committee_epochs": 1, "max_steps": 1})
+    assert len(engines) >= 2 and not any(engine() for engine in engines)
+
+
+def test_members_report_to_no_service(train, easy, tmp_path):
+    """W&B takes no step that is smaller than the last, so after the members' steps it would drop the policy's."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = train("committee-reports", dataset_mixer=easy, report_to="tensorboard", **KEYS | {"seed": 7, "max_steps": 2})
+    written, = (run.output / "tensorboard").iterdir()  # the policy's alone
+    events = accumulator.EventAccumulator(str(written)).Reload()
+    assert {name.partition("/")[0] for name in events.Tags()["scalars"]} == {"train", "eval"}
 
 
 @pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
