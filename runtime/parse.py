@@ -344,8 +344,8 @@ def check_config(config, path):
     if config.max_steps == 0 or config.num_train_epochs == 0:
         raise UsageError(f"{path}: nothing to do in 0 {'steps' if config.max_steps == 0 else 'epochs'}")
     check_data(config, path)
-    check_adpo(config, path)
     check_sft(config, path)
+    check_adpo(config, path)
     check_adapter(config, path)
     check_services(config, path)
 
@@ -395,6 +395,10 @@ def check_adpo(config, path):
             raise UsageError(f"{path}: {name} decides nothing without {other}: set that, or leave {name} out")
     if config.after_budget == "pseudo_label" and not config.pseudo_labels:
         raise UsageError(f"{path}: after_budget pseudo_label does not go with pseudo_labels false: leave one of them out")
+    judged = config.judge_url or config.judge_model
+    if judged and config.oracle == "dataset":
+        raise UsageError(f"{path}: nobody asks the judge {one_line(judged, 80)}, because oracle is dataset: say "
+                         "--oracle=judge, or leave judge_url and judge_model out")
     for name in annotator_class(config).needs:
         if getattr(config, name) is None:
             kind = f" ({config.judge})" if config.oracle == "judge" else ""

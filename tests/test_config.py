@@ -148,6 +148,8 @@ def test_flags_win_over_the_file(write):
     (["--label_budget=9", "--after_budget=pseudo_label"], "after_budget does not go with label_budget, because every pair"),
     (["--committee_size=8"], "committee_size decides nothing without label_budget: set that, or leave committee_size out"),
     (["--after_budget=pseudo_label"], "after_budget decides nothing without max_queries"),
+    (["--judge_url=http://127.0.0.1:1/v1"], r"nobody asks the judge http://127.0.0.1:1/v1, because oracle is dataset"),
+    (["--judge_model=m"], "nobody asks the judge m, because oracle is dataset: say --oracle=judge"),
     (["--max_queries=9", "--after_budget=pseudo_label", "--pseudo_labels=false"],
      "after_budget pseudo_label does not go with pseudo_labels false"),
     (["--committee_size=1"], "committee_size: expected a whole number of at least 2, found 1"),
