@@ -50,7 +50,7 @@ from runtime.ranks import all_gather, rank_0_first, say
 from runtime.sources import decontaminate, hash_of, mix, parse_source, processes, read_rows
 
 # Increase this with any change to what a row becomes: it is part of every cache key.
-VERSION = 5
+VERSION = 6
 # epoch_order groups pairs of similar length within windows of this many pairs.
 LENGTH_WINDOW = 2048
 
@@ -106,6 +106,7 @@ PROMPT_CUT, RESPONSE_CUT = "with the prompt cut to max_prompt_length", "with a r
 SHORTENED = "with an earlier reply that the chat template shortens, as at inference"
 KEPT_AS_TEXT = "with the text of a special token inside a message, kept as text"
 UNTEMPLATED = "of plain strings, used as they are, without the chat template"
+LATER_TURNS = "with a later turn of the user in a response, scored as if the model had written it"
 
 
 class Renderer:
@@ -199,15 +200,17 @@ class Renderer:
 
     def texts(self, prompt, responses):
         """(prompt text, [prompt and response text] * 2, notes) as the model will read them. Raises DataError."""
+        later = [LATER_TURNS] * any("\n\nHuman:" in response if isinstance(response, str) else
+                                    any(message["role"] == "user" for message in response) for response in responses)
         messages = hh_messages(prompt) if self.tokenizer.chat_template else None
         if messages:
             responses = [[{"role": "assistant", "content": response.strip()}] for response in responses]
             prompt = messages
         if isinstance(prompt, str):  # the user's own text, in which a special token is that token
-            notes = [UNTEMPLATED] if self.tokenizer.chat_template else []
+            notes = later + [UNTEMPLATED] * bool(self.tokenizer.chat_template)
             return prompt, [prompt + response for response in responses], notes
         prompt, start, notes = self._prompt_text(prompt)
-        full = []
+        notes, full = later + notes, []
         for response in map(self._protect, responses):
             full.append(self._whole_text(prompt, start, response))
             notes += [KEPT_AS_TEXT] * (SENTINEL in full[-1])
@@ -597,14 +600,17 @@ def _drop_unusable(rows, counts):
 
 
 def _answers(rows):
-    """({id: label}, {id: truth}, number of labels that contradict an earlier row of the same pair)."""
-    labels, truths, conflicts = {}, {}, 0
-    for id, label, truth in zip(rows["id"][:], rows["label"][:], rows["truth"][:]):  # whole columns: one by one is slow
-        if label:
-            conflicts += labels.setdefault(id, label) != label
-        if truth:
-            truths.setdefault(id, truth)
-    return labels, truths, conflicts
+    """({id: label}, {id: truth}, number of rows whose label is not the pair's).
+
+    Where the rows of a pair disagree, as those of several annotators do, the majority counts, and at a draw the first row.
+    """
+    votes = {"label": {}, "truth": {}}
+    for id, *found in zip(rows["id"][:], rows["label"][:], rows["truth"][:]):  # whole columns: one by one is slow
+        for counts, vote in zip(votes.values(), found):
+            if vote:
+                counts.setdefault(id, Counter())[vote] += 1
+    labels, truths = ({id: max(count, key=count.get) for id, count in counts.items()} for counts in votes.values())
+    return labels, truths, sum(count.total() - count[labels[id]] for id, count in votes["label"].items())
 
 
 def _plain(counts):
@@ -612,7 +618,7 @@ def _plain(counts):
     words = {"rows": "rows read", "contaminated": "dropped as contaminated",
              "empty response": "dropped for an empty response", "equal responses": "dropped for equal responses",
              "pairs": "pairs", "repeated": "of them repeated",
-             "contradicting": "with opposite labels (the first counts)"}
+             "contradicting": "with opposite labels (the majority counts, at a draw the first)"}
     return ", ".join(f"{n:,} {words.get(key, key)}" for key, n in counts.items() if n or key in ("rows", "pairs"))
 
 

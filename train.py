@@ -129,7 +129,7 @@ def load_data(config, tokenizer):
     missing = [id for id in train.ids if id not in labels]
     if config.oracle == "dataset" and missing:
         raise UsageError(f"{train.place(missing[0])}: no label, and oracle is dataset ({len(missing)} of {len(train)} pairs "
-                         "have none): label them, or say --oracle=human or --oracle=judge")
+                         "have none): label them, leave them out, or say --oracle=human or --oracle=judge")
     annotator = annotator_class(config).from_config(config, train, labels, truths) if rank() == 0 else None
     test = load_test_pairs(config, tokenizer) if config.do_eval else None
     return train, test, annotator
@@ -144,7 +144,7 @@ def load_test_pairs(config, tokenizer):
         return None
     if missing:
         raise UsageError(f"{test.place(missing[0])}: no label ({len(missing)} of {len(test)} pairs of the test split have "
-                         "none): label them, or say --do_eval=false")
+                         "none): label them, leave them out, or say --do_eval=false")
     test.labels = torch.tensor([float(truths[id]) for id in test.ids])
     return test
 

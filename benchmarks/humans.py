@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 import statistics
 import sys
@@ -40,8 +41,10 @@ from tqdm import tqdm  # noqa: E402
 import train  # noqa: E402
 from benchmarks.query_efficiency import METHODS, choose, extended  # noqa: E402
 from benchmarks.query_report import text  # noqa: E402
+from data import canonical  # noqa: E402
+from runtime.errors import DataError, Stopped, UsageError, one_line  # noqa: E402
 from runtime.formats import parse_row  # noqa: E402
-from runtime.sources import read_rows  # noqa: E402
+from runtime.sources import has_split, read_rows  # noqa: E402
 
 PARTS = 6
 SHARE = 1 / 3  # of the labels, for the methods that buy some
@@ -61,34 +64,54 @@ class Size:
     keys: dict
 
 
-SIZES = {"cpu": Size(768, 3, (1.5e-5, 5e-5), {}),
+SIZES = {"cpu": Size(768, 3, (1.5e-5, 5e-5), {"max_eval_samples": 768}),
          "gpu": Size(10**6, 5, (1.5e-5, 5e-5), {"micro_batch_tokens": 32768})}
 
 
-def split(source, folder):
-    """Write the rows of `source` as folder/part-N/{train,test}.jsonl: test holds that part of the prompts, train the others.
+def read(source):
+    """([(part, row as JSON)], the share in which the longer response is preferred) of the pairs in the split `train`.
 
-    Returns the number of training pairs of the smallest, and the share of pairs in which the longer response is preferred
-    (in characters; equally long ones count half). Raises ValueError where a row has no label.
+    A pair that several rows hold, as those of several annotators do, counts once, with the label of most of them: or a
+    random third of the rows would buy more than a third of the labels. Lengths are in characters; equally long responses
+    count half. Raises DataError where a row has no label, or a part no pair.
     """
-    rows, longer = [], []
+    source, votes = str(source), {}  # {pair: {whether its first response is better: [rows]}}
+    if not has_split(source, "train"):
+        raise DataError(f"{source}: has no split train")
     for place, row in read_rows(source, "train"):
         parsed = parse_row(row, place)
         if parsed["label"] is None:
-            raise ValueError(f"{place}: no label; this benchmark needs one for each pair")
+            raise DataError(f"{place}: no label; this benchmark needs one for each pair: leave out the pairs without one, "
+                            "and those without a preference")
         prompt = json.dumps(parsed["prompt"], sort_keys=True)
         part = int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=4).digest(), "big") % PARTS
-        rows.append((part, json.dumps(row)))
         chosen, rejected = (characters(parsed["responses"][k]) for k in (parsed["label"], 1 - parsed["label"]))
-        longer.append((chosen > rejected) + 0.5 * (chosen == rejected))
+        id, (first, _) = canonical(parsed)
+        votes.setdefault(id, {}).setdefault(parsed["label"] == first, []).append((
+            part, json.dumps(row, default=str), (chosen > rejected) + 0.5 * (chosen == rejected)))  # default: a date
+    kept = [max(said.values(), key=len)[0] for said in votes.values()]
+    rows, longer = [row[:2] for row in kept], [row[2] for row in kept]
+    if repeated := sum(len(same) for said in votes.values() for same in said.values()) - len(rows):
+        print(f"{source}: {repeated:,} rows repeat a pair; the label of most of its rows counts, at a draw the first")
+    if empty := sorted({*range(PARTS)} - {part for part, _ in rows}):
+        raise DataError(f"{source}: {len(rows):,} pairs, whose prompts fall into {PARTS - len(empty)} of {PARTS} parts: "
+                        "this benchmark needs more prompts")
+    return rows, statistics.mean(longer)
+
+
+def split(rows, folder):
+    """Write rows as folder/part-N/{train,test}.jsonl: test holds that part of the prompts, train the others."""
     for held_out in range(PARTS):
         target = folder / f"part-{held_out}"
         target.mkdir(parents=True, exist_ok=True)
         for name, chosen in (("train", [row for part, row in rows if part != held_out]),
                              ("test", [row for part, row in rows if part == held_out])):
             (target / f"{name}.jsonl").write_text("".join(f"{row}\n" for row in chosen), encoding="utf-8")
-    sizes = [sum(part != held_out for part, _ in rows) for held_out in range(PARTS)]
-    return min(sizes), statistics.mean(longer)
+
+
+def fewest(rows):
+    """The number of training pairs where the largest part is held out."""
+    return min(sum(part != held_out for part, _ in rows) for held_out in range(PARTS))
 
 
 def characters(response):
@@ -103,6 +126,7 @@ class Humans:
 
     def __init__(self, model, size, folder, pairs):
         self.model, self.size, self.folder, self.pairs = model, size, folder, min(pairs, size.pairs)
+        self.told = False
 
     def path(self, method, rate, part, ending=""):
         """The folder of a run, or with an ending a file beside it."""
@@ -115,7 +139,7 @@ class Humans:
         return json.loads(path.read_text()) if path.exists() else None
 
     def run(self, method, rate, part, bar):
-        """Train with part `part` held out, unless that has been done. Raises RuntimeError where the run fails."""
+        """Train with part `part` held out, unless that has been done. Raises UsageError where the run fails, and Stopped."""
         if self.result(method, rate, part):
             return
         output, config, log, result = (self.path(method, rate, part, end) for end in ("", ".yaml", ".log", ".json"))
@@ -129,8 +153,14 @@ class Humans:
         started = time.time()
         with open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             code = command(["--config", str(config)], train.main)
+        said = log.read_text().strip().splitlines() or [""]
+        if code == 75:
+            raise Stopped("the same command goes on with the run that was interrupted")
         if code:
-            raise RuntimeError(f"{config}: exit code {code}: {log.read_text().strip().splitlines()[-1]}")
+            raise UsageError(f"{config}: exit code {code}: {said[-1]}")
+        if not self.told:  # what became of the pairs
+            self.told = True
+            bar.write("\n".join(line for line in said if re.match(r"(train|test): [\d,]+ rows", line)))
         summary = json.loads((output / "summary.json").read_text())
         found = {"accuracy": summary["eval_accuracy"], "log_loss": summary["eval_loss"], "queries": summary["queries"],
                  "pseudo_label_accuracy": summary["pseudo_label_accuracy"], "seconds": time.time() - started}
@@ -208,12 +238,22 @@ def main():
     parser.add_argument("--page", type=Path, default=ROOT / "benchmarks" / "results" / "humans.md",
                         help="default: benchmarks/results/humans.md")
     args = parser.parse_args()
-    name = hashlib.blake2b(json.dumps([args.model, args.pairs, args.size]).encode(), digest_size=4).hexdigest()
-    folder = args.outputs.resolve() / name
-    pairs, longer = split(args.pairs, folder)
-    humans = Humans(args.model, SIZES[args.size], folder, pairs)
-    if not args.report:
-        humans.run_all()
+    try:
+        rows, longer = read(args.pairs)
+        model = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
+        name = hashlib.blake2b(json.dumps([model, rows, args.size]).encode(), digest_size=4).hexdigest()
+        humans = Humans(model, SIZES[args.size], args.outputs.resolve() / name, fewest(rows))
+        if not args.report:
+            split(rows, humans.folder)
+            humans.run_all()
+        elif not humans.finished():
+            raise UsageError(f"{humans.folder}: no run with this model and these pairs has finished")
+    except Stopped as stopped:
+        print(f"stopped: {one_line(stopped)}", file=sys.stderr)
+        sys.exit(75)
+    except UsageError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU, {torch.get_num_threads()} threads"
     args.page.write_text(page(humans, args.pairs, longer, where), encoding="utf-8")
     print(args.page.read_text(encoding="utf-8"))

@@ -15,6 +15,7 @@ A column or a field that would change what the model reads is used, or the row i
 (scores, ids, the name of a generator) is ignored.
 """
 
+import ast
 import json
 import os
 import re
@@ -29,8 +30,12 @@ SENTINEL = "\ue0f7\ue0a1\ue0f7"
 PROMPTS = ("prompt", "question", "instruction", "input", "conversations", "conversation", "messages")
 SYSTEMS = ("system", "system_prompt", "system_message")
 # Columns that change what the model is asked: they are used, or their text is in the prompt already, or the row is refused.
-ASKING = (*PROMPTS, *SYSTEMS, "tools", "context", "history", "documents", "images", "image", "videos", "video", "audio",
-          "chat_template_kwargs")
+ASKING = (*PROMPTS, *SYSTEMS, "tools", "context", "history", "chat_history", "dialogue", "trajectory", "query",
+          "user_prompt", "post", "article", "passage", "document", "documents", "images", "image", "videos", "video",
+          "audio", "chat_template_kwargs")
+# Columns of other data sets that say which response is better. Beside response_a and response_b they would go unread.
+VERDICTS = ("winner", "winner_model_a", "preference", "preferred", "choice", "better_response_id", "overall_preference",
+            "preference_strength")
 # Roles that templates know, and other names for them.
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")}
 ROLES |= {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatbot": "assistant"}
@@ -38,14 +43,29 @@ ROLES |= {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "ass
 UNUSABLE = ("function_call", "images", "image", "audio", "videos", "weight")
 # Data sets in a form of their own: their columns, and the row that we read.
 CONVERSIONS = (
-    ("response_0 response_1 better_response_id", '{"prompt": row["prompt"], "response_a": row["response_0"], '
+    ("prompt response_a response_b winner_model_a winner_model_b", '{f"response_{s}": [m for q, r in '
+     'zip(json.loads(row["prompt"]), json.loads(row[f"response_{s}"])) for m in ({"role": "user", "content": q}, '
+     '{"role": "assistant", "content": r})] for s in "ab"} | {"label": "a" if int(row["winner_model_a"]) else "b" if '
+     'int(row["winner_model_b"]) else None}'),
+    ("response_0 response_1 better_response_id", '{"question": row["prompt"], "response_a": row["response_0"], '
      '"response_b": row["response_1"], "label": "ab"[row["better_response_id"]]}'),
-    ("history human_ref_A human_ref_B labels", '{"prompt": row["history"], "response_a": row["human_ref_A"], '
+    ("history human_ref_A human_ref_B labels", '{"question": row["history"], "response_a": row["human_ref_A"], '
      '"response_b": row["human_ref_B"], "label": "ba"[row["labels"]]}'),
+    ("conversation_a conversation_b winner turn", '{"response_a": row["conversation_a"][:2 * row["turn"]], "response_b": '
+     'row["conversation_b"][:2 * row["turn"]], "label": {"model_a": "a", "model_b": "b"}.get(row["winner"])}'),
     ("conversation_a conversation_b winner", '{"response_a": row["conversation_a"], "response_b": row["conversation_b"], '
      '"label": {"model_a": "a", "model_b": "b"}.get(row["winner"])}'),
     ("context response1 response2 overall_preference", '{"prompt": row["context"], "response_a": row["response1"], '
-     '"response_b": row["response2"], "label": "b" if row["overall_preference"] > 0 else "a"}'),
+     '"response_b": row["response2"], "label": "b" if row["overall_preference"] > 0 else '
+     '"a" if row["overall_preference"] < 0 else None}'),
+    ("prompt response_1 response_2 preference_strength", '{"question": row["prompt"], "response_a": row["response_1"], '
+     '"response_b": row["response_2"], "label": "b" if row["preference_strength"] > 0 else '
+     '"a" if row["preference_strength"] < 0 else None}'),
+    ("question answer_0 answer_1 score_0 score_1", '{"question": row["question"]["full_text"], "response_a": '
+     'row["answer_0"], "response_b": row["answer_1"], "label": "a" if row["score_0"] > row["score_1"] else '
+     '"b" if row["score_0"] < row["score_1"] else None}'),
+    ("info summaries choice", '{"prompt": (row["info"]["post"] or row["info"]["article"]) + "\\n\\nTL;DR:", "response_a": '
+     'row["summaries"][0]["text"], "response_b": row["summaries"][1]["text"], "label": "ab"[row["choice"]]}'),
     ("input preferred_output non_preferred_output", '{"prompt": row["input"]["messages"], '
      '"tools": row["input"].get("tools"), "chosen": row["preferred_output"], "rejected": row["non_preferred_output"]}'),
     ("instruction chosen_response rejected_response", '{"instruction": row["instruction"], '
@@ -75,9 +95,14 @@ def parse_row(row, place):
     Raises DataError with `place` and the field.
     """
     _check_is_object(row, place)
-    if row.get("chosen") is not None or row.get("rejected") is not None:
+    forms = ("chosen", "rejected"), ("response_a", "response_b")
+    ranked, side_by_side = (any(row.get(name) is not None for name in names) for names in forms)
+    if ranked and side_by_side:
+        raise DataError(f"{place}: has chosen or rejected and response_a or response_b; keep one of the two forms")
+    if ranked:
         fields, label, truth = ("chosen", "rejected"), 0, 0
-    elif row.get("response_a") is not None or row.get("response_b") is not None:
+    elif side_by_side:
+        _check_verdict_is_read(row, place)
         fields = ("response_a", "response_b")
         label, truth = (_letter(row, name, place) for name in ("label", "truth"))
     else:
@@ -86,6 +111,10 @@ def parse_row(row, place):
     if isinstance(sides[0], str) != isinstance(sides[1], str):
         raise DataError(f"{place}: {fields[0]} and {fields[1]} must both be strings or both be lists of messages")
     used, prompt = _given_prompt(row, sides, place)
+    written_out = "prompt" if _is_written_out(prompt) else fields[0] if all(map(_is_written_out, sides)) else None
+    if written_out:
+        raise DataError(f"{place}, field {written_out}: is a list of messages written as text; read it with json.loads (or "
+                        "ast.literal_eval, if it has single quotes) and save the row as JSON Lines or parquet")
 
     if isinstance(sides[0], list):
         prompt, sides = _split_messages(prompt, sides, fields, place)
@@ -97,8 +126,17 @@ def parse_row(row, place):
         if fields[0] == "response_a":
             raise DataError(f"{place}, field prompt: expected a string or a list of messages, found nothing")
         prompt, sides = _split_strings(sides, fields, place)
+        others = [name for name, value in row.items()
+                  if name not in fields and isinstance(value, (str, list, dict)) and value]
+        if not prompt.strip() and others:
+            raise _no_prompt(row, fields, others, place)
     elif isinstance(prompt, list):
         sides = [[{"role": "assistant", "content": side}] for side in sides]
+    elif all(side.lstrip().startswith("Human:") for side in sides):  # whole dialogues, as in HH
+        if not (hh_messages(prompt) and all(side.startswith(prompt) for side in sides)):
+            raise DataError(f"{place}, field prompt: is not how {fields[0]} and {fields[1]} begin, which are whole "
+                            "dialogues; leave it out")
+        sides = [side[len(prompt):] for side in sides]
     prompt, sides = _with_system(row, prompt, sides, place)
     _check_all_is_used(row, used, [prompt, *sides], place)
     return {"prompt": _with_tools(row, prompt, place), "responses": sides, "label": label,
@@ -168,10 +206,32 @@ def _check_is_object(row, place):
 
 def _unknown_columns(row, place, needed):
     """The DataError for a row without the columns that are needed, with the line that converts it if we know its form."""
-    for columns, conversion in CONVERSIONS:
-        if all(row.get(name) is not None for name in columns.split()):
-            return DataError(f"{place}: needs {needed}; turn each row into {conversion}")
+    if line := _conversion(row):
+        return DataError(f"{place}: needs {needed}; turn each row into {line}")
     return DataError(f"{place}: needs {needed}; it has {one_line(', '.join(map(str, row)), 80) or 'no fields'}")
+
+
+def _conversion(row):
+    """The line that converts a row of a known form, or None."""
+    return next((line for columns, line in CONVERSIONS
+                 if all(row.get(name) is not None for name in columns.split())), None)
+
+
+def _check_verdict_is_read(row, place):
+    """Refuse a row without a label in which another column says which response is better."""
+    name = next((name for name in VERDICTS if row.get(name) not in (None, "")), None)
+    if name is None or row.get("label") not in (None, "") or row.get("truth") not in (None, ""):
+        return
+    line = _conversion(row)
+    raise DataError(f"{place}, field {name}: would be left out; " + (
+        f"turn each row into {line}" if line else 'write the label, "a" or "b", into a column label, or remove the column'))
+
+
+def _no_prompt(row, fields, others, place):
+    """The DataError for responses that share no beginning, beside columns one of which may be the prompt."""
+    return DataError(f"{place}: has no prompt: no column has that name, and {fields[0]} and {fields[1]} share no beginning; "
+                     f"call the column that holds it prompt ({one_line(', '.join(map(repr, others)), 80)}?), or say that "
+                     'there is none with "prompt": ""')
 
 
 def _letter(row, name, place):
@@ -291,6 +351,20 @@ def text_or_messages(value, place):
     return [_message(message, f"{place}, message {n}") for n, message in enumerate(value, 1)]
 
 
+def _is_written_out(value):
+    """Whether it is a list of messages as text, in JSON or as Python prints it, which is what a CSV file makes of one."""
+    if not (isinstance(value, str) and re.match(r"\s*\[\s*\{", value)):
+        return False
+    for read in (json.loads, ast.literal_eval):
+        try:
+            items = read(value.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return all(isinstance(item, dict) and ({"role", "content"} <= item.keys() or {"from", "value"} <= item.keys())
+                   for item in items)
+    return False
+
+
 def _message(message, place):
     """One message with the fields that we use. Role and content may also be called from and value, as in ShareGPT's form."""
     given = without_none(message) if isinstance(message, dict) else {}
@@ -391,6 +465,9 @@ def _split_messages(prompt, sides, fields, place):
     conversations (as in ultrafeedback_binarized) repeats one of their messages.
     """
     replies = sides[0][0]["role"] == sides[1][0]["role"] == "assistant"
+    if prompt is None and replies and sides[0][0] != sides[1][0]:
+        raise DataError(f"{place}: has no prompt: {fields[0]} and {fields[1]} begin with the assistant's message; put what "
+                        "it answers into a column prompt")
     if prompt is not None and replies and not _begins_with(sides, prompt):
         return ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt), sides
     common = 0
@@ -432,7 +509,8 @@ def _split_strings(sides, fields, place):
 
 def hh_messages(prompt):
     """The messages of an HH dialogue string, or None if it is not one. Consecutive turns of one speaker are joined."""
-    if not (isinstance(prompt, str) and prompt.lstrip().startswith("Human:") and prompt.endswith("\n\nAssistant:")):
+    if not (isinstance(prompt, str) and prompt.lstrip().startswith("Human:")
+            and prompt.rstrip().endswith("\n\nAssistant:")):
         return None
     parts = re.split(r"(?:^|\n\n)(Human|Assistant):", "\n\n" + prompt.strip())[1:-2]  # the last turn is the response's
     messages = []
@@ -443,3 +521,13 @@ def hh_messages(prompt):
         else:
             messages.append({"role": role, "content": text.strip()})
     return messages
+
+
+def unique_keys(items):
+    """A JSON object as a dict. Raises ValueError if a key appears twice; Python silently keeps the last."""
+    found = dict(items)
+    if len(found) < len(items):
+        names = [name for name, _ in items]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {one_line(twice, 80)} appears twice; keep one")
+    return found

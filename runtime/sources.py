@@ -26,7 +26,7 @@ import datasets
 import pyarrow
 
 from runtime.errors import DataError, one_line
-from runtime.formats import message_text
+from runtime.formats import message_text, unique_keys
 
 # Shorter strings are too common to show where a text came from ("return x + y").
 DECONTAMINATION_MIN_CHARS = 30
@@ -66,13 +66,12 @@ def find_file(source, split):
         if not path.name.endswith(SUFFIXES):
             raise DataError(f"{source}: a file must end in one of {', '.join(SUFFIXES)}")
         return path if "train" in split else None
-    for suffix in SUFFIXES:
-        file = path / (split + suffix)
-        if os.path.lexists(file):
-            if not file.is_file():
-                raise DataError(f"{file}: is not a file but a folder or a broken link")
-            return file
-    return None
+    found = [file for suffix in SUFFIXES if os.path.lexists(file := path / (split + suffix))]
+    if len(found) > 1:
+        raise DataError(f"{source}: holds both {found[0].name} and {found[1].name}; keep one")
+    if found and not found[0].is_file():
+        raise DataError(f"{found[0]}: is not a file but a folder or a broken link")
+    return found[0] if found else None
 
 
 def has_split(source, split, config_name=None):
@@ -140,16 +139,6 @@ def read_text(path):
             for n, line in enumerate(file, 1):
                 if line.strip():
                     yield n, read_line(path, n, line)
-
-
-def unique_keys(items):
-    """A JSON object as a dict. Raises ValueError if a key appears twice; Python silently keeps the last."""
-    found = dict(items)
-    if len(found) < len(items):
-        names = [name for name, _ in items]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {one_line(twice, 80)} appears twice; keep one")
-    return found
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)  # built once: json.loads would build one per line

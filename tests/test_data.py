@@ -167,6 +167,28 @@ def test_multi_turn_responses():
         "x<|im_end|>\n<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\ny<|im_end|>", "z<|im_end|>"]
 
 
+@pytest.mark.parametrize("row, later", [
+    ({"chosen": [user("u"), reply("x"), user("v"), reply("y")], "rejected": [user("u"), reply("z")]}, True),
+    ({"chosen": HH_PROMPT + " four\n\nHuman: sure?\n\nAssistant: yes", "rejected": HH_PROMPT + " five"}, True),
+    ({"chosen": HH_PROMPT + " four\n\nHuman: thanks", "rejected": HH_PROMPT + " five\n\nHuman: thanks"}, True),
+    ({"chosen": [user("u"), reply("x"), user("v"), reply("y")], "rejected": [user("u"), reply("x"), user("v"), reply("z")]},
+     False)])
+def test_turns_of_the_user_in_a_response_are_counted(row, later):
+    parsed = parse_row(row, "row")
+    [(*_, notes)] = renderer(**BARE, template=CHATML).render([(parsed["prompt"], parsed["responses"])])
+    assert (data.LATER_TURNS in notes) == later
+
+
+def test_the_majority_of_a_pairs_labels_counts(tmp_path):
+    pair = {"prompt": "p", "response_a": "good", "response_b": "bad"}
+    mirrored = {"prompt": "p", "response_a": "bad", "response_b": "good"}
+    rows = [{**pair, "label": "b"}, {**pair, "label": "a"}, {**mirrored, "label": "b"}]
+    pairs, labels, _, said = load_source(write_folder(tmp_path / "s", rows), made=renderer())
+    [(_, first, _)] = pairs.token_ids([0])
+    assert "opposite labels" in said and pairs.counts["contradicting"] == 1
+    assert (renderer().tokenizer.decode(first).strip().startswith("good")) == (labels[pairs.ids[0]] == 1)
+
+
 def test_hh_with_another_turn_inside_a_response():
     row = {"chosen": HH_PROMPT + " four", "rejected": HH_PROMPT + " five\n\nAssistant: more"}
     parsed = parse_row(row, "row")
@@ -507,7 +529,7 @@ def test_dropped_and_counted(tmp_path):
     assert pairs.counts == {"rows": 10, "empty response": 4, "equal responses": 2, "pairs": 4, "repeated": 2,
                             "contradicting": 1, data.RESPONSE_CUT: 1}
     assert said == ("train: 10 rows read, 4 dropped for an empty response, 2 dropped for equal responses, 4 pairs, "
-                    "2 of them repeated, 1 with opposite labels (the first counts), "
+                    "2 of them repeated, 1 with opposite labels (the majority counts, at a draw the first), "
                     "1 with a response cut to max_length")
     assert len(pairs) == len(pairs.table) == len(pairs.ids) == 4
     assert pairs.ids[0] == pairs.ids[2] == pairs.ids[3] and set(labels) == set(pairs.ids)

@@ -62,6 +62,8 @@ DPO_MIX = {
     ({"chosen": HH_PROMPT, "rejected": HH_PROMPT + " five"}, HH_PROMPT, ["", " five"], 0, 0),
     ({"chosen": HH_PROMPT + " same", "rejected": HH_PROMPT + " same"}, HH_PROMPT, [" same", " same"], 0, 0),
     ({"prompt": HH_PROMPT, "chosen": " four", "rejected": " five"}, HH_PROMPT, [" four", " five"], 0, 0),
+    ({"prompt": HH_PROMPT, "chosen": HH_PROMPT + " four", "rejected": HH_PROMPT + " five"}, HH_PROMPT,
+     [" four", " five"], 0, 0),
     # without a label, with one, with the truth, which no annotator sees
     ({"prompt": "p", "response_a": "x", "response_b": "y"}, "p", ["x", "y"], None, None),
     ({"prompt": "p", "response_a": "x", "response_b": "y", "label": None, "truth": ""}, "p", ["x", "y"], None, None),
@@ -114,6 +116,7 @@ def test_formats(row, prompt, responses, label, truth):
 @pytest.mark.parametrize("dialogue, messages", [
     (HH_PROMPT, [user("one"), reply("two"), user("three")]),
     ("Human: one\n\nAssistant:", [user("one")]),
+    ("\n\nHuman: one\n\nAssistant: ", [user("one")]),  # Nectar's
     ("\n\nHuman: one\n\nHuman: more\n\nAssistant: two\n\nAssistant: and\n\nHuman: three\n\nAssistant:",
      [user("one\n\nmore"), reply("two\n\nand"), user("three")]),
     ("\n\nHuman: I said: Human: or\nAssistant: x\n\nAssistant:", [user("I said: Human: or\nAssistant: x")]),
@@ -126,10 +129,24 @@ def test_hh_dialogue_becomes_messages(dialogue, messages):
 
 
 CONVERTED = [
-    ({"prompt": "p", "response_0": "x", "response_1": "y", "better_response_id": 1}, "p", ["x", "y"], 1),
-    ({"history": "p", "human_ref_A": "x", "human_ref_B": "y", "labels": 1}, "p", ["x", "y"], 0),
+    ({"prompt": "p", "response_0": "x", "response_1": "y", "better_response_id": 1},
+     [user("p")], [[reply("x")], [reply("y")]], 1),
+    ({"history": "p", "human_ref_A": "x", "human_ref_B": "y", "labels": 1}, [user("p")], [[reply("x")], [reply("y")]], 0),
     ({"conversation_a": [user("p"), reply("x")], "conversation_b": [user("p"), reply("y")], "winner": "model_b"},
      [user("p")], [[reply("x")], [reply("y")]], 1),
+    # mt_bench_human_judgments: both turns are in the row, and one of them was judged
+    ({"conversation_a": [user("p"), reply("x"), user("q"), reply("z")], "turn": 1, "winner": "model_a",
+      "conversation_b": [user("p"), reply("y"), user("q"), reply("z")]}, [user("p")], [[reply("x")], [reply("y")]], 0),
+    ({"prompt": "p", "response_1": "x", "response_2": "y", "preference_strength": 2},
+     [user("p")], [[reply("x")], [reply("y")]], 1),
+    ({"prompt": "p", "response_1": "x", "response_2": "y", "preference_strength": 0},
+     [user("p")], [[reply("x")], [reply("y")]], None),
+    ({"question": {"dataset": "eli5", "full_text": "p"}, "answer_0": "x", "answer_1": "y", "score_0": -0.5, "score_1": 0.5},
+     [user("p")], [[reply("x")], [reply("y")]], 1),
+    ({"info": {"post": "p", "article": None}, "summaries": [{"text": " x"}, {"text": " y"}], "choice": 1},
+     "p\n\nTL;DR:", [" x", " y"], 1),
+    ({"context": [user("p")], "response1": "x", "response2": "y", "overall_preference": 0},
+     [user("p")], [[reply("x")], [reply("y")]], None),
     ({"context": [user("p")], "response1": "x", "response2": "y", "overall_preference": -2},
      [user("p")], [[reply("x")], [reply("y")]], 0),
     ({"input": {"messages": [user("p")]}, "preferred_output": [reply("x")], "non_preferred_output": [reply("y")]},
@@ -144,6 +161,16 @@ def test_known_sets_are_refused_with_the_line_that_converts_them(row, prompt, re
         parse_row(row, PLACE)
     converted = eval(str(error.value).partition("turn each row into ")[2], {"row": row})
     assert parse_row(converted, PLACE) == {"prompt": prompt, "responses": responses, "label": label, "truth": label}
+
+
+def test_the_arena_of_55k_rows_holds_lists_as_text():
+    row = {"prompt": '["p", "q"]', "response_a": '["x", "z"]', "response_b": '["y", "z"]', "winner_model_a": "0",
+           "winner_model_b": "1", "winner_tie": "0"}
+    with pytest.raises(DataError, match="row 7, field winner_model_a: would be left out; turn each row into ") as error:
+        parse_row(row, PLACE)
+    parsed = parse_row(eval(str(error.value).partition("turn each row into ")[2], {"row": row, "json": json}), PLACE)
+    rest = [user("q"), reply("z")]
+    assert parsed == {"prompt": [user("p")], "responses": [[reply("x"), *rest], [reply("y"), *rest]], "label": 1, "truth": 1}
 
 
 def test_sft_rows():
@@ -252,6 +279,20 @@ CONVERSATION = [user("u"), reply("c")]
     ({"prompt": "p", "response_a": "c", "response_b": "d", "label": "c"}, r"field label: .*found 'c'"),
     ({"prompt": "p", "response_a": "c", "response_b": "d", "label": 0}, r"field label: expected .a. or .b., found 0"),
     ({"prompt": "p", "response_a": "c", "response_b": "d", "truth": "A"}, r"field truth: expected"),
+    # the prompt, the label or the messages are there, but not where they would be read
+    ({"query": "q", "chosen": "c", "rejected": "r"}, r"has no prompt: .* call the column .* prompt \('query'\?\)"),
+    ({"prompt ": "q", "chosen": "c", "rejected": "r"}, r"has no prompt: .*'prompt '"),
+    ({"trajectory": [user("q")], "chosen": "c", "rejected": "r"}, r"has no prompt: .*'trajectory'"),
+    ({"post": "q", "chosen": [reply("c")], "rejected": [reply("r")]}, r"has no prompt: chosen and rejected begin with"),
+    ({"prompt": "p", "article": "q", "chosen": "c", "rejected": "r"}, r"field article: would be left out"),
+    ({"prompt": "p", "document": "q", "chosen": "c", "rejected": "r"}, r"field document: would be left out"),
+    ({"prompt": "one", "chosen": HH_PROMPT + " c", "rejected": HH_PROMPT + " r"}, r"field prompt: is not how .* dialogues"),
+    ({"prompt": "p", "response_a": "c", "response_b": "d", "winner": "model_b"}, r"field winner: would be left out; write"),
+    ({"prompt": "p", "response_a": "c", "response_b": "d", "preference": 1}, r"field preference: would be left out"),
+    ({"prompt": "p", "response_a": "c", "response_b": "d", "chosen": "response_b", "rejected": "response_a"}, r"keep one"),
+    ({"chosen": json.dumps(CONVERSATION), "rejected": json.dumps(CONVERSATION)}, r"field chosen: is a list of messages wri"),
+    ({"chosen": str(CONVERSATION), "rejected": str(CONVERSATION)}, r"field chosen: is a list of messages written as text"),
+    ({"prompt": json.dumps([user("u")]), "chosen": "c", "rejected": "r"}, r"field prompt: is a list of messages written"),
     (["prompt", "chosen"], r"expected an object with fields, found list"),
     ("text", r"expected an object with fields, found str"),
     (None, r"expected an object with fields, found NoneType"),

@@ -1,10 +1,13 @@
 """benchmarks/humans.py on a tiny model: `python -m pytest tests/test_humans.py -n 0`."""
 
+import datetime
 import json
 
+import datasets
 import pytest
 
 from benchmarks import humans, query_efficiency
+from runtime.errors import DataError
 from runtime.sources import read_rows
 
 
@@ -12,28 +15,87 @@ def test_each_prompt_is_held_out_once_with_all_its_pairs(tmp_path):
     rows = [{"prompt": f"question {n // 2}", "response_a": "x" * (n % 3 + 1), "response_b": "yy", "label": "a"}
             for n in range(60)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    smallest, longer = humans.split(tmp_path / "pairs.jsonl", tmp_path / "parts")
+    read, longer = humans.read(tmp_path / "pairs.jsonl")
+    humans.split(read, tmp_path / "parts")
     parts = [{name: [row for _, row in read_rows(tmp_path / "parts" / f"part-{part}", name)] for name in ("train", "test")}
              for part in range(humans.PARTS)]
     assert sorted(json.dumps(row) for part in parts for row in part["test"]) == sorted(map(json.dumps, rows))
     for part in parts:
         prompts = {name: {row["prompt"] for row in part[name]} for name in part}
         assert part["test"] and not prompts["train"] & prompts["test"] and len(part["train"] + part["test"]) == 60
-    assert smallest == min(len(part["train"]) for part in parts)
+    assert humans.fewest(read) == min(len(part["train"]) for part in parts)
     assert longer == pytest.approx((0 + 0.5 + 1) / 3)  # 1, 2 and 3 characters are preferred to 2
 
 
 def test_a_pair_without_a_label_is_named(tmp_path):
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "a", "response_a": "b", "response_b": "c"}) + "\n")
-    with pytest.raises(ValueError, match="row 1: no label"):
-        humans.split(tmp_path / "pairs.jsonl", tmp_path / "parts")
+    with pytest.raises(DataError, match="row 1: no label.*leave out"):
+        humans.read(tmp_path / "pairs.jsonl")
+
+
+def command(monkeypatch, capsys, *arguments):
+    """(exit code, what was written to stderr) of the command line."""
+    monkeypatch.setattr("sys.argv", ["humans.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        humans.main()
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows, said", [
+    ([{"prompt": "p"}], "pairs.jsonl, row 1: needs chosen and rejected"),
+    ([{"prompt": "p", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(90)],
+     "90 pairs, whose prompts fall into 1 of 6 parts: this benchmark needs more prompts"),
+    (None, "has no split train")])
+def test_pairs_that_cannot_be_used_are_refused_in_one_line(tmp_path, monkeypatch, capsys, rows, said):
+    (tmp_path / "pairs").mkdir()
+    if rows:
+        (tmp_path / "pairs" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / "pairs" / "train.jsonl").rename(tmp_path / "pairs.jsonl")
+    source = tmp_path / ("pairs.jsonl" if rows else "pairs")
+    code, error = command(monkeypatch, capsys, tmp_path, source, "--outputs", tmp_path / "out", "--page", tmp_path / "page")
+    assert code == 2 and said in error and error.count("\n") == 1 and not (tmp_path / "page").exists()
+
+
+def test_runs_belong_to_the_rows_that_they_have_seen(tmp_path, monkeypatch, capsys):
+    pairs, seen = tmp_path / "pairs.jsonl", []
+    monkeypatch.setattr(humans.Humans, "run_all", lambda self: seen.append(self.folder))
+    monkeypatch.setattr(humans.Humans, "finished", lambda self: {})
+    for label in "aba":
+        rows = [{"prompt": f"question {n}", "response_a": "x", "response_b": "y", "label": label} for n in range(60)]
+        pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        arguments = "m", pairs, "--outputs", tmp_path, "--page", tmp_path / "p"
+        monkeypatch.setattr("sys.argv", ["humans.py", *map(str, arguments)])
+        humans.main()
+    assert seen[0] == seen[2] != seen[1]
+    code, error = command(monkeypatch, capsys, "m", pairs, "--outputs", tmp_path / "none", "--page", tmp_path / "q",
+                          "--report")
+    assert code == 2 and "has finished" in error and not (tmp_path / "none").exists() and not (tmp_path / "q").exists()
+
+
+def test_a_pair_counts_once_with_the_label_of_most_of_its_rows(tmp_path, capsys):
+    rows = [{"prompt": f"question {n}", "response_a": "x", "response_b": "y", "label": label} for n in range(60)
+            for label in "bab"]
+    rows += [{"prompt": "question 0", "response_a": "y", "response_b": "x", "label": "a"}]  # the other way round
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read, _ = humans.read(tmp_path / "pairs.jsonl")
+    assert len(read) == 60 and {json.loads(row)["label"] for _, row in read} == {"b"}
+    assert "121 rows repeat a pair" in capsys.readouterr().out
+
+
+def test_a_date_beside_a_pair_does_no_harm(tmp_path):
+    at = datetime.datetime(2024, 1, 1)
+    rows = [{"prompt": f"question {n}", "chosen": "x", "rejected": "y", "at": at} for n in range(60)]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "pairs.parquet")
+    read, _ = humans.read(tmp_path / "pairs.parquet")
+    assert len(read) == 60
 
 
 def test_the_methods_run_and_what_has_finished_is_not_run_again(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(humans, "NAMES", ["DPO, all labels", "random subset", "committee"])
     size = humans.Size(48, 1, (1e-3, 2e-3), {"num_threads": 1, "max_length": 64, "max_prompt_length": 16})
-    pairs, longer = humans.split(tiny / "pairs", tmp_path)
-    runs = humans.Humans(tiny / "model", size, tmp_path, pairs)
+    rows, longer = humans.read(tiny / "pairs")
+    humans.split(rows, tmp_path)
+    runs = humans.Humans(tiny / "model", size, tmp_path, humans.fewest(rows))
     runs.run_all()
     found = runs.finished()
     assert [(rate in (5e-4, 1e-3, 2e-3, 4e-3), [*parts]) for rate, parts in found.values()] == [(True, [1])] * 3

@@ -397,3 +397,10 @@ def test_cache_of_a_changed_source(tmp_path, form):
             path.rmdir()
         rows = [preference(10 + n)]
         assert decoded(load_source(write_source(path, form, rows))[0])[0][0] == f"question {10 + n}"
+
+
+def test_a_split_in_two_files_is_refused(tmp_path):
+    for name in ("train.jsonl", "train.jsonl.gz"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match=r"holds both train.jsonl and train.jsonl.gz; keep one"):
+        sources.has_split(tmp_path, "train")
