@@ -323,7 +323,7 @@ GOOD = '{"pair": "pair0", "label": "a"}\n'
      "\"cannot judge\" or null, found 'A'"),
     ('{"pair": "pair1", "label": 1}', "line 2, field label"),
     ('{"pair": "pair1", "label": ["a"]}', "line 2, field label"),
-    ('{"pair": "pair1", "label": "a", "annotator": 7}', "line 2, field annotator: expected a name, found 7"),
+    ('{"pair": "pair1", "label": "a", "annotator": 7}', "line 2, field annotator: expected a name .*, found 7"),
     ('{"pair": "pair1", "label": "a", "annotator": "\\udfff"}', "line 2, field annotator"),
     ('{"pair": "pair1", "label": "a", "comment": "x \\udfff"}', "line 2, field comment: expected a text, found 'x "),
     ('{"pair": "pair1", "label": "a", "comment": 7}', "line 2, field comment: expected a text, found 7"),
@@ -340,6 +340,9 @@ GOOD = '{"pair": "pair0", "label": "a"}\n'
     ("[" * 100_000, "line 2: not usable JSON"),
     ('["pair1", "a"]', "line 2: expected an object"),
     (b'{"pair": "pair1", "label": "\xff"}', "line 2: not UTF-8"),
+    ('{"pair": "pair1", "label": "a", "label": "b"}', "line 2: not usable JSON .the key label appears twice; keep one"),
+    ('{"pair": "pair1", "label": "a", "annotator": "two\\nlines"}', "line 2, field annotator: expected a name of 1 to 200"),
+    ('[{"data": {}}]', "line 2: expected an object, found .* Label Studio's. say --format label-studio"),
 ])
 def test_a_line_that_is_wrong_is_named_and_nothing_is_imported(store, tmp_path, line, words):
     ask(store, simple(2))

@@ -148,7 +148,8 @@ def test_a_plan_follows_from_the_memory_of_the_table_and_from_what_is_assumed():
 @pytest.mark.parametrize("flags, words", [
     (("--tokens", "-5"), "--tokens -5: expected more than 0"), (("--gpus", "0"), "--gpus 0: expected more than 0"),
     (("--plan", "--wire", "0"), "--wire 0.0: expected"), (("--plan", "--gpus-a-host", "0"), "--gpus-a-host 0: expected"),
-    (("--plan", "--tflops", "nan"), "--tflops nan: expected"), (("nowhere",), "nowhere: no config.json there")])
+    (("--plan", "--tflops", "nan"), "--tflops nan: expected"), (("nowhere",), "nowhere: no config.json there"),
+    (("--gpus", "4"), "without a MODEL_DIR the table is always the same"), (("m", "--wire", "9"), "decide nothing without")])
 def test_numbers_without_a_meaning_are_refused(flags, words):
     done = subprocess.run([sys.executable, "tools/fit.py", *flags], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")

@@ -462,10 +462,30 @@ def test_every_format_is_compared_and_folders_are_looked_into(model, tmp_path, c
     assert "holds no responses.jsonl or model_outputs.json" in one_line(capsys)
 
 
+def test_answers_to_a_question_that_was_asked_twice_are_all_compared(tmp_path, capsys):
+    a, b = sides(tmp_path, [("q", "one"), ("q", "two")], [("q", "one"), ("q", "other")])
+    assert generate.main(["--compare", a, b]) == 0
+    out = capsys.readouterr().out
+    assert "2 questions in both, 1 answers the same" in out and "two" in out and "other" in out
+
+
+def test_a_turn_that_one_model_did_not_answer_is_shown(tmp_path, capsys):
+    for name, turns in (("a.jsonl", ["one", "two"]), ("b.jsonl", ["one"])):
+        write(tmp_path / name, [{"question_id": 1, "model_id": name, "choices": [{"index": 0, "turns": turns}]}])
+    assert generate.main(["--compare", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]) == 0
+    out = capsys.readouterr().out
+    assert "turn 2" in out and "(no answer to this turn)" in out and "two" in out
+
+
+def test_files_without_a_common_question_are_not_compared(tmp_path, capsys):
+    a, b = sides(tmp_path, [("q", "one")], [("r", "one")])
+    assert generate.main(["--compare", a, b]) == 2 and "have no question in common" in one_line(capsys)
+
+
 def test_compare_is_a_command_of_its_own(tmp_path):
     a, b = sides(tmp_path, [("prompt", "one")], [("prompt", "two")])
     done = subprocess.run([sys.executable, ROOT / "tools/compare.py", a, b], cwd="/", capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "") and "1 questions in both, 0 answers the same" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "") and "1 question in both, 0 answers the same" in done.stdout
     done = subprocess.run([sys.executable, ROOT / "tools/compare.py", a, "nowhere"], cwd="/", capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "tools/compare.py: nowhere: there is no such file\n"

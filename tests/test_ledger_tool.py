@@ -204,6 +204,14 @@ def test_errors_are_one_line(run, tmp_path, capsys, monkeypatch):
     holder.close()
 
 
+@pytest.mark.parametrize("flags", [[""], ["RUN", "--csv", ""], ["RUN", "--reuse", ""]])
+def test_a_shell_variable_that_was_never_set_is_refused(flags, run, capsys):
+    """Or an empty --csv would print the report, and an empty folder be the one we are in."""
+    with pytest.raises(SystemExit) as end:
+        ledger.main([str(run) if flag == "RUN" else flag for flag in flags])
+    assert end.value.code == 2 and "is empty; name a file or folder" in capsys.readouterr().err
+
+
 def test_csv(run, tmp_path, capsys):
     path = tmp_path / "answers.csv"
     assert main(capsys, run, "--csv", path) == (0, f"7 answers written to {path}\n", "")

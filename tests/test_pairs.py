@@ -298,6 +298,16 @@ def test_a_line_that_was_cut_short_is_written_again(model, prompts):
         assert (model / "pairs.jsonl").read_bytes() == whole
 
 
+def test_a_prompt_that_two_commands_answered_at_once_has_one_pair(model, prompts):
+    """They would have to be told apart by a lock; what they wrote is not lost."""
+    run(model, "--prompts", prompts)
+    whole = (model / "pairs.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    (model / "pairs.jsonl").write_bytes(b"".join(lines[:2] + lines[:2] + lines[2:]))
+    run(model, "--prompts", prompts)
+    assert (model / "pairs.jsonl").read_bytes() == whole
+
+
 def test_pairs_of_other_settings_weights_or_prompts_are_refused(model, prompts, tmp_path, capsys):
     run(model, "--prompts", prompts)
     before = (model / "pairs.jsonl").read_bytes()

@@ -19,6 +19,8 @@ import re
 import shutil
 import sys
 import unicodedata
+from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, for the imports below
@@ -101,8 +103,9 @@ def rows_of(path):
 
 
 def read(path):
-    """(the model's name, {question: its answers, one per turn}) from an answer file. Raises DataError."""
-    name, answers = None, {}
+    """(the model's name, {(question, which time it appears): its answers, one per turn}) from an answer file. Raises
+    DataError."""
+    name, answers, seen = None, {}, Counter()
     for place, row in rows_of(path):
         if "choices" in row:
             key, name = row.get("question_id"), row.get("model_id")
@@ -113,7 +116,8 @@ def read(path):
             key, turns = as_text(parse_prompt(row, place)), [row.get("response")]
         if not isinstance(key, (str, int)) or not is_list_of(turns, str):
             raise DataError(f"{place}: is not an answer written by tools/generate.py")
-        answers.setdefault(key, turns)
+        seen[key] += 1
+        answers[key, seen[key]] = turns  # a question that appears twice has two answers
     return harmless(name if isinstance(name, str) and name else str(path.parent.name or path)), answers
 
 
@@ -133,13 +137,14 @@ def is_list_of(value, kind):
 
 
 def side_by_side(a, b, width, questions=None):
-    """The comparison as lines. a, b: (name, {question: answers}).  questions: {question id: its turns}."""
+    """The comparison as lines. a, b: of `read`.  questions: {question id: its turns}."""
     (name_a, answers_a), (name_b, answers_b) = a, b
     both = [key for key in answers_a if key in answers_b]
     lines, same = [], 0
     for n, key in enumerate(both, 1):
-        prompts = (questions or {}).get(key, [key if isinstance(key, str) else f"question {key}"])
-        pairs = list(zip(answers_a[key], answers_b[key]))
+        asked, _ = key
+        prompts = (questions or {}).get(asked, [asked if isinstance(asked, str) else f"question {asked}"])
+        pairs = list(zip_longest(answers_a[key], answers_b[key], fillvalue="(no answer to this turn)"))
         for turn, (left, right) in enumerate(pairs):
             same += left == right
             title = f" {n:,} of {len(both):,}" + (f", turn {turn + 1}" if len(pairs) > 1 else "") + " "
@@ -149,7 +154,8 @@ def side_by_side(a, b, width, questions=None):
             lines += beside(harmless(left), harmless(right) if left != right else "(the same)", width)
     alone = [f"{len(mine) - len(both):,} only in {name}" for name, mine in ((name_a, answers_a), (name_b, answers_b))
              if len(mine) > len(both)]
-    lines += ["", *wrap("; ".join([f"{len(both):,} questions in both, {same:,} answers the same", *alone]), width)]
+    common = f"{len(both):,} question{'s' * (len(both) > 1)} in both, {same:,} answers the same"
+    lines += ["", *wrap("; ".join([common, *alone]), width)]
     return lines
 
 
@@ -166,6 +172,10 @@ def main(a, b, question_file=None, command="tools/generate.py"):
         questions = read_questions(question_file) if question_file else None
     except UsageError as error:
         print(f"{command}: {error}", file=sys.stderr)
+        return 2
+    if not sides[0][1].keys() & sides[1][1].keys():
+        print(f"{command}: {paths[0]} and {paths[1]} have no question in common; name two files with answers to the same "
+              "questions", file=sys.stderr)
         return 2
     text = "\n".join(side_by_side(*sides, max(20, shutil.get_terminal_size().columns), questions))
     if sys.stdout.isatty():

@@ -32,6 +32,7 @@ come (labels/ledger.py, Panel).
 The paper and the official code ask nobody.
 """
 
+import argparse
 import errno
 import hashlib
 import json
@@ -44,7 +45,7 @@ import unicodedata
 from labels.ledger import Panel
 from runtime.errors import UsageError
 from runtime.files import replacing
-from runtime.formats import message_text
+from runtime.formats import message_text, unique_keys
 
 CONFIGURATION = """\
 <View>
@@ -173,6 +174,13 @@ def _already_there(ledger, pair, label, detail, annotator):
 
 # Who said it, and how long they took.
 
+def filled(text):
+    """A path on a command line. An empty one is a shell variable that was never set."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a file or folder")
+    return text
+
+
 def fold(name):
     """A name without what does not tell people apart: case, spaces, and how Unicode writes a letter."""
     return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold()).split())
@@ -205,7 +213,8 @@ def _from_jsonl(path, questions, annotator):
         place = f"{path}, line {n}"
         row = _parse(line, place, "; the format is JSON Lines, one {\"pair\", \"label\"} a line" if n == 1 else "")
         if not isinstance(row, dict):
-            raise ExchangeError(f"{place}: expected an object, found {row!r:.80}")
+            advice = " (is it Label Studio's? say --format label-studio)" if isinstance(row, list) else ""
+            raise ExchangeError(f"{place}: expected an object, found {row!r:.80}{advice}")
         pair, (first, second) = _question(row, questions, place)
         sides = _sides(row, pair, (json.loads(first), json.loads(second)), place)
         label = row.get("label")
@@ -254,13 +263,13 @@ def _read(path):
         with open(path, "rb") as file:
             return file.read().removeprefix(b"\xef\xbb\xbf")  # a byte order mark, which some editors write
     except OSError as error:
-        raise ExchangeError(f"{path}: {error.strerror}")
+        raise ExchangeError(f"--import {path}: cannot be read ({error.strerror}); name the file with the answers")
 
 
 def _parse(text, place, advice=""):
     """advice: what to do where a text is not JSON."""
     try:
-        return json.loads(text.decode("utf-8"))
+        return json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         raise ExchangeError(f"{place}: not UTF-8 (at byte {error.start}){advice}")
     except json.JSONDecodeError as error:
@@ -296,8 +305,8 @@ def _sides(row, pair, texts, place):
 
 
 def _name(value, place):
-    if not isinstance(value, str) or not value.strip() or SURROGATE.search(value):
-        raise ExchangeError(f"{place}: expected a name, found {value!r:.80}")
+    if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > 200:
+        raise ExchangeError(f"{place}: expected a name of 1 to 200 printable characters, found {value!r:.80}")
     return value
 
 

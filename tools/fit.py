@@ -182,6 +182,9 @@ def table():
     return "\n".join(lines)
 
 
+OF_PLAN = "micro_steps", "tflops", "gpus_a_host", "nvlink", "wire", "pcie", "host_memory"  # options
+
+
 def parse(argv=None):
     """The options of a command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -201,10 +204,15 @@ def parse(argv=None):
     parser.add_argument("--pcie", type=float, default=25, help="GB/s per GPU")
     parser.add_argument("--host-memory", type=float, default=200, help="GB/s per host")
     options = parser.parse_args(argv)
-    for name in ("gpus", "tokens", "micro_steps", "tflops", "gpus_a_host", "nvlink", "wire", "pcie", "host_memory"):
+    for name in ("gpus", "tokens", *OF_PLAN):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} {value}: expected more than 0")
+    unset = parser.parse_args([])
+    if not (options.model or options.plan) and options != unset:
+        parser.error("without a MODEL_DIR the table is always the same: name a model's folder")
+    if not options.plan and any(getattr(options, name) != getattr(unset, name) for name in OF_PLAN):
+        parser.error(f"{', '.join('--' + name.replace('_', '-') for name in OF_PLAN)} decide nothing without --plan")
     return options
 
 
@@ -223,7 +231,7 @@ def main(options):
             return 0
         memory = rank_memory(config, options.gpus or 1, options.zero, not options.fp32, not options.no_checkpointing,
                              options.tokens, offload=options.offload)
-    except (UsageError, ValueError, OSError) as error:
+    except Exception as error:  # a damaged config may raise anything
         print(f"tools/fit.py: {options.model}: config.json cannot be used ({one_line(error, 300)})", file=sys.stderr)
         return 2
     for part, size in memory.items():

@@ -48,7 +48,7 @@ sys.path.insert(0, str(ROOT))
 from labels.ledger import Ledger, LedgerError, Panel  # noqa: E402
 from runtime.errors import UsageError  # noqa: E402
 from tools import serving  # noqa: E402
-from tools.exchange import THIRD_ANSWERS, Names, export_questions, fold, import_answers, possible_seconds  # noqa: E402
+from tools.exchange import THIRD_ANSWERS, Names, export_questions, filled, fold, import_answers, possible_seconds  # noqa: E402
 from tools.serving import Refused  # noqa: E402
 
 LEASE = 90  # seconds that a lease lasts; the page renews it every 25 s, or every 60 s in the background
@@ -303,7 +303,9 @@ def guidelines_of(path):
         raise UsageError(f"--guidelines {path}: {error.strerror}")
     except UnicodeDecodeError as error:
         raise UsageError(f"--guidelines {path}: is not UTF-8 (at byte {error.start})")
-    if len(text.encode()) > LONGEST_GUIDELINES or not text.strip():
+    if not text.strip():
+        raise UsageError(f"--guidelines {path}: is empty; write the guidelines into it, or leave it out")
+    if len(text.encode()) > LONGEST_GUIDELINES:
         raise UsageError(f"--guidelines {path}: expected a text of at most {LONGEST_GUIDELINES:,} bytes, in Markdown")
     return text
 
@@ -339,7 +341,7 @@ def exchange(ledger, args, panel):
 
 def parser_of():
     parser = argparse.ArgumentParser(prog="tools/label.py", description="Let people answer a run's open questions.")
-    parser.add_argument("output_dir", help="the run's folder")
+    parser.add_argument("output_dir", type=filled, help="the run's folder")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; any but loopback requires a token")
     parser.add_argument("--port", type=int, default=8642, help="default %(default)s; 0: any free port")
     parser.add_argument("--public-url", metavar="URL", help="the address that people see, where a proxy stands in front")
@@ -352,8 +354,8 @@ def parser_of():
     parser.add_argument("--adjudicator", metavar="NAME",
                         help="who decides where no response has more than half; without one, such a pair has no preference")
     parser.add_argument("--guidelines", metavar="FILE", help="a text in Markdown that the page shows beside the task")
-    parser.add_argument("--export", metavar="FILE", help="write the open questions for another tool")
-    parser.add_argument("--import", metavar="FILE", dest="import_",
+    parser.add_argument("--export", metavar="FILE", type=filled, help="write the open questions for another tool")
+    parser.add_argument("--import", metavar="FILE", dest="import_", type=filled,
                         help="read answers that were given elsewhere; --annotators-per-pair and --adjudicator decide when "
                              "the questions of this file are settled")
     parser.add_argument("--format", choices=("jsonl", "label-studio"), default="jsonl", help="format of FILE")
@@ -386,7 +388,7 @@ def main(argv=None):
                                  "needed, or no question can be settled")
             ledger.settle_all(panel)  # the panel may ask for fewer opinions than the page before did
         serve(path, args, Desk(path, panel, guidelines_of(args.guidelines), names), people)
-    except (UsageError, sqlite3.Error) as error:
+    except (UsageError, OSError, sqlite3.Error) as error:  # OSError: a folder that we may not enter
         print(f"tools/label.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

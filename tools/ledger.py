@@ -35,7 +35,7 @@ from labels.judge import judge_text, judged  # noqa: E402
 from labels.ledger import Ledger, LedgerError, Question  # noqa: E402
 from labels.oracle import wilson  # noqa: E402
 from runtime.errors import UsageError  # noqa: E402
-from tools.exchange import as_text, replace_file  # noqa: E402
+from tools.exchange import as_text, filled, replace_file  # noqa: E402
 
 PATIENCE = 10  # seconds to wait while another process holds the ledger
 ANSWERS = "pair, label, source, annotator, margin, step, audit, answered_at, seconds, cost, used, detail"
@@ -53,7 +53,7 @@ def read_ledger(folder, needed=NEEDED):
     LedgerError."""
     path = Path(folder) / "labels.sqlite"
     if not path.is_file():
-        raise LedgerError(f"no ledger: {path} does not exist")
+        raise LedgerError(f"no ledger: {path} does not exist; name a run's output_dir")
     beside = [path.with_name(path.name + end) for end in ("-wal", "-journal")]
     while True:
         # If no other process has the ledger open, even a reader would leave files beside it, unless SQLite is told that
@@ -340,11 +340,12 @@ def reuse(folder, old):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="tools/ledger.py", description="Look at a run's ledger of labels.")
-    parser.add_argument("output_dir", help="the run's folder")
+    parser.add_argument("output_dir", type=filled, help="the run's folder")
     parser.add_argument("--disagreements", action="store_true", help="list the pairs about which people disagree")
-    parser.add_argument("--csv", metavar="FILE", help="export one row per answer")
+    parser.add_argument("--csv", metavar="FILE", type=filled, help="export one row per answer")
     parser.add_argument("--force", action="store_true", help="let --csv replace a file")
-    parser.add_argument("--reuse", metavar="OLD_OUTPUT_DIR", help="copy another run's answers into this one's ledger")
+    parser.add_argument("--reuse", metavar="OLD_OUTPUT_DIR", type=filled,
+                        help="copy another run's answers into this one's ledger")
     args = parser.parse_args(argv)
     try:
         if args.reuse:
@@ -357,7 +358,7 @@ def main(argv=None):
             print(disagreements(args.output_dir))
         if not (args.reuse or args.csv or args.disagreements):
             print(report(args.output_dir))
-    except UsageError as error:
+    except (UsageError, OSError) as error:  # OSError: a folder that we may not enter
         print(f"tools/ledger.py: {error}", file=sys.stderr)
         return 2
     return 0

@@ -157,9 +157,9 @@ class PairFile:
         for place, row in rows_of(path) if whole else ():
             number = row.get("number")
             prompt = {name: row[name] for name in ("prompt", "tools") if name in row}
-            if prompts.get(number) != prompt or number in self.done:
+            if prompts.get(number) != prompt:
                 raise UsageError(f"{place}: does not answer prompt {one_line(number, 20)} of --prompts: {OTHER}")
-            self.done[number] = row
+            self.done.setdefault(number, row)  # two commands that ran at once may both have written it
 
     def add(self, rows):
         """Append rows. After the first of them, only the same settings go on with the file."""

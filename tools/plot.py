@@ -73,7 +73,8 @@ def main(argv=None):
     parser.add_argument("--follow", action="store_true", help="draw again and again until every run has ended")
     parser.add_argument("--interval", type=float, default=10, metavar="SECONDS", help="of --follow; default: 10")
     args = parser.parse_args(argv)
-    output = args.output or (args.runs[0] / "curves" if len(args.runs) == 1 else "curves")
+    output = (args.output or "").removesuffix(".png").removesuffix(".svg")  # both endings are ours
+    output = output or (args.runs[0] / "curves" if len(args.runs) == 1 else "curves")
     try:
         if importlib.util.find_spec("matplotlib") is None:
             raise PlotError("matplotlib is not installed: pip install -r tools/requirements.txt")
