@@ -150,7 +150,8 @@ def load_test_pairs(config, tokenizer):
 
 
 def threshold(config):
-    """γ of the gate. Plain DPO asks about every pair; where a committee has bought all labels, no |m| is small enough."""
+    """γ of the gate. Plain DPO asks about every pair: γ = ∞. Where a committee has bought all labels, γ = −1 asks nobody:
+    no |m| is that small."""
     if not config.data_selection:
         return math.inf
     return -1.0 if config.label_budget else config.gamma

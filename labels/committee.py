@@ -76,7 +76,7 @@ def buy(oracle, schedule, config):
 
 
 def labels_to_have(budget, pairs):
-    """The number of labels that label_budget means for so many pairs."""
+    """The number of labels that label_budget means for so many pairs: up to 1 it is a share, 1 being all of them."""
     return max(1, min(pairs, round(budget * pairs) if budget <= 1 else int(budget)))
 
 
@@ -155,7 +155,7 @@ def train(engine, config, run, schedule, labels, n):
         for k, micro_batch in enumerate(micro_batches, 1):
             batch = pairs.batch(micro_batch, engine.device)
             margin = adpo.margins(engine(batch))  # (B,)
-            answers = labels[micro_batch] if micro_batch else torch.zeros(1)  # (B,); a filler has none
+            answers = labels[micro_batch] if micro_batch else torch.zeros(1)  # (B,); a filler pair has none
             answers = data.to_device(answers, engine.device)
             losses = adpo.preference_loss(margin, answers, label_smoothing=config.label_smoothing)
             norm = backward(engine, (losses * batch.weights).sum(), len(chosen), last=k == len(micro_batches))

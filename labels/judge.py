@@ -338,7 +338,7 @@ class ChatJudge(Judge):
         """Ask about all pairs and settle those that can be; they leave `missing`. Returns what went wrong with the others,
         besides what makes a pair unanswerable (Case.why)."""
         requests = [request for case in list(missing.values()) for request in self.advance(case, missing, ledger)]
-        first = 1 if self.is_useless() else len(requests)  # one reply has to show that the judge is of use by now
+        first = 1 if self.is_useless() else len(requests)  # one reply has to show that the judge works now
         for request in requests[:first]:
             exchange.put(request)
         waiting, last_reply_at, error = requests[first:], -math.inf, ""

@@ -206,9 +206,9 @@ def resolve_key(name, place):
     """The name in FIELDS that a key stands for. Raises UsageError."""
     name = ALIASES.get(name, name)
     if name not in FIELDS:
-        near = difflib.get_close_matches(name.lower(), [*FIELDS, *ALIASES], n=1, cutoff=0)
-        nearest = f"; the nearest known key is {near[0]!r}" if near else ""
-        raise UsageError(f"{place}: unknown key {name!r:.80}{nearest}")
+        near = difflib.get_close_matches(name.lower(), [*FIELDS, *ALIASES], n=1)
+        advice = f"the nearest known key is {near[0]!r}" if near else "python train.py --help lists all keys"
+        raise UsageError(f"{place}: unknown key {name!r:.80}; {advice}")
     return name
 
 

@@ -61,7 +61,9 @@ class Interrupt:
 class Run:
     """Where a run stands. All ranks make one and call its methods together.
 
-    step: optimiser steps done.  sums: (columns,) fp64, metric sums since the last log.  evaluation: the last one's result.
+    step: optimiser steps done.  evaluation: the last one's result.  finished: whether there is nothing left to do.
+    From `resume` on: sums: (columns,) fp64, metric sums since the last log.  parts: objects whose state checkpoints keep.
+    start: what a checkpoint and the run that resumes it must have in common.
     """
 
     def __init__(self, config, command_line=None):

@@ -72,7 +72,8 @@ class Schedule:
         return self.considered or min(len(self.pairs), steps * self.step_pairs)
 
     def engine_batches(self):
-        """The batch sizes that the engine is told: as many micro-steps as the longest step needs."""
+        """The batch sizes that the engine is told: as many micro-steps as the longest step needs. DeepSpeed divides by that
+        number and `backward` multiplies by it, so it decides no result."""
         most = max(len(self.micro_batches(self.rows(step))) for step in range(self.total_steps))
         if self.config.label_budget:  # the members of a committee train on any pairs together
             longest = sorted(range(len(self.pairs)), key=lambda row: -self.pairs.lengths[row])
