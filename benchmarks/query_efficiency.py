@@ -119,7 +119,7 @@ FULL = Plan(
             (HEADLINE, ["flips-0.2", "noise-0.05"], {"toy": range(3), "movies": range(2)}),
             (HEADLINE | NOTHING, ["noise-0.2"], {"toy": range(10), "movies": range(5, 8)}),
             (OTHERS, ["noise-0.2"], {"toy": range(3), "movies": range(3)}),
-            (["random subset, 50 %", "committee, 50 %"], ["noise-0.2"], {"toy": range(5, 8), "movies": range(5, 8)}),
+            (["random subset, 50 %", "committee, 50 %"], ["noise-0.2"], {"toy": range(5, 10), "movies": range(5, 8)}),
             (["committee, all labels"], ["noise-0.2"], {"toy": range(5, 8), "movies": range(5, 8)})])
 SHORT = Plan(
     sizes=(4096, 1024), rates={"toy": (2e-3, 4e-3)}, betas=(BETA,), tuning={"toy": {"noise-0.2": 1}},
