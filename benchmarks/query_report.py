@@ -25,6 +25,7 @@ methods of a seed see the same model, pairs, labels and order. AdamW, one epoch'
 KL = {"toy": 3, "movies": 5}
 ALL, SUBSET, CANDIDATE = "DPO, all labels", "random subset", "committee"
 CURVE = ["random subset, 12.5 %", SUBSET, "random subset, 50 %", ALL]
+COMMITTEES = [CANDIDATE, "committee, 50 %", "committee, all labels"]
 AIMS = {"noise-0.2": (-0.005, 0.02), "noise-0.35": (-0.01, 0.03)}  # against DPO on all labels, and against a random subset
 NOT_BELOW_RANDOM = -0.005
 STUDENT = dict(enumerate([12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
@@ -223,10 +224,11 @@ def draw(results, pairs, path):
             axis.set_visible(bool(runs))
             points = {name: (100 * statistics.mean(r["queries"] for r in found.values()) / pairs,
                              *interval([r["accuracy"] for r in found.values()])) for name, found in runs.items()}
-            curve = sorted(points[name] for name in CURVE if name in points)
-            if len(curve) > 2:
-                axis.plot([x for x, *_ in curve], [y for _, y, _ in curve], "--", color="0.4", linewidth=1,
-                          label="random subsets")
+            for label, names in (("random subsets", CURVE), ("committees", COMMITTEES)):
+                curve = sorted(points[name] for name in names if name in points)
+                if len(curve) > 1:
+                    axis.plot([x for x, *_ in curve], [y for _, y, _ in curve], "--", color=style(names[1])[0], linewidth=1,
+                              label=label)
             shown = [name for name in points if name not in (CURVE[0], CURVE[2])]
             floor = -math.inf  # lower points stand at the edge, with their number: a collapse would squeeze all others
             if ALL in points and SUBSET in points:
