@@ -604,13 +604,21 @@ def _answers(rows):
 
     Where the rows of a pair disagree, as those of several annotators do, the majority counts, and at a draw the first row.
     """
-    votes = {"label": {}, "truth": {}}
-    for id, *found in zip(rows["id"][:], rows["label"][:], rows["truth"][:]):  # whole columns: one by one is slow
-        for counts, vote in zip(votes.values(), found):
-            if vote:
-                counts.setdefault(id, Counter())[vote] += 1
-    labels, truths = ({id: max(count, key=count.get) for id, count in counts.items()} for counts in votes.values())
-    return labels, truths, sum(count.total() - count[labels[id]] for id, count in votes["label"].items())
+    ids, labels, truths = (rows[name][:] for name in ("id", "label", "truth"))  # whole columns: one by one is slow
+    found = _majority(ids, labels)
+    return found, _majority(ids, truths), sum(label != 0 and label != found[id] for id, label in zip(ids, labels))
+
+
+def _majority(ids, votes):
+    """{id: what most of its votes say, at a draw the first}.  votes: +1, −1, or 0 for none."""
+    found, disputed = {}, {}  # disputed: {id: sum of its votes}, usually of few pairs
+    for id, vote in zip(ids, votes):
+        if vote and found.setdefault(id, vote) != vote:
+            disputed[id] = 0
+    for id, vote in zip(ids, votes) if disputed else ():
+        if id in disputed:
+            disputed[id] += vote
+    return found | {id: 1 if total > 0 else -1 for id, total in disputed.items() if total}
 
 
 def _plain(counts):
@@ -618,7 +626,7 @@ def _plain(counts):
     words = {"rows": "rows read", "contaminated": "dropped as contaminated",
              "empty response": "dropped for an empty response", "equal responses": "dropped for equal responses",
              "pairs": "pairs", "repeated": "of them repeated",
-             "contradicting": "with opposite labels (the majority counts, at a draw the first)"}
+             "contradicting": "outvoted (the label of most of a pair's rows counts, at a draw the first)"}
     return ", ".join(f"{n:,} {words.get(key, key)}" for key, n in counts.items() if n or key in ("rows", "pairs"))
 
 

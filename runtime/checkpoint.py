@@ -34,7 +34,8 @@ def write_config(config, output, step_pairs):
     if rank() == 0:
         with writing(output):
             output.mkdir(parents=True, exist_ok=True)
-    lock(output)  # where `Run.open` did not find a folder
+    lock(output)  # `Run.open` may not have found a folder; another run may have made it, and ended, since then
+    check_same_run(config, output, step_pairs)
     if rank() == 0:
         replace_text(output / "config.yaml", yaml.safe_dump(
             {"config": dataclasses.asdict(config), "pairs_a_step": step_pairs, "versions": versions()},
@@ -57,13 +58,13 @@ def check_writable(output):
 def lock(output):
     """Keep other runs out of the run's folder, if it exists, until `unlock` or the end of this process, however it ends.
 
-    Raises UsageError where another run is at work in it. A file system that knows no locks keeps nobody out.
+    Raises UsageError where another run is at work in it. Where the file system has no locks, nobody is kept out.
     """
     taken = False
     if rank() == 0 and output.is_dir() and output.resolve() not in HELD:
         HELD[output.resolve()] = folder = os.open(output, os.O_RDONLY)
         patience = time.monotonic() + PATIENCE
-        while (taken := not locked(folder)) and time.monotonic() < patience:
+        while (taken := not try_lock(folder)) and time.monotonic() < patience:
             time.sleep(0.2)
         if taken:
             os.close(HELD.pop(output.resolve()))
@@ -72,13 +73,13 @@ def lock(output):
                          "or choose another output_dir")
 
 
-def locked(folder):
+def try_lock(folder):
     """Lock an open folder. Returns whether it is ours."""
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    except OSError:  # a file system that knows no locks
+    except OSError:  # the file system has no locks
         pass
     return True
 

@@ -19,6 +19,7 @@ import ast
 import json
 import os
 import re
+import warnings
 
 from runtime.errors import DataError, one_line
 
@@ -36,6 +37,10 @@ ASKING = (*PROMPTS, *SYSTEMS, "tools", "context", "history", "chat_history", "di
 # Columns of other data sets that say which response is better. Beside response_a and response_b they would go unread.
 VERDICTS = ("winner", "winner_model_a", "preference", "preferred", "choice", "better_response_id", "overall_preference",
             "preference_strength")
+# Those of ASKING that often hold the name of a text instead of the text.
+NAMED = ("post", "article", "passage", "document", "documents", "dialogue", "trajectory")
+WRITTEN_OUT = ("is a list of messages written as text; read it with json.loads (or ast.literal_eval, if it has single "
+               "quotes) and save the row as JSON Lines or parquet")
 # Roles that templates know, and other names for them.
 ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")}
 ROLES |= {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatbot": "assistant"}
@@ -95,8 +100,8 @@ def parse_row(row, place):
     Raises DataError with `place` and the field.
     """
     _check_is_object(row, place)
-    forms = ("chosen", "rejected"), ("response_a", "response_b")
-    ranked, side_by_side = (any(row.get(name) is not None for name in names) for names in forms)
+    ranked = row.get("chosen") is not None or row.get("rejected") is not None
+    side_by_side = row.get("response_a") is not None or row.get("response_b") is not None
     if ranked and side_by_side:
         raise DataError(f"{place}: has chosen or rejected and response_a or response_b; keep one of the two forms")
     if ranked:
@@ -111,10 +116,8 @@ def parse_row(row, place):
     if isinstance(sides[0], str) != isinstance(sides[1], str):
         raise DataError(f"{place}: {fields[0]} and {fields[1]} must both be strings or both be lists of messages")
     used, prompt = _given_prompt(row, sides, place)
-    written_out = "prompt" if _is_written_out(prompt) else fields[0] if all(map(_is_written_out, sides)) else None
-    if written_out:
-        raise DataError(f"{place}, field {written_out}: is a list of messages written as text; read it with json.loads (or "
-                        "ast.literal_eval, if it has single quotes) and save the row as JSON Lines or parquet")
+    if all(map(_is_written_out, sides)):
+        raise DataError(f"{place}, field {fields[0]}: {WRITTEN_OUT}")
 
     if isinstance(sides[0], list):
         prompt, sides = _split_messages(prompt, sides, fields, place)
@@ -126,13 +129,12 @@ def parse_row(row, place):
         if fields[0] == "response_a":
             raise DataError(f"{place}, field prompt: expected a string or a list of messages, found nothing")
         prompt, sides = _split_strings(sides, fields, place)
-        others = [name for name, value in row.items()
-                  if name not in fields and isinstance(value, (str, list, dict)) and value]
-        if not prompt.strip() and others:
+        others = [name for name in row if name not in fields and _is_prose(row[name])] if not prompt.strip() else []
+        if others:
             raise _no_prompt(row, fields, others, place)
     elif isinstance(prompt, list):
         sides = [[{"role": "assistant", "content": side}] for side in sides]
-    elif all(side.lstrip().startswith("Human:") for side in sides):  # whole dialogues, as in HH
+    elif sides[0].lstrip().startswith("Human:") and "\n\nAssistant:" in os.path.commonprefix(sides):  # whole, as in HH
         if not (hh_messages(prompt) and all(side.startswith(prompt) for side in sides)):
             raise DataError(f"{place}, field prompt: is not how {fields[0]} and {fields[1]} begin, which are whole "
                             "dialogues; leave it out")
@@ -157,7 +159,7 @@ def parse_example(row, place):
         raise _unknown_columns(row, place, "messages, or prompt and completion")
     completion = text_or_messages(row[field], f"{place}, field {field}")
     if field == "completion":
-        prompt = text_or_messages(row.get("prompt"), f"{place}, field prompt")
+        prompt = _prompt(row.get("prompt"), f"{place}, field prompt")
     elif isinstance(completion, str):
         raise DataError(f"{place}, field {field}: expected a list of messages, found a string")
     else:
@@ -186,7 +188,7 @@ def parse_prompt(row, place):
     field = next((name for name in PROMPTS if row.get(name) not in (None, [])), None)
     if field is None:
         raise _unknown_columns(row, place, "a prompt")
-    prompt = text_or_messages(row[field], f"{place}, field {field}")
+    prompt = _prompt(row[field], f"{place}, field {field}")
     if isinstance(prompt, str) and not prompt.strip():
         raise DataError(f"{place}, field {field}: is empty; remove the row")
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
@@ -218,12 +220,12 @@ def _conversion(row):
 
 
 def _check_verdict_is_read(row, place):
-    """Refuse a row without a label in which another column says which response is better."""
-    name = next((name for name in VERDICTS if row.get(name) not in (None, "")), None)
-    if name is None or row.get("label") not in (None, "") or row.get("truth") not in (None, ""):
+    """Refuse a row that has no column for a label and another that says which response is better."""
+    name = next((name for name in filter(row.__contains__, VERDICTS) if row[name] not in (None, "", [])), None)
+    if name is None or "label" in row or "truth" in row:
         return
     line = _conversion(row)
-    raise DataError(f"{place}, field {name}: would be left out; " + (
+    raise DataError(f"{place}, field {name}: says which response is better, and is not read; " + (
         f"turn each row into {line}" if line else 'write the label, "a" or "b", into a column label, or remove the column'))
 
 
@@ -244,15 +246,22 @@ def _letter(row, name, place):
     return "ab".index(value)
 
 
+def _prompt(value, place):
+    """A prompt: a string or a list of messages."""
+    if _is_written_out(value):
+        raise DataError(f"{place}: {WRITTEN_OUT}")
+    return text_or_messages(value, place)
+
+
 def _given_prompt(row, sides, place):
     """(the column, the prompt) that a row gives beside its responses, or (None, None)."""
     if row.get("prompt") is not None:
-        return "prompt", text_or_messages(row["prompt"], f"{place}, field prompt")
+        return "prompt", _prompt(row["prompt"], f"{place}, field prompt")
     if isinstance(sides[0], list) and not sides[0][0]["role"] == sides[1][0]["role"] == "assistant":
         return None, None  # the responses are whole conversations
     for name in PROMPTS:
         if row.get(name) not in (None, "", []):
-            prompt = text_or_messages(row[name], f"{place}, field {name}")
+            prompt = _prompt(row[name], f"{place}, field {name}")
             prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             if prompt[-1]["role"] != "assistant":  # else it is a whole conversation
                 return name, prompt
@@ -312,9 +321,11 @@ def function_name(call):
 def _check_all_is_used(row, used, parts, place):
     """Refuse a row with a column, other than the one `used`, that asks for something which is in none of its parts."""
     said = None
-    for name in ASKING:
-        value = row.get(name)
+    for name in filter(row.__contains__, ASKING):
+        value = row[name]
         if name in (used, "tools") or value in (None, "", [], {}) or isinstance(value, (bool, int, float)):
+            continue
+        if name in NAMED and not _is_prose(value):
             continue
         if said is None:
             said = squeezed("\n".join(text for part in parts for text in _strings(part)))
@@ -351,14 +362,21 @@ def text_or_messages(value, place):
     return [_message(message, f"{place}, message {n}") for n, message in enumerate(value, 1)]
 
 
+def _is_prose(value):
+    """Whether it can be a prompt: several words, a list or a dict. A single word is an id or a name as a rule."""
+    return isinstance(value, (list, dict)) and bool(value) or isinstance(value, str) and len(value.split(maxsplit=1)) > 1
+
+
 def _is_written_out(value):
     """Whether it is a list of messages as text, in JSON or as Python prints it, which is what a CSV file makes of one."""
-    if not (isinstance(value, str) and re.match(r"\s*\[\s*\{", value)):
+    if not (isinstance(value, str) and value.lstrip().startswith("[") and re.match(r"\s*\[\s*\{", value)):
         return False
     for read in (json.loads, ast.literal_eval):
         try:
-            items = read(value.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python's, about a text's backslashes
+                items = read(value.strip())
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             continue
         return all(isinstance(item, dict) and ({"role", "content"} <= item.keys() or {"from", "value"} <= item.keys())
                    for item in items)

@@ -78,6 +78,7 @@ class Run:
         """The run in output_dir, before anything is loaded. Raises UsageError if that folder cannot be used."""
         run = cls(config, command_line)
         output, shared_output = run.output, is_shared(run.output)
+        checkpoint.lock(output)  # first: what waits for another run's end must then find it finished
         checkpoint.check_same_run(config, output, pairs_a_step(config))
         if all_gather((output / "summary.json").is_file())[0]:
             if rank() == 0:
@@ -86,7 +87,6 @@ class Run:
             run.finished = True
             return run
         checkpoint.check_writable(output)
-        checkpoint.lock(output)
         if not shared_output and config.save_strategy != "no":
             raise UsageError(f"output_dir {output}: is not the same folder on all hosts, and each rank writes its part of a "
                              "checkpoint there: put it on a file system that all share, or say --save_strategy=no")

@@ -185,7 +185,7 @@ def test_the_majority_of_a_pairs_labels_counts(tmp_path):
     rows = [{**pair, "label": "b"}, {**pair, "label": "a"}, {**mirrored, "label": "b"}]
     pairs, labels, _, said = load_source(write_folder(tmp_path / "s", rows), made=renderer())
     [(_, first, _)] = pairs.token_ids([0])
-    assert "opposite labels" in said and pairs.counts["contradicting"] == 1
+    assert "1 outvoted" in said and pairs.counts["contradicting"] == 1
     assert (renderer().tokenizer.decode(first).strip().startswith("good")) == (labels[pairs.ids[0]] == 1)
 
 
@@ -529,7 +529,7 @@ def test_dropped_and_counted(tmp_path):
     assert pairs.counts == {"rows": 10, "empty response": 4, "equal responses": 2, "pairs": 4, "repeated": 2,
                             "contradicting": 1, data.RESPONSE_CUT: 1}
     assert said == ("train: 10 rows read, 4 dropped for an empty response, 2 dropped for equal responses, 4 pairs, "
-                    "2 of them repeated, 1 with opposite labels (the majority counts, at a draw the first), "
+                    "2 of them repeated, 1 outvoted (the label of most of a pair's rows counts, at a draw the first), "
                     "1 with a response cut to max_length")
     assert len(pairs) == len(pairs.table) == len(pairs.ids) == 4
     assert pairs.ids[0] == pairs.ids[2] == pairs.ids[3] and set(labels) == set(pairs.ids)

@@ -341,7 +341,7 @@ GOOD = '{"pair": "pair0", "label": "a"}\n'
     ('["pair1", "a"]', "line 2: expected an object"),
     (b'{"pair": "pair1", "label": "\xff"}', "line 2: not UTF-8"),
     ('{"pair": "pair1", "label": "a", "label": "b"}', "line 2: not usable JSON .the key label appears twice; keep one"),
-    ('{"pair": "pair1", "label": "a", "annotator": "two\\nlines"}', "line 2, field annotator: expected a name of 1 to 200"),
+    ('{"pair": "pair1", "label": "a", "annotator": "a \\u001b[2J"}', "line 2, field annotator: expected a name of 1 to 200"),
     ('[{"data": {}}]', "line 2: expected an object, found .* Label Studio's. say --format label-studio"),
 ])
 def test_a_line_that_is_wrong_is_named_and_nothing_is_imported(store, tmp_path, line, words):

@@ -166,7 +166,7 @@ def test_known_sets_are_refused_with_the_line_that_converts_them(row, prompt, re
 def test_the_arena_of_55k_rows_holds_lists_as_text():
     row = {"prompt": '["p", "q"]', "response_a": '["x", "z"]', "response_b": '["y", "z"]', "winner_model_a": "0",
            "winner_model_b": "1", "winner_tie": "0"}
-    with pytest.raises(DataError, match="row 7, field winner_model_a: would be left out; turn each row into ") as error:
+    with pytest.raises(DataError, match="row 7, field winner_model_a: .* is not read; turn each row into ") as error:
         parse_row(row, PLACE)
     parsed = parse_row(eval(str(error.value).partition("turn each row into ")[2], {"row": row, "json": json}), PLACE)
     rest = [user("q"), reply("z")]
@@ -280,15 +280,16 @@ CONVERSATION = [user("u"), reply("c")]
     ({"prompt": "p", "response_a": "c", "response_b": "d", "label": 0}, r"field label: expected .a. or .b., found 0"),
     ({"prompt": "p", "response_a": "c", "response_b": "d", "truth": "A"}, r"field truth: expected"),
     # the prompt, the label or the messages are there, but not where they would be read
-    ({"query": "q", "chosen": "c", "rejected": "r"}, r"has no prompt: .* call the column .* prompt \('query'\?\)"),
-    ({"prompt ": "q", "chosen": "c", "rejected": "r"}, r"has no prompt: .*'prompt '"),
+    ({"query": "what is it", "chosen": "c", "rejected": "r"}, r"has no prompt: .* call the column .* prompt \('query'\?\)"),
+    ({"prompt ": "what is it", "chosen": "c", "rejected": "r"}, r"has no prompt: .*'prompt '"),
     ({"trajectory": [user("q")], "chosen": "c", "rejected": "r"}, r"has no prompt: .*'trajectory'"),
     ({"post": "q", "chosen": [reply("c")], "rejected": [reply("r")]}, r"has no prompt: chosen and rejected begin with"),
-    ({"prompt": "p", "article": "q", "chosen": "c", "rejected": "r"}, r"field article: would be left out"),
-    ({"prompt": "p", "document": "q", "chosen": "c", "rejected": "r"}, r"field document: would be left out"),
+    ({"prompt": "p", "article": "a long text", "chosen": "c", "rejected": "r"}, r"field article: would be left out"),
+    ({"prompt": "p", "document": "a long text", "chosen": "c", "rejected": "r"}, r"field document: would be left out"),
     ({"prompt": "one", "chosen": HH_PROMPT + " c", "rejected": HH_PROMPT + " r"}, r"field prompt: is not how .* dialogues"),
-    ({"prompt": "p", "response_a": "c", "response_b": "d", "winner": "model_b"}, r"field winner: would be left out; write"),
-    ({"prompt": "p", "response_a": "c", "response_b": "d", "preference": 1}, r"field preference: would be left out"),
+    ({"prompt": "p", "response_a": "c", "response_b": "d", "winner": "model_b"}, r"field winner: .* is not read; write"),
+    ({"prompt": "p", "response_a": "c", "response_b": "d", "preference": 1}, r"field preference: says which response"),
+    ({"messages": json.dumps([user("u")]), "chosen": "c", "rejected": "r"}, r"field messages: is a list of messages"),
     ({"prompt": "p", "response_a": "c", "response_b": "d", "chosen": "response_b", "rejected": "response_a"}, r"keep one"),
     ({"chosen": json.dumps(CONVERSATION), "rejected": json.dumps(CONVERSATION)}, r"field chosen: is a list of messages wri"),
     ({"chosen": str(CONVERSATION), "rejected": str(CONVERSATION)}, r"field chosen: is a list of messages written as text"),
@@ -329,3 +330,18 @@ def test_hh_parses():
     assert differing == 5
 
 
+
+
+@pytest.mark.parametrize("row", [
+    {"prompt": "Power set", "chosen": "[{{}, {1}}]", "rejected": "[{{}}]"},  # neither JSON nor Python
+    {"prompt": "[{[1, 2]}]", "chosen": "c", "rejected": r"[{'re': '\d+'}]"},
+    {"prompt": "Write a dialogue of a human and an AI.", "chosen": "Human: Hi\nAI: Hi", "rejected": "Human: Cats?\nAI: Yes"},
+    {"prompt": "p", "document": "doc-17.pdf", "chosen": "c", "rejected": "r"},
+    {"chosen": "The cat sat", "rejected": "A dog ran", "id": "7"},  # text that nothing asked for, as a base model writes it
+    {"prompt": "p", "response_a": "c", "response_b": "r", "label": None, "winner": "tie"},
+    {"prompt": "p", "response_a": "c", "response_b": "r", "choice": []}])
+@pytest.mark.filterwarnings("error")
+def test_rows_that_look_like_something_else_are_read(row):
+    parsed = parse_row(row, PLACE)
+    texts = [row[name] for name in (("chosen", "rejected") if "chosen" in row else ("response_a", "response_b"))]
+    assert parsed["prompt"] == row.get("prompt", "") and parsed["responses"] == texts

@@ -305,7 +305,7 @@ def _sides(row, pair, texts, place):
 
 
 def _name(value, place):
-    if not isinstance(value, str) or not value.strip() or not value.isprintable() or len(value) > 200:
+    if not isinstance(value, str) or not value.strip() or not fold(value).isprintable() or len(value) > 200:
         raise ExchangeError(f"{place}: expected a name of 1 to 200 printable characters, found {value!r:.80}")
     return value
 
