@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 import zlib
 
 import pytest
@@ -287,3 +288,15 @@ def test_two_runs_that_begin_at_once_do_not_both_train(tmp_path, monkeypatch):
     checkpoint.unlock()
     checkpoint.lock(tmp_path / "run")
     checkpoint.unlock()
+
+
+def test_a_run_that_waited_for_the_end_of_another_finds_it_finished(train, whole, tmp_path):
+    copy = copy_without(whole, tmp_path / "ending", "summary.json")
+    other = os.open(copy, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+
+    def end():
+        shutil.copy(whole.output / "summary.json", copy)
+        os.close(other)
+    threading.Timer(2, end).start()
+    assert "is finished" in train("ending", output_dir=copy, **SAVING).stdout
