@@ -605,11 +605,11 @@ def _answers(rows):
     Where the rows of a pair disagree, as those of several annotators do, the majority counts, and at a draw the first row.
     """
     ids, labels, truths = (rows[name][:] for name in ("id", "label", "truth"))  # whole columns: one by one is slow
-    found = _majority(ids, labels)
-    return found, _majority(ids, truths), sum(label != 0 and label != found[id] for id, label in zip(ids, labels))
+    found = majority(ids, labels)
+    return found, majority(ids, truths), sum(label != 0 and label != found[id] for id, label in zip(ids, labels))
 
 
-def _majority(ids, votes):
+def majority(ids, votes):
     """{id: what most of its votes say, at a draw the first}.  votes: +1, −1, or 0 for none."""
     found, disputed = {}, {}  # disputed: {id: sum of its votes}, usually of few pairs
     for id, vote in zip(ids, votes):

@@ -41,7 +41,7 @@ from tqdm import tqdm  # noqa: E402
 import train  # noqa: E402
 from benchmarks.query_efficiency import METHODS, choose, extended  # noqa: E402
 from benchmarks.query_report import text  # noqa: E402
-from data import canonical  # noqa: E402
+from data import canonical, majority  # noqa: E402
 from runtime.errors import DataError, Stopped, UsageError, one_line  # noqa: E402
 from runtime.formats import parse_row  # noqa: E402
 from runtime.sources import has_split, read_rows  # noqa: E402
@@ -75,7 +75,7 @@ def read(source):
     random third of the rows would buy more than a third of the labels. Lengths are in characters; equally long responses
     count half. Raises DataError where a row has no label, or a part no pair.
     """
-    source, votes = str(source), {}  # {pair: {whether its first response is better: [rows]}}
+    source, found = str(source), []  # [(pair, ±1: whether its first response is better, row)]
     if not has_split(source, "train"):
         raise DataError(f"{source}: has no split train")
     for place, row in read_rows(source, "train"):
@@ -87,11 +87,14 @@ def read(source):
         part = int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=4).digest(), "big") % PARTS
         chosen, rejected = (characters(parsed["responses"][k]) for k in (parsed["label"], 1 - parsed["label"]))
         id, (first, _) = canonical(parsed)
-        votes.setdefault(id, {}).setdefault(parsed["label"] == first, []).append((
-            part, json.dumps(row, default=str), (chosen > rejected) + 0.5 * (chosen == rejected)))  # default: a date
-    kept = [max(said.values(), key=len)[0] for said in votes.values()]
-    rows, longer = [row[:2] for row in kept], [row[2] for row in kept]
-    if repeated := sum(len(same) for said in votes.values() for same in said.values()) - len(rows):
+        found.append((id, 1 if parsed["label"] == first else -1, (
+            part, json.dumps(row, default=str), (chosen > rejected) + 0.5 * (chosen == rejected))))  # default: a date
+    labels, kept = majority([id for id, *_ in found], [vote for _, vote, _ in found]), {}
+    for id, vote, row in found:
+        if vote == labels[id]:
+            kept.setdefault(id, row)
+    rows, longer = [row[:2] for row in kept.values()], [row[2] for row in kept.values()]
+    if repeated := len(found) - len(rows):
         print(f"{source}: {repeated:,} rows repeat a pair; the label of most of its rows counts, at a draw the first")
     if empty := sorted({*range(PARTS)} - {part for part, _ in rows}):
         raise DataError(f"{source}: {len(rows):,} pairs, whose prompts fall into {PARTS - len(empty)} of {PARTS} parts: "

@@ -230,7 +230,8 @@ def _check_verdict_is_read(row, place):
 
 
 def _no_prompt(row, fields, others, place):
-    """The DataError for responses that share no beginning, beside columns one of which may be the prompt."""
+    """The DataError for responses that share no beginning, where one of the `others`, columns that are not read, may be the
+    prompt."""
     return DataError(f"{place}: has no prompt: no column has that name, and {fields[0]} and {fields[1]} share no beginning; "
                      f"call the column that holds it prompt ({one_line(', '.join(map(repr, others)), 80)}?), or say that "
                      'there is none with "prompt": ""')
@@ -369,7 +370,7 @@ def _is_prose(value):
 
 def _is_written_out(value):
     """Whether it is a list of messages as text, in JSON or as Python prints it, which is what a CSV file makes of one."""
-    if not (isinstance(value, str) and value.lstrip().startswith("[") and re.match(r"\s*\[\s*\{", value)):
+    if not (isinstance(value, str) and re.match(r"\s*\[\s*\{", value)):
         return False
     for read in (json.loads, ast.literal_eval):
         try:
