@@ -131,7 +131,7 @@ def parse_row(row, place):
         prompt, sides = _split_strings(sides, fields, place)
         others = [name for name in row if name not in fields and _is_prose(row[name])] if not prompt.strip() else []
         if others:
-            raise _no_prompt(row, fields, others, place)
+            raise _no_prompt(fields, others, place)
     elif isinstance(prompt, list):
         sides = [[{"role": "assistant", "content": side}] for side in sides]
     elif sides[0].lstrip().startswith("Human:") and "\n\nAssistant:" in os.path.commonprefix(sides):  # whole, as in HH
@@ -229,7 +229,7 @@ def _check_verdict_is_read(row, place):
         f"turn each row into {line}" if line else 'write the label, "a" or "b", into a column label, or remove the column'))
 
 
-def _no_prompt(row, fields, others, place):
+def _no_prompt(fields, others, place):
     """The DataError for responses that share no beginning, where one of the `others`, columns that are not read, may be the
     prompt."""
     return DataError(f"{place}: has no prompt: no column has that name, and {fields[0]} and {fields[1]} share no beginning; "
