@@ -236,6 +236,7 @@ def test_the_empty_system_message_is_as_the_training_run_had_it(chat_model, tmp_
     monkeypatch.setattr(dist, "barrier", lambda: None)
     questions = write(tmp_path / "q.json", ALPACA[:1], lines=False)
     for trained, flags, empty in ((True, (), True), (False, (), False), (True, ("false",), False)):
+        (chat_model / "config.yaml").unlink(missing_ok=True)  # a run with another value would be refused
         checkpoint.write_config(Config(model_name_or_path="base", auto_insert_empty_system_msg=trained), chat_model, 8)
         flags = [word for flag in flags for word in ("--auto_insert_empty_system_msg", flag)]
         out = tmp_path / f"{trained} {empty}.json"
