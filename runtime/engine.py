@@ -13,6 +13,7 @@ from pathlib import Path
 import deepspeed
 import pydantic
 import torch
+import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 import data
@@ -162,6 +163,9 @@ def starting(config, policy, ds):
     DeepSpeed alone would move the whole model to each device and part it there. This moves one weight at a time, so that a
     model need not fit on one device. In host memory, the weights are files mapped by transformers, which all ranks share.
     """
+    # A rank may read its model, or a judge's, for longer than DeepSpeed's own groups wait: under NCCL 10 minutes, whatever
+    # DEEPSPEED_TIMEOUT says.
+    dist.barrier()
     try:
         if ds["zero_optimization"].get("stage") == 3:
             deepspeed.zero.Init(module=policy, config_dict_or_path=ds)

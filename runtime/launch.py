@@ -5,7 +5,8 @@
     2     the user has to change something; one line says what
     1     training broke down; one line says why, or a traceback if it is a bug
 
-Import this module before DeepSpeed and transformers: it sets what they read when they are imported.
+Import this module before DeepSpeed and transformers: it sets what they read when they are imported. It also turns off an
+attention kernel.
 """
 
 import ctypes
@@ -44,6 +45,11 @@ from runtime import checkpoint
 from runtime.errors import Stopped, UsageError, one_line
 from runtime.parse import help_text, parse_config
 from runtime.ranks import lost_peer, rank, say, several_hosts
+
+# With an explicit mask, cuDNN's attention takes 100 to 140 ms to plan for each new shape; a run has hundreds of shapes, and
+# each token that tools/generate.py writes is one. On rows of low scores its gradients are NaN (H100, cuDNN 9.19:
+# benchmarks/results/gpu.md). The memory-efficient kernel is as fast and does neither.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def launch(main):
@@ -107,7 +113,7 @@ def command(argv, main):
 
 
 def set_up(config):
-    """Threads, log levels, kernels and the process group."""
+    """Threads, log levels, deterministic kernels and the process group."""
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     if hasattr(libc := ctypes.CDLL(None), "mallopt"):
@@ -115,10 +121,6 @@ def set_up(config):
     transformers.logging.set_verbosity(getattr(transformers.logging, config.log_level.upper()))
     datasets.logging.set_verbosity(getattr(datasets.logging, config.log_level.upper()))
     deepspeed.utils.logging.logger.setLevel(config.log_level.upper())
-    # With an explicit mask, cuDNN's attention takes 100 to 140 ms to plan for each new shape, and a run has hundreds of
-    # shapes; on rows of low scores its gradients are NaN (H100, cuDNN 9.19: benchmarks/results/gpu.md). The
-    # memory-efficient kernel is as fast and does neither.
-    torch.backends.cuda.enable_cudnn_sdp(False)
     # DeepSpeed does not bind a process that is alone to its GPU, and torch then warns at each barrier.
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     if config.deterministic:

@@ -20,7 +20,7 @@ import torch
 
 import data
 from runtime import checkpoint, report, toy
-from runtime.engine import engine_config, settings_that_count, skipped_in_a_row
+from runtime.engine import engine_config, plain_logps, settings_that_count, skipped_in_a_row
 from runtime.errors import Stopped, UsageError
 from runtime.model import save_model, why_not_saved
 from runtime.ranks import all_gather, bar, from_rank_0, is_shared, on_any_rank, rank, reduced, say, world_size
@@ -219,8 +219,7 @@ class Run:
         """Warn if the saved model is not what was trained, and keep a checkpoint then. One pair is compared, on the CPU."""
         row = min(range(len(self.pairs)), key=lambda row: self.pairs.lengths[row])
         batch = data.collate(self.pairs, [row], shared=False)
-        engine.eval()
-        logps = engine(batch.to(engine.device), per_token="ours").cpu()  # (N,)
+        logps = plain_logps(engine, batch).cpu()  # (N,)
         why = None
         if rank() == 0 and not self.config.load_in_4bit:  # loaded again, an adapter's model is not in 4 bits
             why = why_not_saved(self.config, self.output, batch, logps)

@@ -1,5 +1,6 @@
 """tools/fit.py against real models, a real run, and the tables in docs/: `python -m pytest tests/test_fit.py -n 0`."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -28,6 +29,14 @@ def test_fit_counts_a_model_as_it_is(tiny):
     assert two["weights"] == 2 * n and two["optimiser"] == 12 * n / 8
     plain = fit.rank_memory(config, 1, 2, bf16=False)  # one process in fp32 runs as ZeRO 0, without a second copy
     assert plain["optimiser"] == 8 * n and plain["buffers"] == 0
+    assert fit.rank_memory(config, 8, 0) == fit.rank_memory(config, 8, 1)  # in bf16, ZeRO 0 runs as ZeRO 1
+
+
+@pytest.mark.parametrize("file", ["ds_config.json", "configs/zero3.json"])
+def test_fit_counts_the_buckets_that_the_engine_is_told_to_take(file):
+    """DeepSpeed allocates a whole one, however small the model is; its own default is ten times as large."""
+    zero = json.loads((ROOT / file).read_text())["zero_optimization"]
+    assert zero["reduce_bucket_size"] == inspect.signature(fit.rank_memory).parameters["bucket"].default
 
 
 LLAMA = transformers.LlamaConfig(vocab_size=50, hidden_size=64, intermediate_size=160, num_hidden_layers=3,

@@ -161,6 +161,15 @@ def test_greedy_answers_are_those_of_a_plain_loop_and_the_second_turn_sees_the_f
         assert second != greedy(model, row["turns"][1])
 
 
+def test_cudnns_attention_is_off_as_in_training(model, tmp_path):
+    """On an H100 it would plan for each new token anew. In a process of its own, because a run in this one turns it off."""
+    questions = write(tmp_path / "questions.jsonl", [{"prompt": "review of the bar :"}])
+    code = (f"import torch; from tools import generate; generate.main([{str(model)!r}, '--questions', {str(questions)!r}, "
+            "'--max_new_tokens', '2']); print('cuDNN', torch.backends.cuda.cudnn_sdp_enabled())")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("cuDNN False\n")
+
+
 @pytest.mark.parametrize("flags", [[], ["--temperature", "1", "--top_p", "0.9"]], ids=["by category", "sampled"])
 def test_the_batch_size_changes_nothing(model, tmp_path, flags):
     questions = write(tmp_path / "question.jsonl", [*MT_BENCH, {**MT_BENCH[0], "question_id": 9, "turns": ["the view was"]}])

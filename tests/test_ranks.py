@@ -84,6 +84,25 @@ def test_an_error_of_rank_0_alone_ends_the_other_and_gives_the_exit_code(broken_
 
 
 @pytest.mark.slow
+def test_ranks_wait_for_one_that_reads_its_model_for_longer_than_deepspeeds_groups_wait(broken_ranks):
+    """Those have torch's own timeout, 10 minutes under NCCL, whatever DEEPSPEED_TIMEOUT says."""
+    run = broken_ranks("""
+        import time
+        from datetime import timedelta
+        import torch.distributed.distributed_c10d as c10d
+        c10d.default_pg_timeout = timedelta(seconds=5)
+        import runtime.launch, runtime.model
+        load = runtime.model.load_policy
+        def slow(config):
+            if rank == 0:
+                time.sleep(15)
+            return load(config)
+        runtime.model.load_policy = slow
+        """)
+    assert run.code == 0, run.stderr
+
+
+@pytest.mark.slow
 def test_an_error_that_all_ranks_have_is_printed_once(train):
     run = train("alike", processes=2, check=2, gamma=-1)
     assert len(errors(run)) == 1 and "gamma" in errors(run)[0]

@@ -82,7 +82,7 @@ def rank_memory(config, gpus=1, stage=2, bf16=True, checkpointing=True, tokens=8
     """
     n, width = parameters(config), 2 if bf16 else 4
     h, _, _, _, vocabulary = shape(config)
-    stage = 0 if gpus == 1 and not bf16 and not offload else stage  # as in runtime/engine.py
+    stage = 0 if gpus == 1 and not bf16 and not offload else max(stage, int(bf16))  # as in runtime/engine.py
     shares = [gpus if stage >= needed else 1 for needed in (3, 2, 1)]  # of weights, gradients, optimiser
     master = 4 * n if stage > 0 else 0  # fp32 weights beside those of the engine
     memory = {"weights": width * n / shares[0], "gradients": 4 * n / shares[1], "optimiser": (8 * n + master) / shares[2],
