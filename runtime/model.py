@@ -283,8 +283,7 @@ def save_adapter(config, lm, state, folder, tokenizer):
     if config.merge_adapter:  # into the original weights, not into their 4-bit form
         base, revision, _ = resolve_model(config, config.model_name_or_path)
         merged = peft.PeftModel.from_pretrained(load_weights(config, base, revision), folder).merge_and_unload()
-        name_ends(merged, tokenizer)
-        merged.save_pretrained(folder)
+        save_whole(merged, tokenizer, folder)
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             (folder / name).unlink()
 
@@ -322,6 +321,18 @@ def name_ends(lm, tokenizer):
         lm.generation_config.eos_token_id = sorted(ends | own_ends(lm))
 
 
+def save_whole(lm, tokenizer, folder, **state):
+    """save_pretrained, and what `generate` does by default: what it did before, but it stops where responses end."""
+    generation = getattr(lm, "generation_config", None)  # a model with code of its own may have no `generate`
+    if generation is not None:
+        name_ends(lm, tokenizer)
+        # transformers refuses to save settings that `generate` ignores, and some models have such: Vicuna's temperature.
+        lm.generation_config = transformers.GenerationConfig()
+    lm.save_pretrained(folder, **state)
+    if generation is not None:
+        generation.to_json_file(folder / "generation_config.json")
+
+
 def save_model(engine, tokenizer, output, config):
     """Write the trained model, or its adapter, in Hugging Face form, gathered over ranks. Each file gets its name when it is
     complete. Returns the names on rank 0."""
@@ -342,8 +353,7 @@ def save_model(engine, tokenizer, output, config):
             if config.use_peft:
                 save_adapter(config, lm, state, staging, tokenizer)
             else:
-                name_ends(lm, tokenizer)
-                lm.save_pretrained(staging, state_dict=state)
+                save_whole(lm, tokenizer, staging, state_dict=state)
             tokenizer.save_pretrained(staging)
             names = sorted(path.name + "/" * path.is_dir() for path in staging.iterdir())
             for name in names:
