@@ -303,6 +303,21 @@ def why_not_saved(config, output, batch, logps):
     return None if error <= tolerance(lm) else f"its log-probs differ from those of the policy by {error:.2g} nats a token"
 
 
+def why_tokenizer_not_saved(config, tokenizer, output, pair):
+    """None if the tokenizer in `output`, loaded again as a user would, makes the same tokens of a pair, else what is wrong.
+
+    pair: (prompt, responses), strings or messages.
+    """
+    try:
+        saved = load_tokenizer(dataclasses.replace(config, model_name_or_path=str(output), tokenizer_name_or_path=None,
+                                                   chat_template=None))
+        found, expected = (data.Renderer(made, config.max_prompt_length, config.max_length)(*pair)
+                           for made in (saved, tokenizer))
+    except Exception as error:  # the tokenizer's own code or template
+        return f"it cannot be used ({type(error).__name__}: {one_line(error, 300)})"
+    return None if found == expected else "it makes other tokens of the text of a pair"
+
+
 def tolerance(lm):
     """How far log-probs may be apart that are computed in two ways, in nats a token (root mean square)."""
     return 0.15 if next(lm.parameters()).dtype == torch.bfloat16 else 1e-3
@@ -333,6 +348,18 @@ def save_whole(lm, tokenizer, folder, **state):
         generation.to_json_file(folder / "generation_config.json")
 
 
+def save_tokenizer(tokenizer, folder):
+    """save_pretrained. Of a tokenizer with code of its own, transformers writes the name of the class where its loader
+    expects a pair of names: of the slow and of the fast one."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    name = (settings.get("auto_map") or {}).get("AutoTokenizer")
+    if isinstance(name, str):
+        settings["auto_map"]["AutoTokenizer"] = [None, name] if tokenizer.is_fast else [name, None]
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
 def save_model(engine, tokenizer, output, config):
     """Write the trained model, or its adapter, in Hugging Face form, gathered over ranks. Each file gets its name when it is
     complete. Returns the names on rank 0."""
@@ -354,7 +381,7 @@ def save_model(engine, tokenizer, output, config):
                 save_adapter(config, lm, state, staging, tokenizer)
             else:
                 save_whole(lm, tokenizer, staging, state_dict=state)
-            tokenizer.save_pretrained(staging)
+            save_tokenizer(tokenizer, staging)
             names = sorted(path.name + "/" * path.is_dir() for path in staging.iterdir())
             for name in names:
                 if name.endswith("/"):  # a folder of chat templates, which an attempt that was killed may have left

@@ -11,6 +11,7 @@
 """
 
 import contextlib
+import json
 import os
 import signal
 import time
@@ -22,7 +23,7 @@ import data
 from runtime import checkpoint, report, toy
 from runtime.engine import engine_config, settings_that_count, skipped_in_a_row
 from runtime.errors import Stopped, UsageError
-from runtime.model import save_model, why_not_saved
+from runtime.model import save_model, why_not_saved, why_tokenizer_not_saved
 from runtime.ranks import all_gather, bar, from_rank_0, is_shared, on_any_rank, rank, reduced, say, world_size
 from runtime.schedule import pairs_a_step
 
@@ -215,15 +216,22 @@ class Run:
         checkpoint.save(engine, self.output, state, self.config.save_total_limit)
 
     @torch.no_grad()
-    def check_saved(self, engine):
-        """Warn if the saved model is not what was trained, and keep a checkpoint then. One pair is compared, on the CPU."""
+    def check_saved(self, engine, tokenizer):
+        """Warn if the saved model is not what was trained, and keep a checkpoint then, or if the saved tokenizer is another
+        one. One pair is compared, on the CPU."""
         row = min(range(len(self.pairs)), key=lambda row: self.pairs.lengths[row])
         batch = data.collate(self.pairs, [row], shared=False)
         engine.eval()
         logps = engine(batch.to(engine.device), per_token="ours").cpu()  # (N,)
         why = None
-        if rank() == 0 and not self.config.load_in_4bit:  # loaded again, an adapter's model is not in 4 bits
-            why = why_not_saved(self.config, self.output, batch, logps)
+        if rank() == 0:
+            texts = self.pairs.texts[row]
+            prompt, *responses = (json.loads(texts[name]) for name in ("prompt", "first", "second") if texts[name])
+            if differs := why_tokenizer_not_saved(self.config, tokenizer, self.output, (prompt, responses)):
+                say(f"WARNING: the tokenizer in {self.output} is not that of the run: {differs}. Copy its files from "
+                    f"{self.config.tokenizer_name_or_path or self.config.model_name_or_path}")
+            if not self.config.load_in_4bit:  # loaded again, an adapter's model is not in 4 bits
+                why = why_not_saved(self.config, self.output, batch, logps)
         if why := from_rank_0(why):
             if self.can_save:
                 self.save(engine)
@@ -233,7 +241,7 @@ class Run:
     def finish(self, engine, tokenizer, summary):
         """After the last step: the model, its card, the summary, and the hub if asked for."""
         names = save_model(engine, tokenizer, self.output, self.config)
-        self.check_saved(engine)
+        self.check_saved(engine, tokenizer)
         engine.destroy()
         if rank() == 0 and self.toy_prompts:
             summary |= toy.gold_rewards(self.toy_prompts, before=self.config.model_name_or_path, after=self.output)

@@ -348,3 +348,31 @@ def test_a_model_with_code_of_its_own_and_without_generate_is_saved(train, tiny,
     run = train("own-code", model_name_or_path=tmp_path / "model", trust_remote_code=True, max_steps=1)
     assert not (run.output / "generation_config.json").exists() and "WARNING" not in run.stdout
     assert type(transformers.AutoModelForCausalLM.from_pretrained(run.output, trust_remote_code=True)).__name__ == "M"
+
+
+def test_a_tokenizer_with_code_of_its_own_is_saved_so_that_it_loads(train, tiny, tmp_path):
+    """transformers 5 writes the name of its class in a form that it does not read."""
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    (tmp_path / "model" / "its_tokenizer.py").write_text(textwrap.dedent("""
+        from transformers import PreTrainedTokenizer
+        class T(PreTrainedTokenizer):
+            vocab_size = 256
+            def get_vocab(self):
+                return {chr(id): id for id in range(256)} | self.added_tokens_encoder
+            def _tokenize(self, text):
+                return list(text)
+            def _convert_token_to_id(self, token):
+                return ord(token) % 256
+            def _convert_id_to_token(self, id):
+                return chr(id)
+            def save_vocabulary(self, folder, filename_prefix=None):
+                return ()
+        """))
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["its_tokenizer.T", None]}, "eos_token": "</s>"}))
+    run = train("own-tokenizer", model_name_or_path=tmp_path / "model", trust_remote_code=True, max_steps=1)
+    assert "WARNING" not in run.stdout
+    first, saved = (transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+                    for folder in (tmp_path / "model", run.output))
+    assert type(saved).__name__ == "T" and saved("ab</s>").input_ids == first("ab</s>").input_ids
