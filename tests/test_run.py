@@ -242,9 +242,10 @@ class Engine:
     def __init__(self, **changes):
         self.calls = 0
         self.attention, self.dtype, self.fingerprint, self.compiled = "sdpa", torch.float32, "weights", False
+        self.chunk_size = 2048
         vars(self).update(changes)
         self.module = types.SimpleNamespace(
-            fingerprint=self.fingerprint, compiled=self.compiled,
+            fingerprint=self.fingerprint, compiled=self.compiled, chunk_size=self.chunk_size,
             parameters=lambda: iter([torch.zeros(1, dtype=self.dtype)]),
             lm=types.SimpleNamespace(config=types.SimpleNamespace(_attn_implementation=self.attention)))
 
@@ -284,9 +285,9 @@ def test_the_reference_is_scored_once_and_unscored_pairs_are_not_numbers(referen
 
 @pytest.mark.parametrize("change", [
     dict(engine={"attention": "eager"}), dict(engine={"compiled": True}), dict(engine={"dtype": torch.bfloat16}),
-    dict(engine={"fingerprint": "others"}), dict(pairs={"fingerprint": "others"}), dict(pairs={"shared": False}),
-    dict(pairs={"batches": ((1,), (0,))}), dict(torch="9.9"), dict(transformers="9.9"), dict(data=data.VERSION + 1),
-    dict(device="another GPU")], ids=str)
+    dict(engine={"chunk_size": 1}), dict(engine={"fingerprint": "others"}), dict(pairs={"fingerprint": "others"}),
+    dict(pairs={"shared": False}), dict(pairs={"batches": ((1,), (0,))}), dict(torch="9.9"),
+    dict(transformers="9.9"), dict(data=data.VERSION + 1), dict(device="another GPU")], ids=str)
 def test_the_cache_is_not_used_where_the_last_bits_would_differ(change, reference_of, monkeypatch, capsys):
     """Other kernels are enough: at step 0 every margin has to be 0, not nearly 0."""
     reference_of(Engine())
