@@ -366,6 +366,9 @@ def check_data(config, path):
         if not any(word in split for word in ("train", *EVALUATION_SPLITS)):
             raise UsageError(f"{path}, dataset_splits: {one_line(repr(split), 80)} must contain one of train, "
                              f"{', '.join(EVALUATION_SPLITS)}")
+        if re.search(r"[\[+]", split):  # a single file, which stands for each name, would be taken whole
+            raise UsageError(f"{path}, dataset_splits: {one_line(repr(split), 80)} is not the name of one whole split; "
+                             "dataset_mixer and max_train_samples take parts of them")
         if config.dataset_splits.count(split) > 1:
             raise UsageError(f"{path}, dataset_splits: {one_line(repr(split), 80)} is listed twice, so its pairs would "
                              "count twice")

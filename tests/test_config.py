@@ -122,6 +122,8 @@ def test_flags_win_over_the_file(write):
     (["--dataset_mixer={d: 1.5}"], "the share of d must be over 0 and at most 1, found 1.5"),
     (["--dataset_mixer=d"], "dataset_mixer: expected a mapping of names to numbers, found 'd'"),
     (["--dataset_splits=everything"], "'everything' must contain one of train, test"),
+    (["--dataset_splits=train[:10%],test"], "'train[:10%]' is not the name of one whole split"),
+    (["--dataset_splits=train+extra"], "'train+extra' is not the name of one whole split"),
     (["--dataset_splits=test"], "no name contains `train`"),
     (["--loss_type=kto_pair"], "loss_type 'kto_pair' cannot be gated: it scores chosen and rejected responses apart"),
     (["--loss_type=hinge", "--label_smoothing=0.1"], "label_smoothing is defined for loss_type sigmoid, not hinge"),
