@@ -214,10 +214,11 @@ def means(sums):
 
 def log_training(run, engine, schedule, oracle, lr, norm):
     """A row of metrics.jsonl about the steps since the last one, and the text of the progress bar."""
-    metrics, tokens = means(run.take_sums())
+    sums, seconds = run.take_sums()
+    metrics, tokens = means(sums)
     row = {**metrics, "learning_rate": lr, "grad_norm": norm_to_log(engine, norm),
            **report.label_metrics(oracle, schedule, run.step, run.config),
-           "tokens_per_second": tokens / run.seconds_since_log()}
+           "tokens_per_second": tokens / seconds}
     report.warn_of_wrong_pseudo_labels(oracle, run.step - 1, run.config)
     report.warn_of_judge(oracle, row)
     run.progress.set_postfix_str(report.bar_text(row, run.evaluation, report.cost(oracle, run.config)), refresh=False)

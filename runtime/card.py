@@ -17,14 +17,11 @@ from runtime.ranks import say
 
 def model_card(config, summary, command_line, curves):
     """README.md of the trained model.  command_line: what started the run, or None.  curves: names of pictures."""
-    how = ("by supervised fine-tuning." if config.objective == "sft" else
-           "with Active Direct Preference Optimization ([arXiv 2402.09401](https://arxiv.org/abs/2402.09401)), which asks "
-           "for a label only where the policy is unsure.")
     settings = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True).rstrip()
     parts = [
         f"---\n{front_matter(config, summary)}---",
         f"# {code(Path(config.output_dir).resolve().name)}",
-        f"Trained from {code(config.model_name_or_path)} {how}",
+        f"Trained from {code(config.model_name_or_path)} {method(config)}.",
         "| | |\n| --- | --- |\n" + "\n".join("| {} | {} |".format(name, value.replace("|", "\\|"))
                                             for name, value in card_rows(config, summary).items() if value),
         *(f"![Accuracy, margin, labels and pseudo-labels, against labels bought and steps]({name})" for name in curves),
@@ -36,6 +33,22 @@ def model_card(config, summary, command_line, curves):
         url = urlsplit(config.judge_url)
         text = text.replace(config.judge_url, urlunsplit(url._replace(netloc=url.netloc.rpartition("@")[2], query="")))
     return text.encode("utf-8", "replace").decode()  # a path may hold bytes that are not text
+
+
+def method(config):
+    """How the model was trained, in words."""
+    if config.objective == "sft":
+        return "by supervised fine-tuning"
+    if gates(config):
+        return ("with Active Direct Preference Optimization ([arXiv 2402.09401](https://arxiv.org/abs/2402.09401)), which "
+                "asks for a label only where the policy is unsure")
+    return ("with Direct Preference Optimization ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290))"
+            + (", from a budget of labels" if config.label_budget else ""))
+
+
+def gates(config):
+    """Whether the run asked about the pairs of which the policy was unsure, and not about others."""
+    return config.objective == "adpo" and config.data_selection and not config.label_budget
 
 
 def card_rows(config, summary):
@@ -96,7 +109,7 @@ def front_matter(config, summary):
     """The part of a model card that the hub parses, as YAML."""
     front = {"library_name": "peft" if leaves_adapter(config) else "transformers",
              "pipeline_tag": "text-generation",
-             "tags": ["sft"] if config.objective == "sft" else ["adpo", "dpo", "preference-learning"]}
+             "tags": ["sft"] if config.objective == "sft" else ["adpo"] * gates(config) + ["dpo", "preference-learning"]}
     sources = [name for name in config.dataset_mixer if on_hub(name)]
     if on_hub(config.model_name_or_path):
         front["base_model"] = config.model_name_or_path

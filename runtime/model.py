@@ -283,8 +283,7 @@ def save_adapter(config, lm, state, folder, tokenizer):
     if config.merge_adapter:  # into the original weights, not into their 4-bit form
         base, revision, _ = resolve_model(config, config.model_name_or_path)
         merged = peft.PeftModel.from_pretrained(load_weights(config, base, revision), folder).merge_and_unload()
-        name_ends(merged, tokenizer)
-        merged.save_pretrained(folder)
+        save_whole(merged, tokenizer, folder)
         for name in ("adapter_model.safetensors", "adapter_config.json"):
             (folder / name).unlink()
 
@@ -304,6 +303,21 @@ def why_not_saved(config, output, batch, logps):
     return None if error <= tolerance(lm) else f"its log-probs differ from those of the policy by {error:.2g} nats a token"
 
 
+def why_tokenizer_not_saved(config, tokenizer, output, pair):
+    """None if the tokenizer in `output`, loaded again as a user would, makes the same tokens of a pair, else what is wrong.
+
+    pair: (prompt, responses), strings or messages.
+    """
+    try:
+        saved = load_tokenizer(dataclasses.replace(config, model_name_or_path=str(output), tokenizer_name_or_path=None,
+                                                   chat_template=None))
+        found, expected = (data.Renderer(made, config.max_prompt_length, config.max_length)(*pair)
+                           for made in (saved, tokenizer))
+    except Exception as error:  # the tokenizer's own code or template
+        return f"it cannot be used ({type(error).__name__}: {one_line(error, 300)})"
+    return None if found == expected else "it makes other tokens of the text of a pair"
+
+
 def tolerance(lm):
     """How far log-probs may be apart that are computed in two ways, in nats a token (root mean square)."""
     return 0.15 if next(lm.parameters()).dtype == torch.bfloat16 else 1e-3
@@ -320,6 +334,30 @@ def name_ends(lm, tokenizer):
     ends = data.Renderer(tokenizer, 1, 2).ends
     if not ends <= own_ends(lm):
         lm.generation_config.eos_token_id = sorted(ends | own_ends(lm))
+
+
+def save_whole(lm, tokenizer, folder, **state):
+    """save_pretrained, and what `generate` does by default: what it did before, but it stops where responses end."""
+    generation = getattr(lm, "generation_config", None)  # a model with code of its own may have no `generate`
+    if generation is not None:
+        name_ends(lm, tokenizer)
+        # transformers refuses to save settings that `generate` ignores, and some models have such: Vicuna's temperature.
+        lm.generation_config = transformers.GenerationConfig()
+    lm.save_pretrained(folder, **state)
+    if generation is not None:
+        generation.to_json_file(folder / "generation_config.json")
+
+
+def save_tokenizer(tokenizer, folder):
+    """save_pretrained. Of a tokenizer with code of its own, transformers writes the name of the class where its loader
+    expects a pair of names: of the slow and of the fast one."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    name = (settings.get("auto_map") or {}).get("AutoTokenizer")
+    if isinstance(name, str):
+        settings["auto_map"]["AutoTokenizer"] = [None, name] if tokenizer.is_fast else [name, None]
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def save_model(engine, tokenizer, output, config):
@@ -342,9 +380,8 @@ def save_model(engine, tokenizer, output, config):
             if config.use_peft:
                 save_adapter(config, lm, state, staging, tokenizer)
             else:
-                name_ends(lm, tokenizer)
-                lm.save_pretrained(staging, state_dict=state)
-            tokenizer.save_pretrained(staging)
+                save_whole(lm, tokenizer, staging, state_dict=state)
+            save_tokenizer(tokenizer, staging)
             names = sorted(path.name + "/" * path.is_dir() for path in staging.iterdir())
             for name in names:
                 if name.endswith("/"):  # a folder of chat templates, which an attempt that was killed may have left

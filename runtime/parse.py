@@ -15,6 +15,7 @@ import difflib
 import importlib.util
 import json
 import math
+import os
 import re
 import types
 import typing
@@ -269,7 +270,7 @@ def convert_text(value, options, wrong):
         raise UsageError(f"{wrong}; put it in quotes")
     if not is_text(value):
         raise wrong
-    return value
+    return os.path.expanduser(value)  # a shell leaves the ~ of --output_dir=~/runs as it is
 
 
 def convert_number(value, hint, wrong):
@@ -307,7 +308,7 @@ def convert_collection(value, hint, wrong, place):
         if not all(isinstance(v, bool) for v in value.values()):
             raise wrong
         return value
-    return {k: convert_number(v, item, wrong) for k, v in value.items()}
+    return {os.path.expanduser(k): convert_number(v, item, wrong) for k, v in value.items()}
 
 
 def describe(hint):
@@ -365,6 +366,9 @@ def check_data(config, path):
         if not any(word in split for word in ("train", *EVALUATION_SPLITS)):
             raise UsageError(f"{path}, dataset_splits: {one_line(repr(split), 80)} must contain one of train, "
                              f"{', '.join(EVALUATION_SPLITS)}")
+        if re.search(r"[\[+]", split):  # a single file, which stands for each name, would be taken whole
+            raise UsageError(f"{path}, dataset_splits: {one_line(repr(split), 80)} is not the name of one whole split; "
+                             "dataset_mixer and max_train_samples take parts of them")
         if config.dataset_splits.count(split) > 1:
             raise UsageError(f"{path}, dataset_splits: {one_line(repr(split), 80)} is listed twice, so its pairs would "
                              "count twice")

@@ -86,7 +86,7 @@ def add_reference(engine, scoring):
     """
     for pairs, batches in scoring:
         depends = [data.VERSION, engine.module.fingerprint, pairs.fingerprint, pairs.shared, all_gather(batches),
-                   str(next(engine.module.parameters()).dtype), *kernels(engine)]
+                   str(next(engine.module.parameters()).dtype), engine.module.chunk_size, *kernels(engine)]
         compute = partial(score, engine, pairs, batches, f"reference log-probs ({pairs.kind})")
         pairs.ref_logps = cached("reference", depends, compute)
 

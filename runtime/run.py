@@ -11,6 +11,7 @@
 """
 
 import contextlib
+import json
 import os
 import signal
 import time
@@ -22,7 +23,7 @@ import data
 from runtime import checkpoint, report, toy
 from runtime.engine import engine_config, plain_logps, settings_that_count, skipped_in_a_row
 from runtime.errors import Stopped, UsageError
-from runtime.model import save_model, why_not_saved
+from runtime.model import save_model, why_not_saved, why_tokenizer_not_saved
 from runtime.ranks import all_gather, bar, from_rank_0, is_shared, on_any_rank, rank, reduced, say, world_size
 from runtime.schedule import pairs_a_step
 
@@ -62,8 +63,8 @@ class Run:
     """Where a run stands. All ranks make one and call its methods together.
 
     step: optimiser steps done.  evaluation: the last one's result.  finished: whether there is nothing left to do.
-    From `resume` on: sums: (columns,) fp64, metric sums since the last log.  parts: objects whose state checkpoints keep.
-    start: what a checkpoint and the run that resumes it must have in common.
+    From `resume` on: sums: (columns,) fp64, metric sums since the last log.  seconds: that its steps took.
+    parts: objects whose state checkpoints keep.  start: what a checkpoint and the run that resumes it must have in common.
     """
 
     def __init__(self, config, command_line=None):
@@ -108,11 +109,11 @@ class Run:
         self.total_steps, self.epoch_steps, self.parts = schedule.total_steps, schedule.epoch_steps, parts
         self.start = {f"{unit} a step": schedule.step_pairs, unit: schedule.pairs.fingerprint,
                       "model": engine.module.fingerprint, "engine settings": settings_that_count(self.engine_config)}
-        sums = [0.0] * columns
+        sums, self.seconds = [0.0] * columns, 0.0
         if self.checkpoint:
             state = checkpoint.restore(engine, self.checkpoint, self.start)
-            self.step, self.skipped, self.seconds_before, self.evaluation, sums = (
-                state[name] for name in ("step", "skipped", "wall_seconds", "evaluation", "sums"))
+            self.step, self.skipped, self.seconds_before, self.evaluation, sums, self.seconds = (
+                state[name] for name in ("step", "skipped", "wall_seconds", "evaluation", "sums", "seconds"))
             for name, part in parts.items():
                 part.state = state[name]
             if not schedule.test:  # the last evaluation would be taken for one of the model at the end
@@ -158,9 +159,10 @@ class Run:
 
     def steps(self):
         """Yield each optimiser step that is still to do, from 0; stop_if_asked before each."""
-        self.in_step, self.window_start = False, time.time()
+        self.in_step = False
         while self.step < self.total_steps:
             self.stop_if_asked()
+            self.step_start = time.time()
             yield self.step
             self.progress.update()
 
@@ -179,6 +181,8 @@ class Run:
         was not finite. Raises FloatingPointError at the third such step in a row."""
         self.skipped = skipped_in_a_row(self.skipped, engine, norm, self.step, ids)
         self.step += 1
+        self.step_end = time.time()
+        self.seconds += self.step_end - self.step_start
         self.in_step = False
 
     def is_due(self, what):
@@ -192,37 +196,41 @@ class Run:
         return due or last and what == "eval"
 
     def take_sums(self):
-        """The metric sums since the last log, over all ranks, as a list; they begin at 0 again."""
-        sums = reduced(self.sums)
+        """(the metric sums since the last log, over all ranks, as a list; the seconds that its steps took, so without
+        evaluation and checkpoints). Both begin at 0 again."""
+        sums = reduced(self.sums)  # waits for what a GPU has still to do of the last step
+        seconds = self.seconds + time.time() - self.step_end
         self.sums.zero_()
-        return sums
-
-    def seconds_since_log(self):
-        """Seconds of training since the last log: evaluation and checkpoints do not count."""
-        return time.time() - self.window_start
+        self.seconds = 0.0
+        return sums, seconds
 
     def log(self, split, row):
         """Write a row of metrics.jsonl.  split: "train" or "eval"."""
         self.metrics.write({"step": self.step, "epoch": self.step / self.epoch_steps, "split": split, **row})
-        self.window_start = time.time()
 
     def save(self, engine):
         """Write a checkpoint."""
         state = {"step": self.step, "start": self.start, "skipped": self.skipped, "evaluation": self.evaluation,
                  "wall_seconds": self.seconds_before + time.time() - self.started, "sums": reduced(self.sums),
-                 **{name: part.state for name, part in self.parts.items()}}
+                 "seconds": self.seconds, **{name: part.state for name, part in self.parts.items()}}
         checkpoint.save(engine, self.output, state, self.config.save_total_limit)
-        self.window_start = time.time()
 
     @torch.no_grad()
-    def check_saved(self, engine):
-        """Warn if the saved model is not what was trained, and keep a checkpoint then. One pair is compared, on the CPU."""
+    def check_saved(self, engine, tokenizer):
+        """Warn if the saved model is not what was trained, and keep a checkpoint then, or if the saved tokenizer is another
+        one. One pair is compared, on the CPU."""
         row = min(range(len(self.pairs)), key=lambda row: self.pairs.lengths[row])
         batch = data.collate(self.pairs, [row], shared=False)
         logps = plain_logps(engine, batch).cpu()  # (N,)
         why = None
-        if rank() == 0 and not self.config.load_in_4bit:  # loaded again, an adapter's model is not in 4 bits
-            why = why_not_saved(self.config, self.output, batch, logps)
+        if rank() == 0:
+            texts = self.pairs.texts[row]
+            prompt, *responses = (json.loads(texts[name]) for name in ("prompt", "first", "second") if texts[name])
+            if differs := why_tokenizer_not_saved(self.config, tokenizer, self.output, (prompt, responses)):
+                say(f"WARNING: the tokenizer in {self.output} is not that of the run: {differs}. Copy its files from "
+                    f"{self.config.tokenizer_name_or_path or self.config.model_name_or_path}")
+            if not self.config.load_in_4bit:  # loaded again, an adapter's model is not in 4 bits
+                why = why_not_saved(self.config, self.output, batch, logps)
         if why := from_rank_0(why):
             if self.can_save:
                 self.save(engine)
@@ -232,7 +240,7 @@ class Run:
     def finish(self, engine, tokenizer, summary):
         """After the last step: the model, its card, the summary, and the hub if asked for."""
         names = save_model(engine, tokenizer, self.output, self.config)
-        self.check_saved(engine)
+        self.check_saved(engine, tokenizer)
         engine.destroy()
         if rank() == 0 and self.toy_prompts:
             summary |= toy.gold_rewards(self.toy_prompts, before=self.config.model_name_or_path, after=self.output)

@@ -50,10 +50,10 @@ def sft(config, run, tokenizer):
 
             run.end_step(engine, norm, [train.ids[row] for row in rows])
             if run.is_due("logging"):
-                loss, counted, all_tokens = run.take_sums()
+                (loss, counted, all_tokens), seconds = run.take_sums()
                 run.progress.set_postfix_str(f"loss {loss / counted:.3f}", refresh=False)
                 run.log("train", {"loss": loss / counted, "learning_rate": lr, "grad_norm": norm_to_log(engine, norm),
-                                  "tokens_per_second": all_tokens / run.seconds_since_log()})
+                                  "tokens_per_second": all_tokens / seconds})
             if test and run.is_due("eval"):
                 evaluate(engine, run, schedule)
             if run.is_due("save"):

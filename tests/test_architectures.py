@@ -177,3 +177,21 @@ def test_a_model_that_was_not_saved_right_is_reported_and_its_checkpoint_kept(tr
     assert re.search(r"WARNING: the model in .* is not what was trained: its log-probs differ .* by [\d.]+ nats a token. "
                      r"checkpoint-4 holds the trained weights", run.stdout)
     assert (run.output / "checkpoint-4" / "trainer_state.json").is_file()
+
+
+@pytest.mark.parametrize("change, match", [
+    (lambda content: content[:99], r"it cannot be used \(UsageError: tokenizer "),
+    (lambda content: content.replace('"review"', '"revue"'), "it makes other tokens of the text of a pair"),
+], ids=["damaged", "other tokens"])
+def test_a_tokenizer_that_was_not_saved_right_is_reported(change, match, train, tiny, monkeypatch):
+    from runtime import run as module
+    saved_right = module.save_model
+
+    def save_wrong(engine, tokenizer, output, config):
+        names = saved_right(engine, tokenizer, output, config)
+        (output / "tokenizer.json").write_text(change((output / "tokenizer.json").read_text()))
+        return names
+    monkeypatch.setattr(module, "save_model", save_wrong)
+    run = train("tokenizer-saved-wrong", max_steps=1)
+    assert re.search(rf"WARNING: the tokenizer in \S+ is not that of the run: {match}.* Copy its files from {tiny}/model",
+                     run.stdout), run.stdout

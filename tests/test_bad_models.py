@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import datasets
 import pytest
@@ -304,3 +305,74 @@ def test_a_saved_model_stops_where_its_responses_ended(eos, given, saved):
     lm.generation_config.eos_token_id = given
     name_ends(lm, tokenizer(eos=eos, template=CHATML))
     assert lm.generation_config.eos_token_id == saved
+
+
+@pytest.mark.parametrize("adapter", [{}, {"use_peft": True, "merge_adapter": True}], ids=["whole", "merged"])
+def test_a_model_with_settings_for_generation_that_do_not_count_is_saved_with_them(adapter, train, tiny, tmp_path):
+    """Vicuna has a temperature without do_sample, which transformers does not save beside ends of our own."""
+    if adapter:
+        pytest.importorskip("peft")
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    settings = {"temperature": 0.9, "top_p": 0.6, "eos_token_id": 2, "num_beams": 1, "early_stopping": True}
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(settings))
+    run = train("generation", model_name_or_path=tmp_path / "model", max_steps=1, **adapter)
+    saved = json.loads((run.output / "generation_config.json").read_text())
+    assert saved == {**settings, "eos_token_id": [2, 3], "transformers_version": saved["transformers_version"]}
+
+
+def test_a_model_with_code_of_its_own_and_without_generate_is_saved(train, tiny, tmp_path):
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    (tmp_path / "model" / "its_model.py").write_text(textwrap.dedent("""
+        from torch.nn import Linear
+        from transformers import LlamaConfig, LlamaModel, PreTrainedModel
+        from transformers.modeling_outputs import CausalLMOutput
+        class C(LlamaConfig):
+            model_type = "its"
+        class M(PreTrainedModel):
+            config_class, base_model_prefix, _supports_sdpa = C, "model", True
+            _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+            def __init__(self, config):
+                super().__init__(config)
+                self.model = LlamaModel(config)
+                self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+                self.post_init()
+            def get_input_embeddings(self):
+                return self.model.embed_tokens
+            def get_output_embeddings(self):
+                return self.lm_head
+            def forward(self, **inputs):
+                return CausalLMOutput(logits=self.lm_head(self.model(**inputs).last_hidden_state))
+        """))
+    change_json(tmp_path / "model" / "config.json", model_type="its", architectures=["M"],
+                auto_map={"AutoConfig": "its_model.C", "AutoModelForCausalLM": "its_model.M"})
+    run = train("own-code", model_name_or_path=tmp_path / "model", trust_remote_code=True, max_steps=1)
+    assert not (run.output / "generation_config.json").exists() and "WARNING" not in run.stdout
+    assert type(transformers.AutoModelForCausalLM.from_pretrained(run.output, trust_remote_code=True)).__name__ == "M"
+
+
+def test_a_tokenizer_with_code_of_its_own_is_saved_so_that_it_loads(train, tiny, tmp_path):
+    """transformers 5 writes the name of its class in a form that it does not read."""
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    (tmp_path / "model" / "its_tokenizer.py").write_text(textwrap.dedent("""
+        from transformers import PreTrainedTokenizer
+        class T(PreTrainedTokenizer):
+            vocab_size = 256
+            def get_vocab(self):
+                return {chr(id): id for id in range(256)} | self.added_tokens_encoder
+            def _tokenize(self, text):
+                return list(text)
+            def _convert_token_to_id(self, token):
+                return ord(token) % 256
+            def _convert_id_to_token(self, id):
+                return chr(id)
+            def save_vocabulary(self, folder, filename_prefix=None):
+                return ()
+        """))
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["its_tokenizer.T", None]}, "eos_token": "</s>"}))
+    run = train("own-tokenizer", model_name_or_path=tmp_path / "model", trust_remote_code=True, max_steps=1)
+    assert "WARNING" not in run.stdout
+    first, saved = (transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+                    for folder in (tmp_path / "model", run.output))
+    assert type(saved).__name__ == "T" and saved("ab</s>").input_ids == first("ab</s>").input_ids

@@ -122,6 +122,8 @@ def test_flags_win_over_the_file(write):
     (["--dataset_mixer={d: 1.5}"], "the share of d must be over 0 and at most 1, found 1.5"),
     (["--dataset_mixer=d"], "dataset_mixer: expected a mapping of names to numbers, found 'd'"),
     (["--dataset_splits=everything"], "'everything' must contain one of train, test"),
+    (["--dataset_splits=train[:10%],test"], "'train[:10%]' is not the name of one whole split"),
+    (["--dataset_splits=train+extra"], "'train+extra' is not the name of one whole split"),
     (["--dataset_splits=test"], "no name contains `train`"),
     (["--loss_type=kto_pair"], "loss_type 'kto_pair' cannot be gated: it scores chosen and rejected responses apart"),
     (["--loss_type=hinge", "--label_smoothing=0.1"], "label_smoothing is defined for loss_type sigmoid, not hinge"),
@@ -343,3 +345,12 @@ def test_pairs_that_are_not_kept_do_not_come_and_the_run_is_as_long():
 def test_no_without_quotes_is_a_choice_where_there_is_one(write):
     text = '{model_name_or_path: m, dataset_mixer: {d: 1.0}, output_dir: o, save_strategy: no, eval_strategy: No}'
     assert parse_config(write(text=text)).save_strategy == parse_config(write(text=text)).eval_strategy == "no"
+
+
+def test_a_path_that_begins_with_the_home_folder_is_in_it(write, monkeypatch):
+    """A shell leaves the ~ of --output_dir=~/runs as it is, and YAML does too: it would become a folder of that name."""
+    monkeypatch.setenv("HOME", "/home/ann")
+    config = parse_config([*write({**GOOD, "dataset_mixer": {"~/pairs": 1.0}, "model_name_or_path": "~/model"}),
+                           "--output_dir=~/runs/mine"])
+    assert (config.output_dir, config.model_name_or_path) == ("/home/ann/runs/mine", "/home/ann/model")
+    assert config.dataset_mixer == {"/home/ann/pairs": 1.0}

@@ -259,6 +259,18 @@ def test_paths_are_not_taken_for_names_on_the_hub(tmp_path):
     assert both.datasets == ["org/a"] and not both.eval_results  # nobody could tell which source the accuracy is of
 
 
+@pytest.mark.parametrize("keys, method, tags", [
+    ({}, "Active Direct Preference Optimization ([arXiv 2402.09401](https://arxiv.org/abs/2402.09401)), which asks for a "
+         "label only where the policy is unsure", ["adpo", "dpo", "preference-learning"]),
+    ({"data_selection": False}, "Direct Preference Optimization ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290))",
+     ["dpo", "preference-learning"]),
+    ({"label_budget": 0.25}, "Direct Preference Optimization ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)), from a "
+     "budget of labels", ["dpo", "preference-learning"])])
+def test_the_card_names_the_method_that_was_used(keys, method, tags):
+    text = card_of(keys)
+    assert f"\nTrained from `org/base` with {method}.\n" in text and ModelCard(text).data.tags == tags
+
+
 def test_what_is_not_known_is_not_in_the_card():
     text = card_of({"oracle": "human"}, pseudo_label_accuracy=None, pseudo_label_interval=None, eval_accuracy=None)
     assert "| pseudo-labels | 1,500 |" in text and "| not measured |" in text and "| annotator | human |" in text

@@ -25,7 +25,7 @@ def make(tmp_path, total_steps=10, **keys):
     config = Config(**{"model_name_or_path": "m", "dataset_mixer": {"d": 1.0}, "output_dir": str(tmp_path / "run"), **keys})
     run = Run(config)
     run.total_steps, run.epoch_steps, run.can_save = total_steps, 4, True
-    run.sums = torch.zeros(3, dtype=torch.float64)
+    run.sums, run.seconds = torch.zeros(3, dtype=torch.float64), 0.0
     return run
 
 
@@ -52,6 +52,28 @@ def test_what_is_due_after_which_step(what, keys, steps, tmp_path, engine):
             run.end_step(engine, None, [])
             due += [run.step] if run.is_due(what) else []
     assert due == [*steps]
+
+
+@pytest.mark.parametrize("pause", ["nothing", "eval", "save"])
+def test_the_seconds_since_the_last_log_are_those_of_all_its_steps_and_of_nothing_else(pause, tmp_path, engine, monkeypatch):
+    """An evaluation or a checkpoint between two logs neither counts nor makes the steps before it count as no time."""
+    run, clock = make(tmp_path, total_steps=4), [0.0]
+    monkeypatch.setattr(module.time, "time", lambda: clock[0])
+    monkeypatch.setattr(module, "reduced", lambda sums: sums.tolist())
+    monkeypatch.setattr(checkpoint, "save", lambda engine, output, state, limit: kept.append(state["seconds"]))
+    run.metrics, run.start, run.parts, kept = types.SimpleNamespace(write=lambda row: None), {}, {}, []
+    with run.stoppable(engine):
+        for step in run.steps():
+            clock[0] += 1.0
+            run.add(torch.ones(3))
+            run.end_step(engine, None, [])
+            if step in (1, 3):
+                assert run.take_sums() == ([2.0, 2.0, 2.0], 2.0)
+                run.log("train", {})
+            if pause != "nothing":
+                clock[0] += 100.0
+                run.log("eval", {}) if pause == "eval" else run.save(engine)
+    assert kept == ([1.0, 0.0, 1.0, 0.0] if pause == "save" else [])  # a resumed run counts on from there
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -220,9 +242,10 @@ class Engine:
     def __init__(self, **changes):
         self.calls = 0
         self.attention, self.dtype, self.fingerprint, self.compiled = "sdpa", torch.float32, "weights", False
+        self.chunk_size = 2048
         vars(self).update(changes)
         self.module = types.SimpleNamespace(
-            fingerprint=self.fingerprint, compiled=self.compiled,
+            fingerprint=self.fingerprint, compiled=self.compiled, chunk_size=self.chunk_size,
             parameters=lambda: iter([torch.zeros(1, dtype=self.dtype)]),
             lm=types.SimpleNamespace(config=types.SimpleNamespace(_attn_implementation=self.attention)))
 
@@ -262,9 +285,9 @@ def test_the_reference_is_scored_once_and_unscored_pairs_are_not_numbers(referen
 
 @pytest.mark.parametrize("change", [
     dict(engine={"attention": "eager"}), dict(engine={"compiled": True}), dict(engine={"dtype": torch.bfloat16}),
-    dict(engine={"fingerprint": "others"}), dict(pairs={"fingerprint": "others"}), dict(pairs={"shared": False}),
-    dict(pairs={"batches": ((1,), (0,))}), dict(torch="9.9"), dict(transformers="9.9"), dict(data=data.VERSION + 1),
-    dict(device="another GPU")], ids=str)
+    dict(engine={"chunk_size": 1}), dict(engine={"fingerprint": "others"}), dict(pairs={"fingerprint": "others"}),
+    dict(pairs={"shared": False}), dict(pairs={"batches": ((1,), (0,))}), dict(torch="9.9"),
+    dict(transformers="9.9"), dict(data=data.VERSION + 1), dict(device="another GPU")], ids=str)
 def test_the_cache_is_not_used_where_the_last_bits_would_differ(change, reference_of, monkeypatch, capsys):
     """Other kernels are enough: at step 0 every margin has to be 0, not nearly 0."""
     reference_of(Engine())
