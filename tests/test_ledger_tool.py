@@ -371,6 +371,19 @@ def test_who_decides_between_the_others_has_no_independent_opinion(panel, tmp_pa
     assert '""adjudicates"": true' in (tmp_path / "out.csv").read_text()
 
 
+def test_two_annotators_agree_by_what_each_says_last(tmp_path):
+    """Ann agrees with bob since she changed her mind. Eve, who has seen what ann said and decides, agrees with nobody."""
+    store = Ledger(tmp_path / "labels.sqlite")
+    store.put_questions([Question(pair, 0.1, 0) for pair in "ab"], dict.fromkeys("ab", ('"?"', '"yes"', '"no"')))
+    for pair, who, label in (("a", "ann", 1), ("a", "ann", -1), ("a", "bob", -1), ("b", "ann", 1), ("b", "bob", 0)):
+        store.answer_question(pair, label, who, panel=Panel(3, "eve"))
+    store.answer_question("b", 1, "eve", panel=Panel(3, "eve"), detail={"adjudicates": True})
+    assert words_of(ledger.report(tmp_path), "two annotators") == "1 of 1, 100.0% (95 % interval 20.7% to 100.0%) agree"
+    store.answer_question("a", 1, "bob", panel=Panel(3, "eve"))
+    assert words_of(ledger.report(tmp_path), "two annotators") == "0 of 1, 0.0% (95 % interval 0.0% to 79.3%) agree"
+    store.close()
+
+
 def test_disagreements_are_listed(panel, capsys):
     code, out, _ = main(capsys, panel[0], "--disagreements")
     lines = out.splitlines()

@@ -112,7 +112,7 @@ def report(folder, now=None):
         ("open questions", f"{len(questions):,}, of which leased: {len(leased):,}"),
         ("cost", money(bought)),
         ("verdicts", f"{len(verdicts):,} on {len({row['pair'] for row in verdicts}):,} pairs, cost {money(verdicts)}"),
-        ("two annotators", agreement_between(verdicts)),
+        ("two annotators", agreement_between(opinions, verdicts)),
         ("people", agreement_of_people(opinions))]
     out = [str(Path(folder) / "labels.sqlite"), ""]
     out += [f"{name:<16}{words}" for name, words in lines]
@@ -167,11 +167,11 @@ def money(rows):
     return f"{sum(known):,.4f} ({len(rows) - len(known):,} without a known cost)"
 
 
-def agreement_between(verdicts):
-    """How often annotators agree, over the pairs on which two or more of them have a view. One who chose each response
-    equally often (a judge whose orders contradict each other) has no view."""
+def agreement_between(opinions, verdicts):
+    """How often annotators agree, over the pairs on which two or more of them have a view. A judge that chose each response
+    equally often (its orders contradict each other) has no view.  opinions: people's, without adjudications."""
     views = defaultdict(lambda: defaultdict(int))
-    for row in verdicts:
+    for row in [row for said in opinions.values() for row in said.values()] + [row for row in verdicts if not row["person"]]:
         views[row["pair"]][row["annotator"]] += row["verdict"]
     signs = [[total > 0 for total in by.values() if total] for by in views.values()]
     several = [found for found in signs if len(found) > 1]
