@@ -175,16 +175,18 @@ def test_errors_are_one_line(run, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "absent").exists()
     other = tmp_path / "other"
     other.mkdir()
-    for content in (b"", b"garbage " * 500):
+    with contextlib.closing(Ledger(tmp_path / "live.sqlite")):  # its tables are still in live.sqlite-wal
+        without_wal = (tmp_path / "live.sqlite").read_bytes()
+    for content in (b"", b"garbage " * 500, without_wal):
         (other / "labels.sqlite").write_bytes(content)
-        fails(capsys, "is not a ledger", other)
-        fails(capsys, "is not a ledger", other, "--reuse", run)
+        fails(capsys, "cannot be used as a ledger (", other)
+        fails(capsys, "cannot be used as a ledger (", other, "--reuse", run)
         assert (other / "labels.sqlite").read_bytes() == content
     os.unlink(other / "labels.sqlite")
     with sqlite3.connect(other / "labels.sqlite") as db:
         db.execute("CREATE TABLE answers (pair TEXT)")
     db.close()
-    fails(capsys, "is not a ledger, or of another version (no such column", other)
+    fails(capsys, "cannot be used as a ledger (no such column: label): it is another file", other)
     done = call(tmp_path / "absent")  # the same from the command line
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
 
@@ -193,14 +195,14 @@ def test_errors_are_one_line(run, tmp_path, capsys, monkeypatch):
     holder.execute("BEGIN IMMEDIATE")  # others may read
     old = tmp_path / "old"
     assert ledger.reuse(old, run) == (7, 0, 0)
-    fails(capsys, "is locked", run, "--reuse", old)
+    fails(capsys, "(database is locked): another process holds it: close that one", run, "--reuse", old)
     assert main(capsys, run)[0] == 0
     holder.execute("ROLLBACK")
     holder.execute("PRAGMA locking_mode = EXCLUSIVE")
     holder.execute("BEGIN EXCLUSIVE")
     holder.execute("DELETE FROM questions")
-    fails(capsys, "is locked", run)
-    fails(capsys, "is locked", run, "--reuse", old)
+    fails(capsys, "(database is locked): another process holds it: close that one", run)
+    fails(capsys, "(database is locked): another process holds it: close that one", run, "--reuse", old)
     holder.close()
 
 
