@@ -880,7 +880,10 @@ def test_a_bug_in_a_thread_is_raised_and_not_waited_for(serve, ledger, monkeypat
 
 @pytest.mark.parametrize("options, message", [
     ({"url": "localhost:8000"}, "begins with http"), ({"url": "file:///etc/passwd"}, "begins with http"),
-    ({"url": "http://"}, "a host"), ({"api_key": "sk-…"}, "API key"), ({"api_key": "sk\n1"}, "API key"),
+    ({"url": "http://"}, "a host"), ({"url": "http://a..b/v1"}, "a host"), ({"url": "http://a:70000/v1"}, "HOST:8000"),
+    ({"url": "http://a:b/v1"}, "HOST:8000"), ({"url": "http://a/v 1"}, "spaces"), ({"url": "http://a/é"}, "accents"),
+    ({"url": "https://me:sk1@a/v1"}, "of a: leave out the user's name and password"),
+    ({"api_key": "sk-…"}, "API key"), ({"api_key": "sk\n1"}, "API key"),
     ({"concurrency": 0}, "concurrency 0")])
 def test_what_cannot_work_is_refused_in_one_line(options, message):
     with pytest.raises(ValueError, match=message) as raised:
