@@ -468,9 +468,12 @@ class Ledger:
         with self.transaction():
             if self.db.execute("SELECT 1 FROM answers WHERE pair = ? AND (used OR source != 'human')", (pair,)).fetchone():
                 return False
+            split = self.is_split(pair, panel)
             done = self.db.execute("DELETE FROM verdicts WHERE id = (SELECT MAX(id) FROM verdicts WHERE pair = ? "
                                    "AND annotator = ? AND person)", (pair, annotator))
             if done.rowcount:
+                if split:  # who was about to decide is not one more of those that are asked
+                    self.release(panel.adjudicator, pair)
                 self._settle(pair, panel)
             return done.rowcount == 1
 
