@@ -159,6 +159,8 @@ class Oracle:
                 questions = sorted(questions, key=lambda q: (q.audit, abs(q.margin), q.pair))[:left]
                 if self.state["budget_spent_at_step"] is None:
                     self.state["budget_spent_at_step"] = step
+            elif questions:  # it was spent once, and the run went on with a larger one
+                self.state["budget_spent_at_step"] = None
         while questions:  # more than once where somebody takes an answer back just before it is used
             if self.interrupt:  # an annotator who answers at once is not worth leaving a step half done
                 self.interrupt.inside = self.asks_together
