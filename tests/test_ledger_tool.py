@@ -95,6 +95,19 @@ def test_the_report(run):
         assert len({len(line) for line in block.splitlines()}) == 1
 
 
+def test_a_reply_without_a_verdict_is_no_verdict_of_no_preference(tmp_path):
+    """Nor is a text that the endpoint refused, about which a person may have been asked."""
+    store = Ledger(tmp_path / "labels.sqlite")
+    for verdict, detail in ((0, {"said": None, "reply": "hm"}), (1, {"said": "A"}), (1, {"said": "B"})):
+        store.add_verdict("a", "model", verdict, detail=json.dumps(detail))
+    for detail in ({"said": None, "reply": "hm"}, {"unanswerable": "HTTP 400"}):
+        store.add_verdict("b", "model", 0, detail=json.dumps(detail))
+    for detail in ({"said": "C"}, {"said": "C"}):
+        store.add_verdict("c", "model", 0, detail=json.dumps(detail))
+    store.close()
+    assert words_of(ledger.report(tmp_path), "model") == "2 1 0 1 50.0%"
+
+
 def test_answers_without_a_preference_are_counted_apart(run, tmp_path, capsys):
     """They are no label of either side, agree with no margin, and contradict no label."""
     store = Ledger(run / "labels.sqlite")

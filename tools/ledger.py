@@ -113,7 +113,7 @@ def report(folder, now=None):
     if any(len(said) > 1 for said in opinions.values()):
         out += ["", "People, and whether they say what became the label, where several have an opinion",
                 *table(PEOPLE, people(opinions, {row["pair"]: row["label"] for row in answers}))]
-    twice = asked_twice([row for row in verdicts if not row["person"]])
+    twice = asked_twice([row for row in verdicts if not row["person"] and not is_unusable(row)])
     if twice:
         out += ["", "Pairs with two or more verdicts by the same annotator (for a judge: both orders)",
                 *table(("annotator", "pairs", "agree", "contradict", "no preference", "share that agrees"), twice)]
@@ -180,6 +180,12 @@ def adjudicates(row):
     """Whether a verdict decides between the others. Such a person has seen the others' opinions, and theirs becomes the
     label, so it says nothing about how well people agree."""
     return bool(row["person"]) and bool(json.loads(row["detail"] or "{}").get("adjudicates"))
+
+
+def is_unusable(row):
+    """Whether a judge's verdict is none: a reply that held no verdict, or a text that was refused."""
+    detail = json.loads(row["detail"] or "{}")
+    return "unanswerable" in detail or detail.get("said", "") is None
 
 
 def said_by(row):
