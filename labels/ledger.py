@@ -566,7 +566,7 @@ def in_words(path, error):
               "readonly": "make it and its folder writable", "unable to open": "look at its folder and its permissions",
               "not a database": "move it away", "malformed": "it is damaged: restore a copy, or move it away",
               "no such": "it is another file, or a copy without its labels.sqlite-wal: copy both"}
-    todo = next((todo for word, todo in advice.items() if word in str(error)), "look at its disk, or move it away")
+    todo = next((todo for word, todo in advice.items() if word in str(error)), "look at its disk, which may be full")
     return f"{path}: cannot be used as a ledger ({error}): {todo}"
 
 

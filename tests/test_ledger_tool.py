@@ -200,6 +200,7 @@ def test_errors_are_one_line(run, tmp_path, capsys, monkeypatch):
         db.execute("CREATE TABLE answers (pair TEXT)")
     db.close()
     fails(capsys, "cannot be used as a ledger (no such column: label): it is another file", other)
+    assert ledger.in_words("x", sqlite3.OperationalError("disk I/O error")).endswith(": look at its disk, which may be full")
     done = call(tmp_path / "absent")  # the same from the command line
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
 
@@ -217,6 +218,14 @@ def test_errors_are_one_line(run, tmp_path, capsys, monkeypatch):
     fails(capsys, "(database is locked): another process holds it: close that one", run)
     fails(capsys, "(database is locked): another process holds it: close that one", run, "--reuse", old)
     holder.close()
+
+
+def test_a_reader_that_stops_reading_is_no_error(run):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, ROOT / "tools/ledger.py", run], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("flags", [[""], ["RUN", "--csv", ""], ["RUN", "--reuse", ""]])

@@ -22,6 +22,7 @@ import argparse
 import csv
 import io
 import json
+import os
 import sqlite3
 import statistics
 import sys
@@ -354,6 +355,9 @@ def main(argv=None):
             print(disagreements(args.output_dir))
         if not (args.reuse or args.csv or args.disagreements):
             print(report(args.output_dir))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has stopped reading
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UsageError, OSError) as error:  # OSError: a folder that we may not enter
         print(f"tools/ledger.py: {error}", file=sys.stderr)
         return 2
