@@ -19,6 +19,7 @@ import email.utils
 import http.client
 import json
 import re
+import ssl
 import threading
 import time
 import urllib.error
@@ -278,6 +279,9 @@ class Endpoint:
             raise self.failure(error)
         except (OSError, http.client.HTTPException) as error:  # refused, closed, timed out, unknown host, cut short
             cause = getattr(error, "reason", "") or error
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                raise Refused(f"{one_line(cause, 300)}: if you trust it, put its certificate, or that of its authority, "
+                              "into a file that the environment variable SSL_CERT_FILE names")
             words, late = one_line(cause, 300) or type(cause).__name__, isinstance(cause, TimeoutError)
             raise Retry(f"{words} (the timeout is {self.timeout:g} s)" if late else words, busy=late)
         return read_reply(content, time.monotonic() - started)
