@@ -69,7 +69,7 @@ def main(config, command_line=None):
     run.write_config()
     oracle = Oracle(annotator, run.output / "labels.sqlite", config, run)
     if not config.label_budget:  # the committee has checked them
-        oracle.check_pairs(train.ids)
+        oracle.check_ledger(train.ids)
     gamma = threshold(config)
     run.resume(engine, schedule, columns=10, oracle=oracle)
     if test and config.eval_on_start and run.step == 0:

@@ -41,7 +41,7 @@ def add_soft_labels(config, run, annotator, schedule, ds):
     about = what_counts(config, run, schedule, ds)
     run.write_config()
     oracle = Oracle(annotator, run.output / "labels.sqlite", config, run)
-    oracle.check_pairs(pairs.ids)
+    oracle.check_ledger(pairs.ids)
     with run.interruptible(1 + config.committee_size, "committee"):
         labels = buy(oracle, schedule, config)  # (pairs,)
         held_out = torch.tensor([drawn(f"half {config.seed} {id}") % 2 == 1 for id in pairs.ids])  # (pairs,)

@@ -19,6 +19,7 @@ import email.utils
 import http.client
 import json
 import re
+import ssl
 import threading
 import time
 import urllib.error
@@ -143,9 +144,7 @@ class Endpoint:
     length_fields = {"max_tokens": "max_completion_tokens", "max_completion_tokens": None}
 
     def __init__(self, url, model, api_key=None, timeout=60.0, retries=5, max_tokens=512, extra=None):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"judge url {url!r}: give one that begins with http:// or https:// and a host")
+        parts = self.parts_of(url)
         path = parts.path.rstrip("/")
         path += "" if path.endswith("/chat/completions") else "/chat/completions"
         self.url = urlunsplit(parts._replace(path=path, fragment=""))
@@ -158,6 +157,23 @@ class Endpoint:
         self.opener = urllib.request.build_opener(NoRedirect)
         self.length_field, self.has_temperature, self.news = "max_tokens", True, []
         self.lock = threading.Lock()
+
+    @staticmethod
+    def parts_of(url):
+        """The parts of a url to which a request can be sent. Raises ValueError."""
+        try:
+            parts = urlsplit(url)
+            host, _ = (parts.hostname or "").encode("idna").decode(), parts.port
+            good = parts.scheme in ("http", "https") and host and re.fullmatch("[!-~]+", host + parts.path + parts.query)
+        except ValueError:
+            good = False
+        if not good:
+            raise ValueError(f"judge url {url!r}: give one that begins with http:// or https:// and a host, such as "
+                             "http://HOST:8000/v1, without spaces or accents")
+        if "@" in parts.netloc:  # urllib would take it for a part of the host's name
+            raise ValueError(f"judge url of {parts.hostname}: leave out the user's name and password; a key goes into an "
+                             "environment variable")
+        return parts
 
     def ask(self, text, stop, draw, temperature=0):
         """Send a text and return the Reply. A request that fails is sent again, with exponential back-off and jitter.
@@ -263,6 +279,9 @@ class Endpoint:
             raise self.failure(error)
         except (OSError, http.client.HTTPException) as error:  # refused, closed, timed out, unknown host, cut short
             cause = getattr(error, "reason", "") or error
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                raise Refused(f"{one_line(cause, 300)}: if you trust it, put its certificate, or that of its authority, "
+                              "into a file that the environment variable SSL_CERT_FILE names")
             words, late = one_line(cause, 300) or type(cause).__name__, isinstance(cause, TimeoutError)
             raise Retry(f"{words} (the timeout is {self.timeout:g} s)" if late else words, busy=late)
         return read_reply(content, time.monotonic() - started)

@@ -468,9 +468,12 @@ class Ledger:
         with self.transaction():
             if self.db.execute("SELECT 1 FROM answers WHERE pair = ? AND (used OR source != 'human')", (pair,)).fetchone():
                 return False
+            split = self.is_split(pair, panel)
             done = self.db.execute("DELETE FROM verdicts WHERE id = (SELECT MAX(id) FROM verdicts WHERE pair = ? "
                                    "AND annotator = ? AND person)", (pair, annotator))
             if done.rowcount:
+                if split:  # who was about to decide is not one more of those that are asked
+                    self.release(panel.adjudicator, pair)
                 self._settle(pair, panel)
             return done.rowcount == 1
 
@@ -561,8 +564,9 @@ def in_words(path, error):
     """An error of SQLite as a message to the user: the file, what is wrong and what to do."""
     advice = {"locked": "another process holds it: close that one", "full": "make room on its disk",
               "readonly": "make it and its folder writable", "unable to open": "look at its folder and its permissions",
-              "not a database": "move it away", "malformed": "it is damaged: restore a copy, or move it away"}
-    todo = next((todo for word, todo in advice.items() if word in str(error)), "look at its disk, or move it away")
+              "not a database": "move it away", "malformed": "it is damaged: restore a copy, or move it away",
+              "no such": "it is another file, or a copy without its labels.sqlite-wal: copy both"}
+    todo = next((todo for word, todo in advice.items() if word in str(error)), "look at its disk, which may be full")
     return f"{path}: cannot be used as a ledger ({error}): {todo}"
 
 

@@ -23,7 +23,7 @@ import torch
 
 from labels.annotators import DatasetAnnotator, HumanAnnotator, Waiting
 from labels.judge import ChatJudge, judged
-from labels.ledger import Ledger, Question
+from labels.ledger import Ledger, LedgerError, Question
 from labels.reward_model import RewardModelJudge
 from runtime.errors import Stopped, UsageError
 from runtime.ranks import from_rank_0, gather_to_rank_0, rank, say, scatter_from_rank_0, world_size
@@ -69,24 +69,38 @@ class Oracle:
     def __init__(self, annotator, path, config, run=None):
         self.annotator = annotator if rank() == 0 else None
         self.ledger = Ledger(path) if rank() == 0 else None
-        self.config, self.interrupt = config, run and run.interrupt
+        self.config, self.run, self.interrupt = config, run, run and run.interrupt
         self.about = self.annotator.about if self.annotator else {}  # for the summary
         if run and self.annotator:
             self.annotator.show = run.show_missing
         self.asks_together = annotator_class(config).asks_together
         self.unasked = []  # (pair id, pseudo-label) of this rank and step
-        self.state = {"pseudo_labels": 0, "pseudo_right": 0, "pseudo_known": 0, "budget_spent_at_step": None,
+        self.step = -1  # the last one that has asked
+        self.state = {"answers": 0, "pseudo_labels": 0, "pseudo_right": 0, "pseudo_known": 0, "budget_spent_at_step": None,
                       "warned_of_audit": False}
 
-    def check_pairs(self, ids):
+    def check_ledger(self, ids):
         """Report answers that came from other runs; raise LedgerError where the ledger belongs to a run on other pairs, or
-        to an annotator that was asked something else.
+        to an annotator that was asked something else, or has lost answers since the checkpoint.
         ids: all pairs that the run can ask for."""
+        if self.ledger and self.run.checkpoint:
+            self.check_nothing_is_lost(self.run.state_before())
         reused, of_ours = self.ledger.check_pairs(ids) if self.ledger else (0, 0)
         if reused:
             say(f"{reused:,} answers of other runs are in the ledger, {of_ours:,} of them of pairs of this run")
         if self.annotator:
             self.annotator.check(self.ledger)
+
+    def check_nothing_is_lost(self, before):
+        """A run that went on without the answers that it has used would count too few, and pay for them again.
+        before: the state in the checkpoint that it goes on from."""
+        bought, there = before["oracle"].get("answers", 0), self.ledger.count(before["step"] - 1)
+        if there < bought:
+            self.close()  # so that nothing of it lies beside the file that is brought back
+            raise LedgerError(
+                f"{self.ledger.path}: holds {there:,} of the {bought:,} answers that {self.run.checkpoint} was trained on: "
+                "bring back the whole ledger (labels.sqlite and, if there is one, labels.sqlite-wal), or choose another "
+                "output_dir to pay for all labels again")
 
     def asks_ahead(self, pairs):
         """Whether the questions of a step of so many pairs are to be asked all at once: for people and judges, and where the
@@ -110,7 +124,7 @@ class Oracle:
         is preferred; 0 where it has not been asked, or where the budget is spent.
         Raises Waiting, on all ranks, where the annotator has not answered, UsageError where it never can.
         """
-        fraction, seed = self.config.audit_fraction, self.config.seed
+        self.step, fraction, seed = step, self.config.audit_fraction, self.config.seed
         audit = torch.tensor([id is not None and is_audited(id, fraction, seed) for id in ids]) & ~ask
         gathered = gather_to_rank_0(list(zip(ids, margin.tolist(), (ask | audit).tolist(), audit.tolist())))
         answers = None
@@ -145,6 +159,8 @@ class Oracle:
                 questions = sorted(questions, key=lambda q: (q.audit, abs(q.margin), q.pair))[:left]
                 if self.state["budget_spent_at_step"] is None:
                     self.state["budget_spent_at_step"] = step
+            elif questions:  # it was spent once, and the run went on with a larger one
+                self.state["budget_spent_at_step"] = None
         while questions:  # more than once where somebody takes an answer back just before it is used
             if self.interrupt:  # an annotator who answers at once is not worth leaving a step half done
                 self.interrupt.inside = self.asks_together
@@ -163,13 +179,14 @@ class Oracle:
                          for id, label, answer in zip(ids, labels.tolist(), answers.tolist()) if id and label and not answer]
 
     def end_step(self):
-        """Count and grade the step's pseudo-labels. All ranks call it together. Nothing comes back: the loop learns no label
-        by it."""
+        """Count the answers so far, and count and grade the step's pseudo-labels. All ranks call it together. Nothing comes
+        back: the loop learns no label by it."""
         for part in gather_to_rank_0(self.unasked) or ():
             right, known = self.annotator.grade(part)
             self.state["pseudo_labels"] += len(part)
             self.state["pseudo_right"] += right
             self.state["pseudo_known"] += known
+        self.state["answers"] = self.queries(self.step)
         self.unasked = []
 
     def queries(self, step=None):

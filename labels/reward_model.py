@@ -51,8 +51,7 @@ class RewardModelJudge(Judge):
         self.inputs = inspect.signature(self.lm.forward).parameters
         self.pads = self._set_padding()
         self.tokenizer.truncation_side = "left"
-        positions = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
-        self.max_length = min(max_length, self.tokenizer.model_max_length, positions or max_length)
+        self.max_length = min(max_length, self.tokenizer.model_max_length, self._positions() or max_length)
 
     @classmethod
     def configured(cls, config, texts):
@@ -92,6 +91,14 @@ class RewardModelJudge(Judge):
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
         tokenizer.padding_side = "right"
         return pads
+
+    def _positions(self):
+        """How many tokens the model has positions for, or None if any number."""
+        positions = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
+        for name, table in self.lm.named_modules():  # RoBERTa's count from behind the padding token
+            if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
+                positions = table.num_embeddings - table.padding_idx - 1
+        return positions
 
     def answer(self, questions, ledger):
         """Settle every question. Raises Waiting on Ctrl-C, or where the key judge_unanswerable asks for it."""

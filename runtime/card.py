@@ -81,8 +81,8 @@ def card_rows(config, summary):
 
 
 def money(spent, incomplete):
-    """An amount in words. incomplete: some labels have no known cost."""
-    return f"{'at least ' if incomplete else ''}{spent:,.2f}"
+    """An amount in words, with more digits where it is only a few cents. incomplete: some labels have no known cost."""
+    return f"{'at least ' if incomplete else ''}{spent:,.{4 if 0 < spent < 0.1 else 2}f}"
 
 
 def gate(config):

@@ -99,6 +99,10 @@ class Run:
         """Make the folder and its config.yaml. All ranks call it together."""
         checkpoint.write_config(self.config, self.output, pairs_a_step(self.config))
 
+    def state_before(self):
+        """What the checkpoint keeps that this run goes on from."""
+        return checkpoint.read_state(self.checkpoint)
+
     def resume(self, engine, schedule, columns, unit="pairs", **parts):
         """Open the log and, if there is a checkpoint, put it into the engine and the parts.
 

@@ -149,3 +149,26 @@ def test_what_is_not_a_ledger_of_this_version_is_refused_and_left_alone(harm, pr
     run = train("no-ledger", output_dir=tmp_path / "run", check=2, **SAVING)
     assert len(errors(run)) == 1 and f"{tmp_path}/run/labels.sqlite: " in errors(run)[0] and problem in errors(run)[0]
     assert (tmp_path / "run" / "labels.sqlite").read_bytes() == content
+
+
+@pytest.mark.parametrize("keys", [{}, {"label_budget": 16, "committee_size": 2, "committee_epochs": 0.1}])
+def test_a_run_whose_ledger_has_lost_answers_does_not_pay_for_them_again(keys, train, tmp_path):
+    """Nobody copied it with the rest, or it is an older copy, or its labels.sqlite-wal was left behind."""
+    keys = SAVING | keys
+    whole = train("ledger", **keys)
+    stopped = copy_without(whole, tmp_path / "stopped", "checkpoint-6", "summary.json", "model.safetensors", "labels.sqlite")
+    ledger = stopped / "labels.sqlite"
+    bought = sum(step < 4 for *_, step in whole.ledger())
+    for there in 0, bought - 1:
+        if there:  # what the run refused is still empty
+            shutil.copy(whole.output / "labels.sqlite", ledger)
+            with contextlib.closing(sqlite3.connect(ledger, isolation_level=None)) as db:
+                db.execute("DELETE FROM answers WHERE pair = (SELECT MIN(pair) FROM answers WHERE step < 4)")
+        run = train("lost", output_dir=stopped, check=2, **keys)
+        error, = errors(run)
+        assert f"{ledger}: holds {there} of the {bought} answers that {stopped}/checkpoint-4 was trained on: bring" in error
+        with contextlib.closing(sqlite3.connect(ledger)) as db:
+            assert db.execute("SELECT COUNT(*) FROM answers WHERE step < 4").fetchone() == (there,)
+        assert [path.name for path in stopped.glob("labels.sqlite*")] == ["labels.sqlite"]
+    shutil.copy(whole.output / "labels.sqlite", ledger)
+    assert_same_run(train("brought-back", output_dir=stopped, **keys), whole)

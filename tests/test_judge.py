@@ -5,7 +5,9 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -361,6 +363,26 @@ def test_a_redirect_is_not_followed(serve, ledger, status):
     with pytest.raises(Waiting, match=f"has moved to {other.url}"):
         chat(server, api_key="secret").answer(QUESTIONS, ledger)
     assert not other.bodies
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+def test_a_certificate_that_nobody_vouches_for_stops_at_once_with_advice_that_works(serve, ledger, tmp_path, monkeypatch):
+    server, file = serve(right), tmp_path / "certificate.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+                    "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost", "-keyout", file, "-out",
+                    tmp_path / "part"], check=True, capture_output=True)
+    file.write_text(file.read_text() + (tmp_path / "part").read_text())
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file)
+    server.http.socket = context.wrap_socket(server.http.socket, server_side=True)
+    server.url = server.url.replace("http://127.0.0.1", "https://localhost")
+    monkeypatch.setenv("NO_PROXY", "localhost")
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    with pytest.raises(Waiting, match="certificate verify failed.* SSL_CERT_FILE names; check the url"):
+        chat(server).answer(QUESTIONS, ledger)
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    chat(server).answer(QUESTIONS, ledger)
+    assert answers(ledger) == TRUTHS
 
 
 def test_the_message_tells_what_stopped_it_not_what_came_after(ledger, monkeypatch):
@@ -880,7 +902,10 @@ def test_a_bug_in_a_thread_is_raised_and_not_waited_for(serve, ledger, monkeypat
 
 @pytest.mark.parametrize("options, message", [
     ({"url": "localhost:8000"}, "begins with http"), ({"url": "file:///etc/passwd"}, "begins with http"),
-    ({"url": "http://"}, "a host"), ({"api_key": "sk-…"}, "API key"), ({"api_key": "sk\n1"}, "API key"),
+    ({"url": "http://"}, "a host"), ({"url": "http://a..b/v1"}, "a host"), ({"url": "http://a:70000/v1"}, "HOST:8000"),
+    ({"url": "http://a:b/v1"}, "HOST:8000"), ({"url": "http://a/v 1"}, "spaces"), ({"url": "http://a/é"}, "accents"),
+    ({"url": "https://me:sk1@a/v1"}, "of a: leave out the user's name and password"),
+    ({"api_key": "sk-…"}, "API key"), ({"api_key": "sk\n1"}, "API key"),
     ({"concurrency": 0}, "concurrency 0")])
 def test_what_cannot_work_is_refused_in_one_line(options, message):
     with pytest.raises(ValueError, match=message) as raised:

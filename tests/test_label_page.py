@@ -396,6 +396,23 @@ def test_an_opinion_can_be_taken_back_also_where_an_adjudicator_has_decided(tmp_
     site.stop()
 
 
+def test_an_adjudicator_with_nothing_to_decide_any_more_gives_no_opinion(tmp_path):
+    """They have seen what the others said, and nobody asked for one more opinion."""
+    site = Site(tmp_path, "--annotators-per-pair", "2", "--adjudicator", "Eve")
+    site.put(1)
+    for who, word in (("ann", "first"), ("bob", "second")):
+        site.ask("answer", who, pair="p00", choice=choice(site.ask("next", who)[1]["question"], word))
+    question = site.ask("next", "Eve")[1]["question"]
+    assert len(question["opinions"]) == 2
+    assert site.ask("undo", "bob", pair="p00")[1]["question"]["pair"] == "p00"
+    for round in question["round"], "":
+        assert site.ask("answer", "Eve", pair="p00", choice=choice(question, "first"), round=round)[0] == 409
+    assert site.ask("next", "Eve")[1]["question"] is None
+    assert site.ask("answer", "bob", pair="p00", choice=choice(question, "first"))[0] == 200
+    assert site.query("SELECT annotator, label FROM answers") == [("ann, bob", 1)]
+    site.stop()
+
+
 def test_what_the_adjudicator_thinks_is_not_yet_the_label(tmp_path):
     """One of two people who disagree is also the one who decides; each of their requests is sent twice."""
     site = Site(tmp_path, "--annotators-per-pair", "2", "--adjudicator", "Ann")

@@ -95,6 +95,19 @@ def test_the_report(run):
         assert len({len(line) for line in block.splitlines()}) == 1
 
 
+def test_a_reply_without_a_verdict_is_no_verdict_of_no_preference(tmp_path):
+    """Nor is a text that the endpoint refused, about which a person may have been asked."""
+    store = Ledger(tmp_path / "labels.sqlite")
+    for verdict, detail in ((0, {"said": None, "reply": "hm"}), (1, {"said": "A"}), (1, {"said": "B"})):
+        store.add_verdict("a", "model", verdict, detail=json.dumps(detail))
+    for detail in ({"said": None, "reply": "hm"}, {"unanswerable": "HTTP 400"}):
+        store.add_verdict("b", "model", 0, detail=json.dumps(detail))
+    for detail in ({"said": "C"}, {"said": "C"}):
+        store.add_verdict("c", "model", 0, detail=json.dumps(detail))
+    store.close()
+    assert words_of(ledger.report(tmp_path), "model") == "2 1 0 1 50.0%"
+
+
 def test_answers_without_a_preference_are_counted_apart(run, tmp_path, capsys):
     """They are no label of either side, agree with no margin, and contradict no label."""
     store = Ledger(run / "labels.sqlite")
@@ -175,16 +188,19 @@ def test_errors_are_one_line(run, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "absent").exists()
     other = tmp_path / "other"
     other.mkdir()
-    for content in (b"", b"garbage " * 500):
+    with contextlib.closing(Ledger(tmp_path / "live.sqlite")):  # its tables are still in live.sqlite-wal
+        without_wal = (tmp_path / "live.sqlite").read_bytes()
+    for content in (b"", b"garbage " * 500, without_wal):
         (other / "labels.sqlite").write_bytes(content)
-        fails(capsys, "is not a ledger", other)
-        fails(capsys, "is not a ledger", other, "--reuse", run)
+        fails(capsys, "cannot be used as a ledger (", other)
+        fails(capsys, "cannot be used as a ledger (", other, "--reuse", run)
         assert (other / "labels.sqlite").read_bytes() == content
     os.unlink(other / "labels.sqlite")
     with sqlite3.connect(other / "labels.sqlite") as db:
         db.execute("CREATE TABLE answers (pair TEXT)")
     db.close()
-    fails(capsys, "is not a ledger, or of another version (no such column", other)
+    fails(capsys, "cannot be used as a ledger (no such column: label): it is another file", other)
+    assert ledger.in_words("x", sqlite3.OperationalError("disk I/O error")).endswith(": look at its disk, which may be full")
     done = call(tmp_path / "absent")  # the same from the command line
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
 
@@ -193,15 +209,23 @@ def test_errors_are_one_line(run, tmp_path, capsys, monkeypatch):
     holder.execute("BEGIN IMMEDIATE")  # others may read
     old = tmp_path / "old"
     assert ledger.reuse(old, run) == (7, 0, 0)
-    fails(capsys, "is locked", run, "--reuse", old)
+    fails(capsys, "(database is locked): another process holds it: close that one", run, "--reuse", old)
     assert main(capsys, run)[0] == 0
     holder.execute("ROLLBACK")
     holder.execute("PRAGMA locking_mode = EXCLUSIVE")
     holder.execute("BEGIN EXCLUSIVE")
     holder.execute("DELETE FROM questions")
-    fails(capsys, "is locked", run)
-    fails(capsys, "is locked", run, "--reuse", old)
+    fails(capsys, "(database is locked): another process holds it: close that one", run)
+    fails(capsys, "(database is locked): another process holds it: close that one", run, "--reuse", old)
     holder.close()
+
+
+def test_a_reader_that_stops_reading_is_no_error(run):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, ROOT / "tools/ledger.py", run], stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("flags", [[""], ["RUN", "--csv", ""], ["RUN", "--reuse", ""]])
@@ -369,6 +393,19 @@ def test_who_decides_between_the_others_has_no_independent_opinion(panel, tmp_pa
     assert "d y2 ann: both bad, bob: equal, cat: y1, eve: y2" in listed and "e y2 ann: y2, bob: cannot judge" in listed
     assert main(capsys, folder, "--csv", tmp_path / "out.csv")[0] == 0
     assert '""adjudicates"": true' in (tmp_path / "out.csv").read_text()
+
+
+def test_two_annotators_agree_by_what_each_says_last(tmp_path):
+    """Ann agrees with bob since she changed her mind. Eve, who has seen what ann said and decides, agrees with nobody."""
+    store = Ledger(tmp_path / "labels.sqlite")
+    store.put_questions([Question(pair, 0.1, 0) for pair in "ab"], dict.fromkeys("ab", ('"?"', '"yes"', '"no"')))
+    for pair, who, label in (("a", "ann", 1), ("a", "ann", -1), ("a", "bob", -1), ("b", "ann", 1), ("b", "bob", 0)):
+        store.answer_question(pair, label, who, panel=Panel(3, "eve"))
+    store.answer_question("b", 1, "eve", panel=Panel(3, "eve"), detail={"adjudicates": True})
+    assert words_of(ledger.report(tmp_path), "two annotators") == "1 of 1, 100.0% (95 % interval 20.7% to 100.0%) agree"
+    store.answer_question("a", 1, "bob", panel=Panel(3, "eve"))
+    assert words_of(ledger.report(tmp_path), "two annotators") == "0 of 1, 0.0% (95 % interval 0.0% to 79.3%) agree"
+    store.close()
 
 
 def test_disagreements_are_listed(panel, capsys):

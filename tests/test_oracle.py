@@ -351,6 +351,12 @@ def test_the_budget_goes_to_the_least_sure_and_is_never_passed(tmp_path):
     assert ask(oracle, ["c", "a"], [0.0, 0.0], [True, True], step=2) == [0, 1]  # a label once bought is free
     assert oracle.queries() == oracle.annotator.calls == 3
 
+    again = make(oracle.annotator, tmp_path, max_queries=5)
+    again.state = oracle.state
+    assert ask(again, ["c", "a"], [0.0, 0.0], [True, True], step=3) == [1, 1]
+    assert again.state["budget_spent_at_step"] is None  # one label is left
+    again.close()
+
 
 def test_a_run_that_goes_back_sees_a_label_from_the_step_at_which_it_asked(tmp_path):
     """Pair b is sure in the first epoch and unsure in the second. So is the run that starts again from a checkpoint of the

@@ -229,7 +229,7 @@ def test_equal_responses_are_drawn_again_and_at_last_left_out(model, tiny, capsy
     assert len(found) + len(left_out) == 120 and len(left_out) > 0
     asked = [row["prompt"] for row in lines(tiny / "pairs" / "train.jsonl")]
     assert all(asked[row["number"] - 1] == row["prompt"] for row in found + left_out)
-    assert f"{len(found)} pairs in" in out and f"; {again} drawn again, because a response was empty or both" in out
+    assert f"{len(found)} pairs in" in out and f"; {again} drawn again, because a response was empty or broken" in out
     assert f"; {len(left_out)} prompts left out ({len(left_out)} equal responses), in {model}/pairs.left_out.jsonl" in out
     run(model, "--prompts", tiny / "pairs" / "train.jsonl", *COIN)
     assert capsys.readouterr().out.replace(", 120 prompts done before", "") == out.splitlines(True)[-1]
@@ -401,6 +401,20 @@ def test_a_server_is_asked_again_for_empty_or_equal_responses(serve, prompts, tm
     assert lines(tmp_path / "pairs.left_out.jsonl") == [
         {"prompt": [user(hopeless)], "reason": "equal responses, in draw 5 too", "number": 6}]
     assert "19 pairs in" in (said := capsys.readouterr().out) and "; 1 drawn again" in said and "1 equal responses" in said
+
+
+@pytest.mark.parametrize("finish", ["content_filter", "abort", "error"])
+def test_a_response_that_a_server_broke_off_is_none(finish, serve, prompts, tmp_path):
+    """Or it would be labelled, and trained on, as one that came to its end."""
+    def behave(prompt, n):
+        return completion(f"{n}", finish if prompt == PROMPTS[0] and n % 2 or prompt == PROMPTS[1] and n == 0 else "stop")
+    out = tmp_path / "pairs.jsonl"
+    ask(serve(behave), prompts, out)
+    assert lines(tmp_path / "pairs.left_out.jsonl") == [
+        {"prompt": [user(PROMPTS[0])], "reason": "response broken off by the server, in draw 5 too", "number": 1}]
+    first, *others = lines(out)
+    assert (first["response_a"], first["response_b"], first["draws"]) == ("2", "3", 2)
+    assert len(others) == 18 and all(row["draws"] == 1 for row in others)
 
 
 def test_a_prompt_that_a_server_refuses_is_left_out_and_never_asked_again(serve, prompts, tmp_path, capsys):

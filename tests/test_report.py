@@ -15,6 +15,7 @@ SUMMARY = {"queries": 4, "pairs": 8, "query_fraction": 0.5, "pseudo_label_accura
 
 
 @pytest.mark.parametrize("cost, said", [((1234.5, False), ", 1,234.50 spent"), ((0.5, True), ", at least 0.50 spent"),
+                                        ((0.0036, False), ", 0.0036 spent"), ((0.0, False), ", 0.00 spent"),
                                         ((None, False), "")])
 def test_money_of_which_a_part_is_unknown_is_at_least_that(cost, said):
     assert report.bar_text(ROW, None, cost).endswith("(50% of pairs)" + said)

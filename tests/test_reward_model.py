@@ -9,7 +9,13 @@ import pytest
 import torch
 from helpers import question, texts
 from tokenizers import processors
-from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from labels.annotators import Waiting
 from labels.judge import coin, judged
@@ -142,6 +148,21 @@ def test_a_long_text_loses_its_beginning(reward_model, ledger):
     kept = ["lovely " * (127 - 5) + response.strip() for response in reviews["r0"][1:]]
     scores = json.loads(ledger.db.execute("SELECT detail FROM verdicts").fetchone()[0])["scores"]
     assert scores == pytest.approx(reference_scores(reward_model, kept), abs=1e-4) and scores[0] != scores[1]
+
+
+def test_roberta_has_fewer_positions_than_its_config_says(reward_model, ledger, tmp_path):
+    """Its positions count from behind the padding token; many of its tokenizers name no greatest length."""
+    tokenizer = AutoTokenizer.from_pretrained(reward_model)
+    config = RobertaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                           num_attention_heads=2, max_position_embeddings=40, num_labels=1,
+                           pad_token_id=tokenizer.pad_token_id)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path / "roberta")
+    tokenizer.save_pretrained(tmp_path / "roberta")
+    reviews = {"r0": ("lovely " * 500, " the food was bad .", " the food was good .")}
+    grader = RewardModelJudge(as_json(reviews), tmp_path / "roberta")
+    assert grader.max_length == 40 - tokenizer.pad_token_id - 1
+    grader.answer([question("r0")], ledger)
+    assert answers(ledger)["r0"]
 
 
 def test_where_scores_are_equal_the_key_decides(reward_model, ledger, tmp_path):

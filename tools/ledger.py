@@ -22,6 +22,7 @@ import argparse
 import csv
 import io
 import json
+import os
 import sqlite3
 import statistics
 import sys
@@ -32,7 +33,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, for the imports below
 
 from labels.judge import judge_text, judged  # noqa: E402
-from labels.ledger import Ledger, LedgerError, Question  # noqa: E402
+from labels.ledger import Ledger, LedgerError, Question, in_words  # noqa: E402
 from labels.oracle import wilson  # noqa: E402
 from runtime.errors import UsageError  # noqa: E402
 from tools.exchange import as_text, filled, replace_file  # noqa: E402
@@ -80,16 +81,6 @@ def read_ledger(folder, needed=NEEDED):
             return tables
 
 
-def in_words(path, error):
-    """An error of SQLite as a message to the user."""
-    words = str(error)
-    if "locked" in words or "busy" in words:
-        return f"{path} is locked: another process holds it; try again when it is done"
-    if "no such" in words or "not a database" in words or "malformed" in words:
-        return f"{path} is not a ledger, or of another version ({words})"
-    return f"{path}: {words}"
-
-
 # The report.
 
 def report(folder, now=None):
@@ -112,7 +103,7 @@ def report(folder, now=None):
         ("open questions", f"{len(questions):,}, of which leased: {len(leased):,}"),
         ("cost", money(bought)),
         ("verdicts", f"{len(verdicts):,} on {len({row['pair'] for row in verdicts}):,} pairs, cost {money(verdicts)}"),
-        ("two annotators", agreement_between(verdicts)),
+        ("two annotators", agreement_between(opinions, verdicts)),
         ("people", agreement_of_people(opinions))]
     out = [str(Path(folder) / "labels.sqlite"), ""]
     out += [f"{name:<16}{words}" for name, words in lines]
@@ -123,7 +114,7 @@ def report(folder, now=None):
     if any(len(said) > 1 for said in opinions.values()):
         out += ["", "People, and whether they say what became the label, where several have an opinion",
                 *table(PEOPLE, people(opinions, {row["pair"]: row["label"] for row in answers}))]
-    twice = asked_twice([row for row in verdicts if not row["person"]])
+    twice = asked_twice([row for row in verdicts if not row["person"] and not is_unusable(row)])
     if twice:
         out += ["", "Pairs with two or more verdicts by the same annotator (for a judge: both orders)",
                 *table(("annotator", "pairs", "agree", "contradict", "no preference", "share that agrees"), twice)]
@@ -167,11 +158,11 @@ def money(rows):
     return f"{sum(known):,.4f} ({len(rows) - len(known):,} without a known cost)"
 
 
-def agreement_between(verdicts):
-    """How often annotators agree, over the pairs on which two or more of them have a view. One who chose each response
-    equally often (a judge whose orders contradict each other) has no view."""
+def agreement_between(opinions, verdicts):
+    """How often annotators agree, over the pairs on which two or more of them have a view. A judge that chose each response
+    equally often (its orders contradict each other) has no view.  opinions: people's, without adjudications."""
     views = defaultdict(lambda: defaultdict(int))
-    for row in verdicts:
+    for row in [row for said in opinions.values() for row in said.values()] + [row for row in verdicts if not row["person"]]:
         views[row["pair"]][row["annotator"]] += row["verdict"]
     signs = [[total > 0 for total in by.values() if total] for by in views.values()]
     several = [found for found in signs if len(found) > 1]
@@ -190,6 +181,12 @@ def adjudicates(row):
     """Whether a verdict decides between the others. Such a person has seen the others' opinions, and theirs becomes the
     label, so it says nothing about how well people agree."""
     return bool(row["person"]) and bool(json.loads(row["detail"] or "{}").get("adjudicates"))
+
+
+def is_unusable(row):
+    """Whether a judge's verdict is none: a reply that held no verdict, or a text that was refused."""
+    detail = json.loads(row["detail"] or "{}")
+    return "unanswerable" in detail or detail.get("said", "") is None
 
 
 def said_by(row):
@@ -358,6 +355,9 @@ def main(argv=None):
             print(disagreements(args.output_dir))
         if not (args.reuse or args.csv or args.disagreements):
             print(report(args.output_dir))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has stopped reading
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UsageError, OSError) as error:  # OSError: a folder that we may not enter
         print(f"tools/ledger.py: {error}", file=sys.stderr)
         return 2

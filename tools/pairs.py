@@ -14,9 +14,10 @@ What train.py takes with --oracle human or --oracle judge is written to MODEL/pa
     {"prompt", "response_a", "response_b", "finish_a", "finish_b", "draws", "number"}, and "tools" where there are some
 
 finish is "length" for a response that was cut off at --max_new_tokens; number is the prompt's in FILE. Without a chat
-template a response begins with the space that follows the prompt, if the model wrote one. A pair with an empty response, or
-two that are equal, is drawn again, up to five times in all; `draws` says how often. A prompt without a usable pair after
-that, or one that the server refuses, goes into pairs.left_out.jsonl with the reason. The last line counts all of this.
+template a response begins with the space that follows the prompt, if the model wrote one. A pair with an empty response, one
+that a server's content filter broke off, or two that are equal is drawn again, up to five times in all; `draws` says how
+often. A prompt without a usable pair after that, or one that the server refuses, goes into pairs.left_out.jsonl with the
+reason. The last line counts all of this.
 
 Pairs are appended as they come, and put into the order of FILE at the end. The same command again goes on where it stopped,
 even after kill -9: a model on this machine then writes what it would have written undisturbed, because a draw depends only
@@ -61,6 +62,8 @@ from tools.generate import (
 )
 
 DRAWS = 5  # of a pair, before its prompt is left out
+# How a server says that a response did not come to its end; the last two are vLLM's and OpenRouter's.
+FINISHES = {"length": "length", **dict.fromkeys(("content_filter", "abort", "error"), "broken off")}
 # Flags of tools/generate.py that mean nothing to other commands than these.
 ONLY_ANSWERS = {"questions", "format", "name"}
 ONLY_PAIRS = {"prompts", "endpoint", "endpoint_model", "endpoint_key_env", "concurrency"}
@@ -123,13 +126,15 @@ def as_messages(prompt):
 def outcome(question, responses, draws):
     """A row of pairs.jsonl, or if the pair cannot be used, a row of pairs.left_out.jsonl, with the reason.
 
-    responses: [(text, "stop" or "length")] of both sides.  draws: which draw of this pair it is."""
+    responses: [(text, "stop", "length" or "broken off")] of both sides.  draws: which draw of this pair it is."""
     (a, finish_a), (b, finish_b) = responses
     row = columns_of(question.turns[0])
-    if a.strip() and b.strip() and a.strip() != b.strip():
+    whole = "broken off" not in (finish_a, finish_b)
+    if whole and a.strip() and b.strip() and a.strip() != b.strip():
         return row | {"response_a": a, "response_b": b, "finish_a": finish_a, "finish_b": finish_b, "draws": draws,
                       "number": question.key}
     reason = "equal responses" if a.strip() and b.strip() else "empty response"
+    reason = reason if whole else "response broken off by the server"
     return row | {"reason": f"{reason}, in draw {draws} too" if draws > 1 else reason, "number": question.key}
 
 
@@ -197,7 +202,7 @@ class PairFile:
         again = sum(row["draws"] > 1 for row in pairs)
         reasons = Counter(row["reason"].partition(",")[0].partition(":")[0] for row in others)
         return (f"{len(pairs):,} pairs in {self.path}" + (f", {self.before:,} prompts done before" if self.before else "")
-                + (f"; {again:,} drawn again, because a response was empty or both were equal" if again else "")
+                + (f"; {again:,} drawn again, because a response was empty or broken off, or both equal" if again else "")
                 + (f"; {cut:,} of {2 * len(pairs):,} responses were cut off at their greatest length" if cut else "")
                 + (f"; {len(others):,} prompts left out ("
                    + ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common(3)) + f"), in {self.left_out}"
@@ -351,8 +356,7 @@ class Server(Endpoint):
         for draw in range(1, DRAWS + 1):
             replies = [self.ask(self.fields(question, side, draw), stop, random.Random(f"{question.key} {draw} {side}"),
                                 self.temperature) for side in (0, 1)]
-            row = outcome(question, [(reply.content.strip(), "length" if reply.finish == "length" else "stop")
-                                     for reply in replies], draw)
+            row = outcome(question, [(reply.content.strip(), FINISHES.get(reply.finish, "stop")) for reply in replies], draw)
             if "reason" not in row:
                 break
         return row
