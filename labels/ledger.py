@@ -360,7 +360,7 @@ class Ledger:
 
     def details(self, step=None, first=0):
         """[(detail, how many)] of the answers, to questions of optimiser steps from `first` to `step` (None: all), that say
-        how they came about. Step −1 holds what came from other runs."""
+        how they came about. What came from other runs has step −1."""
         return self.db.execute("SELECT detail, COUNT(*) FROM answers WHERE detail IS NOT NULL AND step BETWEEN ? AND ? "
                                "GROUP BY detail", (first, 2**62 if step is None else step)).fetchall()
 

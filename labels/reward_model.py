@@ -31,8 +31,8 @@ def compare(first, second):
 class RewardModelJudge(Judge):
     """Prefers the response with the higher score.
 
-    name_or_path: a model that AutoModelForSequenceClassification loads.  batch_size: pairs at once.  device: default is
-    the current GPU, or the CPU without one.  max_length: in tokens; a longer text loses its beginning.
+    name_or_path: a model that AutoModelForSequenceClassification loads.  batch_size: pairs at once.  device: by default the
+    current GPU, or the CPU if there is none.  max_length: in tokens; a longer text loses its beginning.
     Raises ValueError, in one line, if the model is not a reward model.
     """
 
@@ -117,7 +117,7 @@ class RewardModelJudge(Judge):
 
     def judge(self, questions, verdicts, ledger):
         """Score a batch of pairs; store their verdicts in the ledger and in `verdicts`. Returns {Question: why} for those
-        that cannot be scored. Raises ValueError if that is as many in a row as mean that the model is no use."""
+        that cannot be scored. Raises ValueError if these are `patience` or more in a row: then the model is useless."""
         started, rows, unanswerable = time.monotonic(), {}, {}
         for question in questions:
             try:

@@ -75,12 +75,12 @@ def cost(oracle, config):
 
 
 def pseudo_label_accuracy(state):
-    """Share of the pseudo-labels so far that are right, or None if the truth is not known.  state: the oracle's."""
+    """Share of the pseudo-labels so far that are right, or None if no true label is known.  state: the oracle's."""
     return state["pseudo_right"] / state["pseudo_known"] if state["pseudo_known"] else None
 
 
 def label_metrics(oracle, schedule, step, config):
-    """What a row of metrics says about labels after `step` optimiser steps."""
+    """What a row of metrics says about labels after `step` optimiser steps. Only on rank 0 are its counts right."""
     last = None if config.label_budget else step - 1  # None: all, which a committee has bought before the first step
     return {"pairs_seen": schedule.pairs_seen(step), "queries": oracle.queries(last),
             "queries_without_preference": oracle.without_preference(last),
@@ -129,7 +129,8 @@ def warn_of_judge(oracle, row):
 
 
 def bar_text(row, evaluation, cost):
-    """The text after the training bar. cost: as `cost` returns it."""
+    """The text after the training bar.  row: of the metrics.  evaluation: the last one's metrics, or None.  cost: what the
+    function `cost` returns."""
     held_out = f", held-out {evaluation['rewards/accuracies']:.3f}" if evaluation else ""
     price = f", {card.money(*cost)} spent" if cost[0] is not None else ""
     neither = row["queries_without_preference"]
