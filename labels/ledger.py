@@ -559,9 +559,10 @@ class Ledger:
 
 def in_words(path, error):
     """An error of SQLite as a message to the user: the file, what is wrong and what to do."""
-    advice = {"locked": "another process holds it: close that one", "full": "make room on its disk",
+    other = "it is not a ledger, or of another version: move it away, or name another folder"
+    advice = {"locked": "another process holds it: wait for that one, or close it", "full": "make room on its disk",
               "readonly": "make it and its folder writable", "unable to open": "look at its folder and its permissions",
-              "not a database": "move it away", "malformed": "it is damaged: restore a copy, or move it away"}
+              "not a database": other, "no such": other, "malformed": "it is damaged: restore a copy, or move it away"}
     todo = next((todo for word, todo in advice.items() if word in str(error)), "look at its disk, or move it away")
     return f"{path}: cannot be used as a ledger ({error}): {todo}"
 

@@ -184,7 +184,7 @@ def test_errors_are_one_line(run, tmp_path, capsys, monkeypatch):
     with sqlite3.connect(other / "labels.sqlite") as db:
         db.execute("CREATE TABLE answers (pair TEXT)")
     db.close()
-    fails(capsys, "is not a ledger, or of another version (no such column", other)
+    fails(capsys, "(no such column: label): it is not a ledger, or of another version: move it away", other)
     done = call(tmp_path / "absent")  # the same from the command line
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
 
@@ -193,14 +193,14 @@ def test_errors_are_one_line(run, tmp_path, capsys, monkeypatch):
     holder.execute("BEGIN IMMEDIATE")  # others may read
     old = tmp_path / "old"
     assert ledger.reuse(old, run) == (7, 0, 0)
-    fails(capsys, "is locked", run, "--reuse", old)
+    fails(capsys, "(database is locked): another process holds it: wait for that one", run, "--reuse", old)
     assert main(capsys, run)[0] == 0
     holder.execute("ROLLBACK")
     holder.execute("PRAGMA locking_mode = EXCLUSIVE")
     holder.execute("BEGIN EXCLUSIVE")
     holder.execute("DELETE FROM questions")
-    fails(capsys, "is locked", run)
-    fails(capsys, "is locked", run, "--reuse", old)
+    fails(capsys, "(database is locked): another process holds it: wait for that one", run)
+    fails(capsys, "(database is locked): another process holds it: wait for that one", run, "--reuse", old)
     holder.close()
 
 

@@ -32,7 +32,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, for the imports below
 
 from labels.judge import judge_text, judged  # noqa: E402
-from labels.ledger import Ledger, LedgerError, Question  # noqa: E402
+from labels.ledger import Ledger, LedgerError, Question, in_words  # noqa: E402
 from labels.oracle import wilson  # noqa: E402
 from runtime.errors import UsageError  # noqa: E402
 from tools.exchange import as_text, filled, replace_file  # noqa: E402
@@ -78,16 +78,6 @@ def read_ledger(folder, needed=NEEDED):
                 db.close()
         if not alone or not any(file.exists() for file in beside):
             return tables
-
-
-def in_words(path, error):
-    """An error of SQLite as a message to the user."""
-    words = str(error)
-    if "locked" in words or "busy" in words:
-        return f"{path} is locked: another process holds it; try again when it is done"
-    if "no such" in words or "not a database" in words or "malformed" in words:
-        return f"{path} is not a ledger, or of another version ({words})"
-    return f"{path}: {words}"
 
 
 # The report.
