@@ -157,9 +157,9 @@ def train(engine, config, run, schedule, labels, n):
         micro_batches = schedule.micro_batches(chosen)
         for k, micro_batch in enumerate(micro_batches, 1):
             batch = pairs.batch(micro_batch, engine.device)
-            margin = adpo.margins(engine(batch))  # (B,)
+            margin = adpo.margins(engine(batch))  # (B,)  m = r(x, y1) − r(x, y2)
             answers = labels[micro_batch] if micro_batch else torch.zeros(1)  # (B,); a filler pair has none
             answers = data.to_device(answers, engine.device)
-            losses = adpo.preference_loss(margin, answers, label_smoothing=config.label_smoothing)
+            losses = adpo.preference_loss(margin, answers, label_smoothing=config.label_smoothing)  # (B,)  −log σ(o · m)
             norm = backward(engine, (losses * batch.weights).sum(), len(chosen), last=k == len(micro_batches))
         skipped = skipped_in_a_row(skipped, engine, norm, step, [pairs.ids[row] for row in chosen])
