@@ -32,11 +32,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from runtime.config import ROOT
 from runtime.errors import UsageError
 from runtime.ranks import rank_0_first
 from runtime.sources import read_rows
 
-ROOT = Path(__file__).resolve().parent.parent
 VERSION = 2  # raise it whenever the task changes, so that folders of an older task are not reused
 SFT_SENTENCES = 15360  # 120 steps
 SFT = {"objective": "sft", "max_length": 96, "max_prompt_length": 32, "num_train_epochs": 1, "do_eval": False,
