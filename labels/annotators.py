@@ -50,7 +50,7 @@ class Annotator(abc.ABC):
         question that can never be answered."""
 
     def grade(self, labelled):
-        """(right, known) for [(pair id, label)]: for how many pairs the truth is known, and how many labels agree with it.
+        """(right, known) for [(pair id, label)]: how many labels are right, and for how many pairs the true label is known.
         Most annotators know none."""
         return 0, 0
 
