@@ -18,7 +18,7 @@ A hash of the pair's content decides which response is y1. That does not depend 
 run, so a label in a ledger keeps its meaning.
 
 Legend: B pairs, T tokens of a row, N response tokens of a batch.  Try it: `python data.py --config configs/quickstart.yaml`,
-with the flags of train.py, prints the first pairs as the model will see them.
+with the flags of train.py, prints three pairs as the model will see them.
 """
 
 import hashlib
@@ -754,7 +754,8 @@ def collate(pairs, rows, shared=True, pad=0):
 
 
 def preview(config, command_line=None):
-    """Print the first training pairs of a run as the model will see them: special tokens in ⟦ ⟧, what is cut off in ⟪ ⟫."""
+    """Print three training pairs of a run as the model will see them: special tokens in ⟦ ⟧, what is cut off in ⟪ ⟫. To be
+    quick, it tokenises no more than 1,000 pairs, drawn at random, and counts what happens to these."""
     from runtime import toy
     from runtime.model import load_tokenizer
 
