@@ -283,9 +283,12 @@ def test_a_model_whose_shared_rows_are_scored_wrongly_gets_two_rows(train, by_da
     assert run.losses() == pytest.approx(by_dataset.losses(), rel=1e-5)
 
 
-def test_a_model_whose_rows_are_scored_wrongly_is_refused(train, monkeypatch):
+@pytest.mark.parametrize("when", ["always", "in training mode"])
+def test_a_model_whose_rows_are_scored_wrongly_is_refused(when, train, monkeypatch):
+    """Noise that only training mode adds would move the margins that the gate reads."""
     scored = adpo.PairLogps.token_logps
-    monkeypatch.setattr(adpo.PairLogps, "token_logps", lambda *args: scored(*args) + 0.002)
+    monkeypatch.setattr(adpo.PairLogps, "token_logps", lambda self, batch: scored(self, batch) + 0.002 * (
+        when == "always" or self.training))
     run = train("wrong-rows", check=2)
     assert "differ from a plain forward by 0.002 nats a token" in run.stderr
     assert "--attn_implementation=eager" in run.stderr
