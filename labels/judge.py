@@ -245,8 +245,11 @@ class Rubric:
 
 @dataclass
 class Request:
-    """round: 1, or 2 after a disagreement.  order: 1 shows y1 as A, −1 shows y2 as A.  attempt: 1, or more after replies
-    without a usable verdict."""
+    """A question to the chat model about one pair.
+
+    round: 1, or 2 after a disagreement.  order: 1 shows y1 as A, −1 shows y2 as A.  attempt: 1, or more after replies
+    without a usable verdict.
+    """
     pair: str
     round: int
     order: int
