@@ -138,7 +138,7 @@ class Judge(Annotator):
             self.people.answer(list(pairs), ledger)
 
 
-def judged(details):
+def judge_metrics(details):
     """What a judge's answers tell about it, for the metrics and the summary.  details: [(JSON, how many)], Ledger.details.
 
     judge_agreement: on which share of the pairs both orders had the same outcome.  judge_first_position: which share of the
@@ -157,16 +157,15 @@ def judged(details):
             "judge_first_position": letters["A"] / letters.total() if letters.total() else None}
 
 
-def judge_text(judged):
-    """What the function `judged` returns, in a few words for people; "" without a judge.  judged: that dict, or a larger
-    one."""
+def judge_text(metrics):
+    """What judge_metrics returns, in a few words for people; "" without a judge.  metrics: that dict, or a larger one."""
     parts = []
-    if judged.get("judge_agreement") is not None:
-        parts.append(f"orders agree on {judged['judge_agreement']:.0%}")
-    if judged.get("judge_first_position") is not None:
-        parts.append(f"first position preferred in {judged['judge_first_position']:.0%}")
-    parts += [f"{judged[name]:,} {word}" for name, word in (("judge_coins", "by coin"), ("judge_ties", "ties"),
-                                                            ("judge_unanswerable", "unanswerable")) if judged.get(name)]
+    if metrics.get("judge_agreement") is not None:
+        parts.append(f"orders agree on {metrics['judge_agreement']:.0%}")
+    if metrics.get("judge_first_position") is not None:
+        parts.append(f"first position preferred in {metrics['judge_first_position']:.0%}")
+    parts += [f"{metrics[name]:,} {word}" for name, word in (("judge_coins", "by coin"), ("judge_ties", "ties"),
+                                                            ("judge_unanswerable", "unanswerable")) if metrics.get(name)]
     return ", ".join(parts)
 
 

@@ -22,7 +22,7 @@ import math
 import torch
 
 from labels.annotators import DatasetAnnotator, HumanAnnotator, Waiting
-from labels.judge import ChatJudge, judged
+from labels.judge import ChatJudge, judge_metrics
 from labels.ledger import Ledger, Question
 from labels.reward_model import RewardModelJudge
 from runtime.errors import Stopped, UsageError
@@ -183,10 +183,10 @@ class Oracle:
         """How many of the answers that `queries` counts have no preference."""
         return self.ledger.without_preference(step) if self.ledger else 0
 
-    def judged(self, step=None):
-        """What the answers that `queries` counts say about the judge that gave them, as judge.judged has it. Empty without a
-        judge, and on ranks other than 0."""
-        return judged(self.ledger.details(step)) if self.ledger and self.config.oracle == "judge" else {}
+    def judge_metrics(self, step=None):
+        """What the answers that `queries` counts say about the judge (judge.judge_metrics). Empty without a judge, and on
+        ranks other than 0."""
+        return judge_metrics(self.ledger.details(step)) if self.ledger and self.config.oracle == "judge" else {}
 
     def audit(self, step=None):
         """What the audited pairs up to a step (or all) say about the pseudo-labels. Known to rank 0.

@@ -85,7 +85,7 @@ def label_metrics(oracle, schedule, step, config):
     return {"pairs_seen": schedule.pairs_seen(step), "queries": oracle.queries(last),
             "queries_without_preference": oracle.without_preference(last),
             "pseudo_labels": oracle.state["pseudo_labels"], "pseudo_label_accuracy": pseudo_label_accuracy(oracle.state),
-            **oracle.judged(last), **audit_metrics(oracle, step - 1, config)}
+            **oracle.judge_metrics(last), **audit_metrics(oracle, step - 1, config)}
 
 
 def audit_metrics(oracle, step, config):
@@ -153,7 +153,7 @@ def summarise(schedule, oracle, run, engine):
                                       if state["pseudo_known"] else None),
             "audited": audit["audited"] if audit else 0, "audit_accuracy": audit and audit["accuracy"],
             "audit_interval": audit and list(audit["interval"]), "cost": spent, "cost_incomplete": incomplete,
-            "budget_spent_at_step": state["budget_spent_at_step"], **oracle.about, **oracle.judged(),
+            "budget_spent_at_step": state["budget_spent_at_step"], **oracle.about, **oracle.judge_metrics(),
             "eval_loss": evaluation and evaluation["loss"],
             "eval_accuracy": evaluation and evaluation["rewards/accuracies"],
             "peak_memory_bytes": peak_memory(engine.device), **adapter_summary(config, engine.module.lm)}
