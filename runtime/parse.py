@@ -109,7 +109,8 @@ def wants_empty_system(model):
 def help_text():
     """Every key with its default, its choices and what it means."""
     lines = ["Train a language model with Active DPO.", "",
-             "deepspeed train.py --config FILE.yaml [--key value | --key=value] …", ""]
+             "deepspeed train.py --config FILE.yaml [--key value | --key=value] …",
+             "python data.py --config FILE.yaml …        with the same keys, shows some of the pairs", ""]
     for field in dataclasses.fields(Config):
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         default = default if isinstance(default, str) else json.dumps(default)  # null and true, as in YAML
