@@ -231,12 +231,12 @@ def evaluate(engine, run, schedule, oracle):
     """Write loss and accuracy on the test split into the log, by its true labels and never through the gate."""
     config, batches = run.config, schedule.test_batches()
     sums = torch.zeros(COLUMNS, dtype=torch.float64, device=engine.device)
-    with bar(len(batches), "evaluate", leave=False) as progress:
+    with run.untimed(), bar(len(batches), "evaluate", leave=False) as progress:
         for batch, logps, rewards, margin in scored(engine, schedule.test, batches, config.beta):
             losses = adpo.preference_loss(margin, batch.labels, config.loss_type, config.beta, config.label_smoothing)
             sums += metric_sums(losses, rewards, logps, batch.labels, batch.weights, batch.tokens)
             progress.update()
-    run.evaluation = means(reduced(sums))[0]
+        run.evaluation = means(reduced(sums))[0]
     labels = report.label_metrics(oracle, schedule, run.step, config)
     run.log("eval", {**run.evaluation, **labels})
     say(f"step {run.step:,}: held-out accuracy {run.evaluation['rewards/accuracies']:.3f}, "

@@ -70,6 +70,7 @@ class Run:
         self.config, self.command_line, self.started = config, command_line, time.time()
         self.output, self.interrupt, self.finished = Path(config.output_dir), Interrupt(), False
         self.step, self.skipped, self.seconds_before, self.evaluation = 0, 0, 0.0, None
+        self.window_start = self.window_seconds = 0.0  # see seconds_since_log
         self.toy_prompts = toy.put_in_place(config)
         self.engine_config = engine_config(config)
 
@@ -113,6 +114,7 @@ class Run:
             state = checkpoint.restore(engine, self.checkpoint, self.start)
             self.step, self.skipped, self.seconds_before, self.evaluation, sums = (
                 state[name] for name in ("step", "skipped", "wall_seconds", "evaluation", "sums"))
+            self.window_seconds = state.get("seconds_since_log", 0.0)  # 0 in checkpoints of earlier versions
             for name, part in parts.items():
                 part.state = state[name]
             if not schedule.test:  # the last evaluation would be taken for one of the model at the end
@@ -158,7 +160,7 @@ class Run:
 
     def steps(self):
         """Yield each optimiser step that is still to do, from 0; stop_if_asked before each."""
-        self.in_step, self.window_start = False, time.time()
+        self.in_step, self.window_start = False, time.time() - self.window_seconds
         while self.step < self.total_steps:
             self.stop_if_asked()
             yield self.step
@@ -198,21 +200,30 @@ class Run:
         return sums
 
     def seconds_since_log(self):
-        """Seconds of training since the last log: evaluation and checkpoints do not count."""
+        """Seconds of training since the last row of the training split, also before a resume: those in which the tokens of
+        `sums` were trained on. Evaluations and checkpoints do not count."""
         return time.time() - self.window_start
+
+    @contextlib.contextmanager
+    def untimed(self):
+        """Around an evaluation or a checkpoint, whose seconds seconds_since_log does not count."""
+        begun = time.time()
+        yield
+        self.window_start += time.time() - begun
 
     def log(self, split, row):
         """Write a row of metrics.jsonl.  split: "train" or "eval"."""
         self.metrics.write({"step": self.step, "epoch": self.step / self.epoch_steps, "split": split, **row})
-        self.window_start = time.time()
+        if split == "train":
+            self.window_start = time.time()
 
     def save(self, engine):
         """Write a checkpoint."""
         state = {"step": self.step, "start": self.start, "skipped": self.skipped, "evaluation": self.evaluation,
                  "wall_seconds": self.seconds_before + time.time() - self.started, "sums": reduced(self.sums),
-                 **{name: part.state for name, part in self.parts.items()}}
-        checkpoint.save(engine, self.output, state, self.config.save_total_limit)
-        self.window_start = time.time()
+                 "seconds_since_log": self.seconds_since_log(), **{name: part.state for name, part in self.parts.items()}}
+        with self.untimed():
+            checkpoint.save(engine, self.output, state, self.config.save_total_limit)
 
     @torch.no_grad()
     def check_saved(self, engine):

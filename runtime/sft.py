@@ -83,12 +83,12 @@ def evaluate(engine, run, schedule):
     """Log the mean loss over the response tokens of the test split, in nats."""
     engine.eval()
     sums, batches = torch.zeros(3, dtype=torch.float64, device=engine.device), schedule.test_batches()
-    with bar(len(batches), "evaluate", leave=False) as progress:
+    with run.untimed(), bar(len(batches), "evaluate", leave=False) as progress:
         for rows in batches:
             losses, batch = token_losses(engine, schedule.test, rows)
             sums += sums_of(losses, rows, batch.tokens)
             progress.update()
-    loss, counted, _ = reduced(sums)
+        loss, counted, _ = reduced(sums)
     run.evaluation = loss / counted
     run.log("eval", {"loss": run.evaluation})
     say(f"step {run.step:,}: held-out loss {run.evaluation:.4f}")

@@ -54,6 +54,40 @@ def test_what_is_due_after_which_step(what, keys, steps, tmp_path, engine):
     assert due == [*steps]
 
 
+@pytest.mark.parametrize("between", ["eval", "save"])
+def test_tokens_per_second_count_the_seconds_of_all_steps_and_none_of_evaluations_and_checkpoints(
+        between, tmp_path, engine, monkeypatch):
+    """Steps of 10 s are logged together, with an evaluation or a checkpoint of 100 s between them, after 5 s of training
+    that came with the sums of the checkpoint from which the run goes on."""
+    clock, written = [0.0], {}
+    monkeypatch.setattr(module.time, "time", lambda: clock[0])
+    monkeypatch.setattr(module, "reduced", lambda sums: sums.tolist())
+
+    def pass_time(seconds):
+        clock[0] += seconds
+
+    def write(engine, output, state, limit):
+        pass_time(100)
+        written.update(state)
+    monkeypatch.setattr(checkpoint, "save", write)
+    run, seconds = make(tmp_path, total_steps=5), []
+    run.start, run.parts, run.metrics = {}, {}, types.SimpleNamespace(write=lambda row: None)
+    run.progress, run.window_seconds = types.SimpleNamespace(update=lambda: None), 5.0
+    for step in run.steps():
+        pass_time(10)
+        run.end_step(engine, None, [])
+        if step in (2, 4):
+            seconds.append(run.seconds_since_log())
+            run.log("train", {})
+        elif step == 1 and between == "save":
+            run.save(engine)
+        elif step == 1:
+            with run.untimed():
+                pass_time(100)
+            run.log("eval", {})
+    assert seconds == [35, 20] and written.get("seconds_since_log") == (25 if between == "save" else None)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Where a run stops
 
