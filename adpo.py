@@ -21,8 +21,8 @@ responses, in one row `[prompt | y1 | y2]`.
 
 Legend: B pairs, T tokens of a row, N response tokens of a batch, V vocabulary, H hidden size.
 
-Run it: `python adpo.py` prints one step of the method on four pairs. The module imports torch alone and does no I/O;
-tests/test_adpo.py checks each function against an independent computation.
+Run it: `python adpo.py` prints one step of the method on four pairs. The module needs no package but torch and does no
+I/O; tests/test_adpo.py checks each function against an independent computation.
 """
 
 from inspect import signature
@@ -74,12 +74,13 @@ def choose_labels(margin, answers, ask=None, pseudo_labels=True, after_budget="n
 
     margin: (B,).  answers: (B,), +1 (y1 preferred), −1 (y2 preferred), 0 (no answer, now or before), NaN (an answer
     without a preference: never a label, however sure the policy is).
-    ask: (B,) bool, what the gate said.
-    pseudo_labels: sign(m) for a pair that is not asked; False: no label, the paper's ablation "ADPO without pseudo-labels".
-    after_budget: of a pair that was to be asked when the budget was spent: "none", no label, or "pseudo_label".
-    ties: of an answer without a preference: "none", no label, or "half", NaN, which preference_loss trains towards σ(m) = ½.
+    ask: (B,) bool, what the gate said; after_budget needs it.
+    pseudo_labels: a pair that is not asked gets sign(m); False: no label, the paper's ablation "ADPO without pseudo-labels".
+    after_budget: what a pair gets that is to be asked when the budget is spent: "none", no label, or "pseudo_label".
+    ties: what an answer without a preference becomes: "none", no label, or "half", NaN, which preference_loss trains
+    towards σ(m) = ½.
     soft_labels: (B,) between −1 and 1, from a committee that has learned from all answers, in place of sign(m) and ±1.
-    Returns (B,) in margin's dtype, detached: o carries no gradient.
+    Returns (B,) in margin's dtype, detached (o carries no gradient): +1, −1, 0 for none, NaN for a tie, or a soft label.
     """
     margin = margin.detach()
     answers = answers.to(margin.dtype)
@@ -91,8 +92,8 @@ def choose_labels(margin, answers, ask=None, pseudo_labels=True, after_budget="n
 
 
 def sigmoid_loss(margin, labels, beta, label_smoothing):
-    """−p log σ(m) − (1 − p) log σ(−m): DPO, arXiv 2305.18290, eq. 7, where p = (1 + (1 − 2ε) o) / 2 is the chance that y1
-    is preferred and ε = label_smoothing. With ε = 0 this is −log σ(o·m)."""
+    """−p log σ(m) − (1 − p) log σ(−m): DPO, arXiv 2305.18290, eq. 7, where p = (1 + (1 − 2ε) o) / 2 is the probability that
+    y1 is preferred and ε = label_smoothing. With ε = 0 and o = ±1 this is −log σ(o·m)."""
     p = (1 + (1 - 2 * label_smoothing) * labels) / 2
     return -p * logsigmoid(margin) - (1 - p) * logsigmoid(-margin)
 
@@ -112,10 +113,10 @@ LOSSES = {"sigmoid": sigmoid_loss, "ipo": ipo_loss, "hinge": hinge_loss}
 
 
 def preference_loss(margin, labels, loss_type="sigmoid", beta=0.1, label_smoothing=0.0):
-    """Loss of each pair. Take the mean over all B pairs, including those without a label.
+    """Algorithm 2, the loss of each pair. Take the mean over all B pairs, including those without a label.
 
-    margin, labels: (B,); labels are +1, −1, 0 for none, NaN for a tie, whose o is 0, or for the sigmoid loss any o between
-    −1 and 1, which stands for a chance of (1 + o)/2 that y1 is preferred.  loss_type: a name in LOSSES.
+    margin, labels: (B,), as choose_labels returns them. A tie (NaN) has o = 0. For the sigmoid loss o may lie anywhere
+    between −1 and 1, and means that y1 is preferred with probability (1 + o)/2.  loss_type: a name in LOSSES.
     Returns (B,), 0 where the label is 0.
     """
     labels = labels.detach()
@@ -145,9 +146,10 @@ def sees(segments, positions, window=None):
 def attention_mask(segments, positions, dtype, window=None, flex=False):
     """The mask of `sees` in the form that attention takes.
 
-    flex: a BlockMask, for FlexAttention, which skips the blocks that nobody sees.
-    Otherwise (B, 1, T, T) in `dtype`, to be added to the scores: 0 where seen, the dtype's lowest number elsewhere. A
-    boolean mask or −inf would not do: eager attention adds the mask, and −inf gives NaN on a row that sees nothing.
+    segments, positions: (B, T), as `sees` has them.  flex: return a BlockMask for FlexAttention, which skips the blocks
+    that nobody sees.
+    Otherwise returns (B, 1, T, T) in `dtype`, to be added to the scores: 0 where seen, the dtype's lowest number elsewhere.
+    A boolean mask would not do, because eager attention adds the mask, nor −inf, which gives NaN on a row that sees nothing.
     """
     B, T = segments.shape
     if flex:  # always with a window, and a tensor: then layers with and without one share the graphs that are compiled
@@ -165,8 +167,9 @@ def two_rows(segments, longest):
     """Where the tokens of rows `[prompt | y1 | y2]` stand in two causal rows a pair, `[prompt | y1]` and `[prompt | y2]`.
 
     segments: (B, T), as `sees` has them.  longest: S, the tokens of the longest of those rows.
-    Returns (there (2B, S), back (B, T)), indices into the B·T tokens of the rows and into the 2B·S of the two rows. What
-    fills the end of a row is some token of the pair: in a causal row no real token sees what follows it.
+    Returns (there (2B, S), back (B, T)): which of the B·T tokens each place of the two rows takes, and which of the 2B·S
+    places each token comes back from. The end of a row is filled with some token of the pair: in a causal row no real token
+    sees what follows it.
     """
     B, T = segments.shape
     prompt, first = (segments == 0).sum(-1, keepdim=True), (segments == 1).sum(-1, keepdim=True)  # (B, 1)
@@ -179,8 +182,8 @@ def two_rows(segments, longest):
 
 
 def pair_attention(query, key, value, there, back, scale):
-    """Attention in rows `[prompt | y1 | y2]` without a mask, so that the kernels without one can be used: each token of the
-    prompt is copied, and the two rows of a pair are causal.
+    """Attention in rows `[prompt | y1 | y2]` by kernels that take no mask: the prompt is copied, and each pair becomes two
+    causal rows.
 
     query: (B, heads, T, D).  key, value: (B, KV heads, T, D).  there, back: of `two_rows`.  Returns (B, T, heads, D).
     """
@@ -256,8 +259,8 @@ class PairLogps(torch.nn.Module):
     def forward(self, batch, per_token=None):
         """log π(y|x) = Σ_t log π(y_t | x, y_<t) of both responses.
 
-        batch: a PairBatch (data.py).  per_token: "ours" or "plain" returns the N summands instead, for the check at
-        start-up.  Returns (B, 2) fp32, an fp32 sum.
+        batch: a PairBatch (data.py).  per_token: "ours" returns the N summands instead, and "plain" those of
+        plain_token_logps, for the check at start-up.  Returns (B, 2) fp32, an fp32 sum.
         """
         if per_token:
             return self.plain_token_logps(batch) if per_token == "plain" else self.token_logps(batch)
@@ -293,7 +296,8 @@ class PairLogps(torch.nn.Module):
         return mask(None if self.layer_types else self.window)
 
     def plain_token_logps(self, batch):
-        """The same numbers the ordinary way, to check against: the model's own forward and log-softmax, row by row.
+        """What token_logps returns, computed the ordinary way to check it: the model's own forward and log-softmax, row by
+        row.
 
         batch: in two rows a pair.  Returns (N,) fp32.
         """
@@ -307,10 +311,10 @@ class PairLogps(torch.nn.Module):
 
 
 class PairRewards(PairLogps):
-    """The same language model as a reward model: r(x, y) = Σ_t w · h_t over the last hidden states h of y's tokens.
+    """A causal language model as a reward model: r(x, y) = Σ_t w · h_t over the last hidden states h of y's tokens.
 
-    It takes the place of the implicit reward β [log π_θ(y|x) − log π_ref(y|x)]: a sum over tokens as well, and 0 before the
-    first step, where w is 0. Arguments as for PairLogps.
+    Its reward takes the place of the implicit one, β [log π_θ(y|x) − log π_ref(y|x)]. It too is a sum over tokens, and 0
+    before the first step, where w is 0. Arguments as for PairLogps.
     """
 
     def __init__(self, lm, *arguments, **keywords):
@@ -382,7 +386,7 @@ class TokenLogps(torch.autograd.Function):
 
 
 def final_logits(raw, scale, softcap):
-    """softcap(scale · raw) in fp32: (n, V); `raw` itself where it is fp32 already and nothing is to be done."""
+    """softcap(scale · raw) in fp32: (n, V). This is `raw` itself if it is fp32 and has neither scale nor softcap."""
     logits = raw.float()
     if scale != 1.0:
         logits = logits * scale
@@ -390,7 +394,7 @@ def final_logits(raw, scale, softcap):
 
 
 def score_logits(raw, targets, scale, softcap):
-    """(log softmax(logits)[target], log Σ exp(logits)), (n,) fp32 each.  raw: (n, V)."""
+    """(log softmax(logits)[target], log Σ exp(logits)), (n,) fp32 each.  raw: (n, V).  targets: (n,)."""
     logits = final_logits(raw, scale, softcap)
     # In blocks of columns, because logsumexp copies its input.
     lse = torch.stack([block.logsumexp(-1) for block in logits.split(8192, dim=-1)]).logsumexp(0)
@@ -398,8 +402,11 @@ def score_logits(raw, targets, scale, softcap):
 
 
 def grad_logits(raw, targets, lse, grad, scale, softcap):
-    """d logp / d raw = onehot(target) − softmax(logits), times the incoming gradient, through softcap and scale: (n, V) in
-    raw's dtype. Where that is fp32, `raw` is overwritten."""
+    """The gradient of raw, (n, V) in its dtype: onehot(target) − softmax(logits), times the incoming gradient and the slopes
+    of softcap and scale.
+
+    raw: (n, V); its memory may be used again.  targets, lse, grad: (n,).
+    """
     logits = final_logits(raw, scale, softcap)
     slope = None
     if softcap:  # d softcap·tanh(u/softcap) / du = 1 − tanh²
@@ -461,7 +468,7 @@ def token_logps(states, targets, head, chunk_size, scale=1.0, softcap=None, scor
 # python adpo.py
 
 def worked_example():
-    """Print one step of the method on four pairs with made-up log-probs, all by the functions above.
+    """Print one step of the method on four pairs with made-up log-probs, computed by the functions above.
 
     Pair 1: the policy is unsure. 2: it is sure and right. 3: it is sure and wrong. 4: a margin of exactly γ, which asks.
     """

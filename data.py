@@ -18,7 +18,7 @@ A hash of the pair's content decides which response is y1. That does not depend 
 run, so a label in a ledger keeps its meaning.
 
 Legend: B pairs, T tokens of a row, N response tokens of a batch.  Try it: `python data.py --config configs/quickstart.yaml`,
-with the flags of train.py, prints the first pairs as the model will see them.
+with the flags of train.py, prints three pairs as the model will see them.
 """
 
 import hashlib
@@ -150,7 +150,7 @@ class Renderer:
         return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
 
     def _rendered(self, messages, ask=False):
-        """The same, or None without a template, or if the template rejects these messages."""
+        """What `chat` returns, or None if there is no template or it rejects these messages."""
         try:
             return self.chat(messages, ask) if self.tokenizer.chat_template else None
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError):
@@ -425,8 +425,8 @@ def left_out(message, text):
 
 
 def tokenize_rows(rows, renderer):
-    """Parsed rows (columns of parse_source) → their token ids, number of tokens, why to drop each, or "", and what happened
-    to it (notes, one a line)."""
+    """For a batch of parsed rows (in the columns of parse_source): token ids, number of tokens, why to drop each row ("":
+    keep it), and what happened to it (notes, one a line). Raises DataError, which names the row."""
     pairs = [(json.loads(prompt), [json.loads(response) for response in (first, second) if response is not None])
              for prompt, first, second in zip(rows["prompt"], rows["first"], rows["second"])]
     try:
@@ -560,7 +560,8 @@ def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decont
 
 
 def hash_of_tokens(rows):
-    """Hash of the token ids of all rows, in order. A template may print the date, so its text does not decide the tokens."""
+    """Hash of the token ids of all rows, in order. A template may print today's date, so the rows and the template alone do
+    not decide the tokens."""
     digest, columns = hashlib.blake2b(digest_size=16), ["prompt_ids", "first_ids", "second_ids"]
     for table in rows.select_columns(columns).with_format("arrow").iter(batch_size=1000):
         for name in columns:
@@ -602,7 +603,7 @@ def _drop_unusable(rows, counts):
 def _answers(rows):
     """({id: label}, {id: truth}, number of rows whose label is not the pair's).
 
-    Where the rows of a pair disagree, as those of several annotators do, the majority counts, and at a draw the first row.
+    Where the rows of a pair disagree, as those of several annotators do, the majority counts, and in a draw the first row.
     """
     ids, labels, truths = (rows[name][:] for name in ("id", "label", "truth"))  # whole columns: one by one is slow
     found = majority(ids, labels)
@@ -610,7 +611,7 @@ def _answers(rows):
 
 
 def majority(ids, votes):
-    """{id: what most of its votes say, at a draw the first}.  votes: +1, −1, or 0 for none."""
+    """{id: what most of its votes say, in a draw the first}.  votes: +1, −1, or 0 for none."""
     found, disputed = {}, {}  # disputed: {id: sum of its votes}, usually of few pairs
     for id, vote in zip(ids, votes):
         if vote and found.setdefault(id, vote) != vote:
@@ -622,11 +623,11 @@ def majority(ids, votes):
 
 
 def _plain(counts):
-    """The counts in words, without zeros."""
+    """The counts in words. Zeros are left out, except those of rows and pairs."""
     words = {"rows": "rows read", "contaminated": "dropped as contaminated",
              "empty response": "dropped for an empty response", "equal responses": "dropped for equal responses",
              "pairs": "pairs", "repeated": "of them repeated",
-             "contradicting": "outvoted (the label of most of a pair's rows counts, at a draw the first)"}
+             "contradicting": "outvoted (the label of most of a pair's rows counts, in a draw the first)"}
     return ", ".join(f"{n:,} {words.get(key, key)}" for key, n in counts.items() if n or key in ("rows", "pairs"))
 
 
@@ -753,7 +754,8 @@ def collate(pairs, rows, shared=True, pad=0):
 
 
 def preview(config, command_line=None):
-    """Print the first training pairs of a run as the model will see them: special tokens in ⟦ ⟧, what is cut off in ⟪ ⟫."""
+    """Print three training pairs of a run as the model will see them: special tokens in ⟦ ⟧, what is cut off in ⟪ ⟫. To be
+    quick, it tokenises no more than 1,000 pairs, drawn at random, and counts what happens to these."""
     from runtime import toy
     from runtime.model import load_tokenizer
 

@@ -71,7 +71,7 @@ def main(config, command_line=None):
     if not config.label_budget:  # the committee has checked them
         oracle.check_ledger(train.ids)
     gamma = threshold(config)
-    run.resume(engine, schedule, columns=10, oracle=oracle)
+    run.resume(engine, schedule, columns=COLUMNS, oracle=oracle)
     if test and config.eval_on_start and run.step == 0:
         evaluate(engine, run, schedule, oracle)
 
@@ -89,8 +89,8 @@ def main(config, command_line=None):
 
                 # Algorithm 2
                 logps = engine(batch)  # (B, 2)  log π_θ(y|x)
-                rewards = adpo.implicit_rewards(logps, batch.ref_logps, config.beta)  # (B, 2)
-                margin = adpo.margins(rewards)  # (B,)
+                rewards = adpo.implicit_rewards(logps, batch.ref_logps, config.beta)  # (B, 2)  r(x, y)
+                margin = adpo.margins(rewards)  # (B,)  m = r(x, y1) − r(x, y2)
                 margin_cpu = margin.detach().cpu()  # (B,)  the only wait for the device in a micro-step
                 ask = adpo.gate(margin_cpu, gamma, batch.ids)  # (B,)  |m| ≤ γ
                 answers = oracle.answer(batch.ids, margin_cpu, ask, step)  # (B,)  +1, −1; NaN: no preference; 0: not asked
@@ -99,7 +99,8 @@ def main(config, command_line=None):
 
                 oracle.count_pseudo_labels(batch.ids, labels, answers)
                 labels = data.to_device(labels, engine.device)
-                losses = adpo.preference_loss(margin, labels, config.loss_type, config.beta, config.label_smoothing)  # (B,)
+                losses = adpo.preference_loss(margin, labels, config.loss_type, config.beta,
+                                              config.label_smoothing)  # (B,)  −log σ(o · m)
                 norm = backward(engine, (losses * batch.weights).sum(), len(rows), last=n == len(micro_batches))
                 run.add(metric_sums(losses, rewards, logps, labels, batch.weights, batch.tokens))
 
@@ -121,9 +122,9 @@ def main(config, command_line=None):
 # Before the loop
 
 def load_data(config, tokenizer):
-    """(training pairs, test pairs or None, annotator or None): the labels go to the annotator, on rank 0 alone.
+    """(training Pairs, test Pairs or None, annotator or None). The training labels go to the annotator, on rank 0 alone.
 
-    Only the test split's pairs hold their labels. Raises UsageError where a label is missing that the run needs.
+    Only the test pairs hold their labels. Raises UsageError where a label is missing that the run needs.
     """
     train, labels, truths = data.load_split(config, tokenizer, "train", config.max_train_samples)
     missing = [id for id in train.ids if id not in labels]
@@ -150,8 +151,8 @@ def load_test_pairs(config, tokenizer):
 
 
 def threshold(config):
-    """γ of the gate. Plain DPO asks about every pair: γ = ∞. Where a committee has bought all labels, γ = −1 asks nobody:
-    no |m| is that small."""
+    """γ of the gate, in units of reward. Plain DPO asks about every pair: γ = ∞. Where a committee has bought all labels,
+    γ = −1 asks about none, because no |m| is that small."""
     if not config.data_selection:
         return math.inf
     return -1.0 if config.label_budget else config.gamma
@@ -171,11 +172,11 @@ def scored(engine, pairs, batches, beta):
 
 
 def ask_ahead(engine, oracle, gamma, pairs, micro_batches, step):
-    """Ask all questions of a step at once, over all micro-batches and ranks, so that people and judges are not waited for
-    again and again, and a budget that ends in this step is spent on its least sure pairs. The loop then finds the answers in
-    the ledger.
+    """Ask all questions of a step at once, over all micro-batches and ranks, so that the run waits once for people or a
+    judge, and a budget that ends in this step is spent on its least sure pairs. The loop then finds the answers in the
+    ledger.
 
-    It costs one more forward pass of the step. Nothing changes between the two passes, so they agree on whom to ask.
+    This costs one more forward pass of the step. Nothing changes between the two passes, so they agree on whom to ask.
     """
     ids, margins = [], []
     for batch, _, _, margin in scored(engine, pairs, micro_batches, oracle.config.beta):
@@ -187,13 +188,14 @@ def ask_ahead(engine, oracle, gamma, pairs, micro_batches, step):
 
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
            "logps/rejected")
+COLUMNS = 3 + len(METRICS)  # of metric_sums
 
 
 def metric_sums(losses, rewards, logps, labels, weights, tokens):
-    """Sums over a micro-batch, (10,) fp64: pairs, labelled pairs, tokens, then one for each of METRICS.
+    """Sums over a micro-batch, (COLUMNS,) fp64: pairs, labelled pairs, tokens, then one for each of METRICS.
 
-    losses, labels, weights: (B,).  rewards, logps: (B, 2).  "Chosen" is by the label that the loss used; a margin of
-    exactly 0 counts as half right.
+    losses, labels, weights: (B,).  rewards, logps: (B, 2).  tokens: a number.  "Chosen" is the response that the label of
+    the loss prefers; a margin of exactly 0 counts as half right.
     """
     labelled = weights * ((labels != 0) & ~labels.isnan())  # (B,)
     first = (labels > 0)[:, None]  # (B, 1)
@@ -207,7 +209,8 @@ def metric_sums(losses, rewards, logps, labels, weights, tokens):
 
 
 def means(sums):
-    """({metric: mean}, tokens) of reduced sums. The loss is over all pairs, the rest over those with a label."""
+    """({metric: mean}, tokens) from metric sums over all ranks. The mean of the loss is over all pairs, the others are over
+    those with a label."""
     pairs, labelled, tokens, loss, *rest = sums
     return {"loss": loss / max(pairs, 1)} | {k: v / max(labelled, 1) for k, v in zip(METRICS[1:], rest)}, tokens
 
@@ -226,15 +229,15 @@ def log_training(run, engine, schedule, oracle, lr, norm):
 
 
 def evaluate(engine, run, schedule, oracle):
-    """Log loss and accuracy on the test split, by its true labels, never by the gate."""
+    """Write loss and accuracy on the test split into the log, by its true labels and never through the gate."""
     config, batches = run.config, schedule.test_batches()
-    sums = torch.zeros(10, dtype=torch.float64, device=engine.device)
+    sums = torch.zeros(COLUMNS, dtype=torch.float64, device=engine.device)
     with bar(len(batches), "evaluate", leave=False) as progress:
         for batch, logps, rewards, margin in scored(engine, schedule.test, batches, config.beta):
             losses = adpo.preference_loss(margin, batch.labels, config.loss_type, config.beta, config.label_smoothing)
             sums += metric_sums(losses, rewards, logps, batch.labels, batch.weights, batch.tokens)
             progress.update()
-    run.evaluation = means(reduced(sums))[0]
+        run.evaluation = means(reduced(sums))[0]
     labels = report.label_metrics(oracle, schedule, run.step, config)
     run.log("eval", {**run.evaluation, **labels})
     say(f"step {run.step:,}: held-out accuracy {run.evaluation['rewards/accuracies']:.3f}, "

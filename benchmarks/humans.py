@@ -95,7 +95,7 @@ def read(source):
             kept.setdefault(id, row)
     rows, longer = [row[:2] for row in kept.values()], [row[2] for row in kept.values()]
     if repeated := len(found) - len(rows):
-        print(f"{source}: {repeated:,} rows repeat a pair; the label of most of its rows counts, at a draw the first")
+        print(f"{source}: {repeated:,} rows repeat a pair; the label of most of its rows counts, in a draw the first")
     if empty := sorted({*range(PARTS)} - {part for part, _ in rows}):
         raise DataError(f"{source}: {len(rows):,} pairs, whose prompts fall into {PARTS - len(empty)} of {PARTS} parts: "
                         "this benchmark needs more prompts")

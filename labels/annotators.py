@@ -27,11 +27,11 @@ class Waiting(Stopped):
 class Annotator(abc.ABC):
     """The interface of an annotator. The class attributes are read on every rank; an instance exists on rank 0 alone."""
 
-    name = None  # the answers' source in the ledger
+    name = None  # the source of its answers in the ledger
     asks_together = True  # ask all questions of an optimiser step at once, before training on it
     needs = ()  # config keys that have to be set
     about = {}  # what summary.json says about it
-    # Called with the number of missing answers, and for people with the command by which they answer; the run shows both.
+    # Called with the number of missing answers and, for people, with the command that opens the page; the run shows both.
     show = staticmethod(lambda missing, how="": None)
     check = staticmethod(lambda ledger: None)  # raises LedgerError if its answers must not be mixed with those in the ledger
 
@@ -50,7 +50,7 @@ class Annotator(abc.ABC):
         question that can never be answered."""
 
     def grade(self, labelled):
-        """(right, known) for [(pair id, label)]: for how many pairs the truth is known, and how many labels agree with it.
+        """(right, known) for [(pair id, label)]: how many labels are right, and for how many pairs the true label is known.
         Most annotators know none."""
         return 0, 0
 
@@ -103,8 +103,8 @@ class HumanAnnotator(Annotator):
         return cls(pairs.text_by_id(), config.oracle_wait_minutes)
 
     def answer(self, questions, ledger):
-        """Put the questions and wait until all are answered. Raises Waiting if for wait_minutes nobody has answered any
-        question, or on Ctrl-C; the questions stay open."""
+        """Ask the questions and wait until all are answered. Raises Waiting after wait_minutes in which nobody has answered
+        any question, or on Ctrl-C; the questions stay open."""
         ids, last, since = [q.pair for q in questions], None, time.monotonic()
         missing, page = len(ids), f"python tools/label.py {shlex.quote(str(Path(ledger.path).parent))}"
         try:

@@ -1,4 +1,4 @@
-"""A committee of reward models, which learns from the labels bought and gives every pair a soft label.  label_budget
+"""A committee of reward models, which learns from the labels bought and gives every pair a soft label: key label_budget.
 
     add_soft_labels    buys the run's labels before the first step, and fills `.soft_labels` of the training pairs
 
@@ -9,9 +9,11 @@ What several other models agree on tells it something new, and averaging cancels
 The labels are those of random pairs. Choosing the pairs on which the members disagree gained up to a point on the built-in
 task and nothing on real text, for a third more compute (benchmarks/results/query_efficiency_3.md).
 
-Departures from the paper: all of it; docs/method.md tells why, and what it brings. Ensembles of reward models: Coste et al.,
-arXiv 2310.02743. Training a policy on what they say: Fisch et al., arXiv 2405.19316. Whatever is learned is a function of
-the ledger, so a resumed run goes on as it was.
+None of this is in the paper; docs/method.md says why it is here, and what it brings. Ensembles of reward models: Coste et
+al., arXiv 2310.02743. Training a policy on what they say: Fisch et al., arXiv 2405.19316. What the members learn is a
+function of the ledger, so a resumed run goes on as it was.
+
+    deepspeed train.py --config … --label_budget 0.25
 """
 
 import math
@@ -30,12 +32,12 @@ from runtime.schedule import my_batches, set_learning_rate
 
 
 def add_soft_labels(config, run, annotator, schedule, ds):
-    """Buy the labels of a run and fill `.soft_labels` of its training pairs, (pairs,) between −1 and 1: twice the mean
-    chance that the members give to y1 being preferred, less 1. Where a member that has learned from half of the labels
-    cannot tell the other half, the run trains on the labels bought instead, and on no other pair.
+    """Buy the labels of a run and fill `.soft_labels` of its training pairs, (pairs,) between −1 and 1: 2p − 1, where p is
+    the mean probability of the members that y1 is preferred, σ(m). First, one member learns from half of the labels. If it
+    does not know the other half better than a coin, the run trains only on the pairs whose labels it has bought.
 
     All ranks call it together, before the policy is loaded, because each member takes as much memory.
-    annotator: on rank 0.  ds: the engine's config.
+    annotator: on rank 0.  ds: the engine's config.  Raises UsageError, and FloatingPointError where a margin is not finite.
     """
     pairs, rows = schedule.pairs, schedule.rows_seen()
     about = what_counts(config, run, schedule, ds)
@@ -58,14 +60,14 @@ def add_soft_labels(config, run, annotator, schedule, ds):
 
 
 def buy(oracle, schedule, config):
-    """Ask about random pairs, until as many have an answer as label_budget says. Those that have one from another run count.
+    """Ask about random pairs until as many have an answer as label_budget says. Answers from other runs count.
 
     Returns the labels of all pairs, (pairs,): +1, −1, NaN for no preference, 0 where nobody has been asked. A resumed run
     draws the same pairs again.  Raises UsageError where no answer prefers a response.
     """
     pairs = schedule.pairs
     ids = sorted(schedule.ids_seen(), key=lambda id: drawn(f"committee {config.seed} {id}"))
-    new = from_rank_0(oracle.ledger.unanswered(ids, before=0) if oracle.ledger else None)  # by other runs
+    new = from_rank_0(oracle.ledger.unanswered(ids, before=0) if oracle.ledger else None)  # without another run's answer
     left = labels_to_have(config.label_budget, len(ids)) - (len(ids) - len(new))
     chosen = set(new[:max(0, left)])
     labels = oracle.answer(pairs.ids, torch.zeros(len(pairs)), torch.tensor([id in chosen for id in pairs.ids]), step=0)
@@ -76,15 +78,15 @@ def buy(oracle, schedule, config):
 
 
 def labels_to_have(budget, pairs):
-    """The number of labels that label_budget means for so many pairs: up to 1 it is a share, 1 being all of them."""
+    """How many of the pairs get a label. budget: the key label_budget, a share up to 1, or a number of labels above 1."""
     return max(1, min(pairs, round(budget * pairs) if budget <= 1 else int(budget)))
 
 
 def knows_something(margin, labels):
-    """Whether a member tells which response is preferred in pairs whose labels it had not seen. Says how often it is right.
+    """Whether a member knows which response is preferred in pairs whose labels it has not seen. Says how often it is right.
 
-    If labels were coins, Σ m·o would have mean 0 and variance Σ m², so a sum of over 1.96 standard deviations is knowledge.
-    (This is the score test of a = 0, where σ(a·m) is the chance that the annotator prefers y1.)
+    If the labels were drawn by a coin, Σ m·o would have mean 0 and variance Σ m², so it would rarely be above 1.96 standard
+    deviations. (This is the score test of a = 0, where σ(a·m) is the probability that the annotator prefers y1.)
 
     margin, labels: (pairs,), of pairs that the member has not learned from. Those without a preference do not count.
     """
@@ -121,8 +123,9 @@ def member_margins(config, run, schedule, ds, labels, n, rows, about):
     """m = r(x, y1) − r(x, y2) of the pairs in these rows by member n, trained on these labels: (pairs,) on the CPU, NaN for
     the other pairs. Raises FloatingPointError where a margin is not finite.
 
-    They are cached, so that a run that was stopped goes on with the next member, and that one with another β or (where
-    committee_learning_rate is set) learning rate for its policy need not train them again.  about: of `what_counts`.
+    They are cached, so that a run that was stopped goes on with the next member, and so that a run with another β or (where
+    committee_learning_rate is set) another learning_rate need not train them again.
+    n: which member, from 0.  about: what `what_counts` returns.
     """
     def learn(engine):
         train(engine, config, run, schedule, labels, n)
@@ -132,7 +135,7 @@ def member_margins(config, run, schedule, ds, labels, n, rows, about):
     run.stop_if_asked()
     margins = cached("committee", [n, labels.tolist(), rows, about], lambda: in_member(learn, config, schedule, ds))
     run.progress.update()
-    adpo.gate(margins[rows], math.inf, [schedule.pairs.ids[row] for row in rows])  # for its error
+    adpo.gate(margins[rows], math.inf, [schedule.pairs.ids[row] for row in rows])  # raises where a margin is not finite
     return margins
 
 
@@ -154,9 +157,9 @@ def train(engine, config, run, schedule, labels, n):
         micro_batches = schedule.micro_batches(chosen)
         for k, micro_batch in enumerate(micro_batches, 1):
             batch = pairs.batch(micro_batch, engine.device)
-            margin = adpo.margins(engine(batch))  # (B,)
+            margin = adpo.margins(engine(batch))  # (B,)  m = r(x, y1) − r(x, y2)
             answers = labels[micro_batch] if micro_batch else torch.zeros(1)  # (B,); a filler pair has none
             answers = data.to_device(answers, engine.device)
-            losses = adpo.preference_loss(margin, answers, label_smoothing=config.label_smoothing)
+            losses = adpo.preference_loss(margin, answers, label_smoothing=config.label_smoothing)  # (B,)  −log σ(o · m)
             norm = backward(engine, (losses * batch.weights).sum(), len(chosen), last=k == len(micro_batches))
         skipped = skipped_in_a_row(skipped, engine, norm, step, [pairs.ids[row] for row in chosen])

@@ -7,7 +7,7 @@ What a failure means decides who pays for it:
 
     Refused        wrong url, key or model: nothing will get through, so the caller should stop
     TextRefused    the endpoint works, but not for this text (content filter, context length, always an error)
-    GaveUp         it failed as often as it may; another time it could work
+    GaveUp         it failed as often as it may; later it could work
 
 An HTTP 400, 403, 413 or 422 can mean either of the first two, and what fails however often it is sent, either of the last
 two: a short question of our own tells them apart. A timeout, or an HTTP 429, 503, 504 or 529, is never held against the
@@ -40,7 +40,7 @@ class TextRefused(Exception):
 
 
 class GaveUp(Exception):
-    """A request failed as often as it may. started: when it was first sent."""
+    """A request failed as often as it may. started: when it was first sent, in seconds of time.monotonic."""
 
     def __init__(self, message, started):
         super().__init__(message)
@@ -66,8 +66,12 @@ class Rejected(Exception):
 
 @dataclass
 class Reply:
-    """text: without the reasoning before it.  thought: the text may be reasoning that never came to its end.
-    tokens: (prompt, completion); None where the server does not say.  content: as the server sent it, if it is a text."""
+    """What the server replied.
+
+    text: without the reasoning before it.  finish: its finish_reason.  tokens: (prompt, completion); None where the server
+    does not say.  seconds: how long it took.  thought: the text may be reasoning that never came to its end.  content: as
+    the server sent it, if it is a text.
+    """
     text: str
     finish: str | None
     tokens: tuple

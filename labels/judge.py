@@ -8,15 +8,14 @@ The endpoint itself is in labels/endpoint.py, what the judge is asked in labels/
 on this machine, in labels/reward_model.py. Each verdict goes into the ledger with the reply and its cost, and each answer as
 soon as its pair is settled. A run that is killed pays again only for the requests that were in flight. A pair gets
 
-    the judge's label      if it prefers the same response in both orders
-    no preference          if the orders disagree, or neither is preferred; or a coin's label (annotator "MODEL (coin)"), or
-                           a second round, as the key judge_disagreement says
-    what the key           if the endpoint refuses the pair's texts, or three replies had no usable verdict: no preference
-    judge_unanswerable     (skip), a person's answer (human), or a stop of the run (stop)
-    says
+    the judge's label          if it prefers the same response in both orders
+    what judge_disagreement    if the orders disagree, or neither response is preferred: no preference (tie), a random label
+        says                   (coin; its annotator is "MODEL (coin)"), or a second round, then a tie (again)
+    what judge_unanswerable    if the endpoint refuses the pair's texts, or three replies had no usable verdict: no
+        says                   preference (skip), a person's answer (human), or the run stops (stop)
 
 and the ledger keeps with the answer which of these it was. An endpoint that is down, or that talks nonsense about
-everything, stops the run resumably; answer() raises Waiting.
+everything, stops the run, and the same command resumes it: answer() raises Waiting.
 
 Departures: the official code asks nobody; its labels come with the data. Asking in both orders, against position bias, and
 calling a disagreement a tie are from Zheng et al. 2023 (arXiv 2306.05685).
@@ -68,7 +67,7 @@ class Judge(Annotator):
     """
 
     name = "judge"
-    patience = 20  # after this many useless replies in a row, the judge is given up
+    patience = 20  # useless replies in a row after which the judge is no longer asked
 
     def __init__(self, texts, model, seed, disagreement="tie", unanswerable="skip", wait_minutes=60.0):
         self.texts, self.model, self.seed = texts, model, seed
@@ -114,7 +113,7 @@ class Judge(Annotator):
                    detail=json.dumps(detail))
 
     def give_up_on(self, pairs, ledger, **detail):
-        """Do with pairs that cannot be judged what the key judge_unanswerable says.  pairs: {Question: why}.
+        """Do what the key judge_unanswerable says with pairs that cannot be judged.  pairs: {Question: why}.
 
         Raises Waiting if the run has to stop for them, or if people have not answered yet.
         """
@@ -139,7 +138,7 @@ class Judge(Annotator):
             self.people.answer(list(pairs), ledger)
 
 
-def judged(details):
+def judge_metrics(details):
     """What a judge's answers tell about it, for the metrics and the summary.  details: [(JSON, how many)], Ledger.details.
 
     judge_agreement: on which share of the pairs both orders had the same outcome.  judge_first_position: which share of the
@@ -158,15 +157,15 @@ def judged(details):
             "judge_first_position": letters["A"] / letters.total() if letters.total() else None}
 
 
-def judge_text(judged):
-    """The same in a few words, for people; empty without a judge.  judged: has what `judged` returns."""
+def judge_text(metrics):
+    """What judge_metrics returns, in a few words for people; "" without a judge.  metrics: that dict, or a larger one."""
     parts = []
-    if judged.get("judge_agreement") is not None:
-        parts.append(f"orders agree on {judged['judge_agreement']:.0%}")
-    if judged.get("judge_first_position") is not None:
-        parts.append(f"first position preferred in {judged['judge_first_position']:.0%}")
-    parts += [f"{judged[name]:,} {word}" for name, word in (("judge_coins", "by coin"), ("judge_ties", "ties"),
-                                                            ("judge_unanswerable", "unanswerable")) if judged.get(name)]
+    if metrics.get("judge_agreement") is not None:
+        parts.append(f"orders agree on {metrics['judge_agreement']:.0%}")
+    if metrics.get("judge_first_position") is not None:
+        parts.append(f"first position preferred in {metrics['judge_first_position']:.0%}")
+    parts += [f"{metrics[name]:,} {word}" for name, word in (("judge_coins", "by coin"), ("judge_ties", "ties"),
+                                                            ("judge_unanswerable", "unanswerable")) if metrics.get(name)]
     return ", ".join(parts)
 
 
@@ -245,8 +244,11 @@ class Rubric:
 
 @dataclass
 class Request:
-    """round: 1, or 2 after a disagreement.  order: 1 shows y1 as A, −1 shows y2 as A.  attempt: 1, or more after replies
-    without a usable verdict."""
+    """A question to the chat model about one pair.
+
+    round: 1, or 2 after a disagreement.  order: 1 shows y1 as A, −1 shows y2 as A.  attempt: 1, or more after replies
+    without a usable verdict.
+    """
     pair: str
     round: int
     order: int
@@ -335,8 +337,8 @@ class ChatJudge(Judge):
             self.give_up_on({case.question: case.why for case in missing.values()}, ledger, rubric=self.rubric.hash)
 
     def hear(self, missing, exchange, ledger):
-        """Ask about all pairs and settle those that can be; they leave `missing`. Returns what went wrong with the others,
-        besides what makes a pair unanswerable (Case.why)."""
+        """Ask about all pairs, settle those that can be settled, and take them out of `missing`. Returns why others are
+        left, or "" if each of them has its own reason (Case.why).  missing: {pair: Case}."""
         requests = [request for case in list(missing.values()) for request in self.advance(case, missing, ledger)]
         first = 1 if self.is_useless() else len(requests)  # one reply has to show that the judge works now
         for request in requests[:first]:
@@ -376,14 +378,14 @@ class ChatJudge(Judge):
                 case.said[place] = past["said"]
             elif same and "unanswerable" in past:
                 case.why = past["unanswerable"]
-            elif same and not self.is_useless():  # then its replies say nothing about a pair
+            elif same and not self.is_useless():  # replies of a useless judge say nothing about a pair
                 case.tries[place] += 1
                 if case.tries[place] >= self.attempts:
                     case.why = self.no_verdict(past["reply"], past["finish_reason"])
         return case
 
     def recall_useless(self, ledger):
-        """The ledger's last replies as far as they were useless and came under these settings, oldest first."""
+        """The last replies in the ledger, back to the last usable one or one under other settings, oldest first."""
         useless = deque(maxlen=self.patience)
         for text in ledger.last_verdicts(self.model, self.patience):
             past = json.loads(text)
@@ -393,7 +395,7 @@ class ChatJudge(Judge):
         return useless
 
     def is_useless(self):
-        """Whether so many replies in a row were useless that the judge itself must be."""
+        """Whether so many replies in a row were useless that the judge must be useless itself."""
         return len(self.useless) == self.patience
 
     def advance(self, case, missing, ledger):
@@ -443,7 +445,7 @@ class ChatJudge(Judge):
                 f"{one_line(finish, 20)})")
 
     def what_it_said(self):
-        """Why the judge is given up, in words: what its last replies looked like, and what to do."""
+        """Why the run no longer asks the judge, for the user: what its last replies looked like, and what to do."""
         common = Counter(one_line(text, 50) for text, _ in self.useless).most_common(3)
         seen = ", ".join(f"{n} × {text!r}" for text, n in common)
         cut = sum(finish == "length" for _, finish in self.useless)

@@ -360,7 +360,7 @@ class Ledger:
 
     def details(self, step=None, first=0):
         """[(detail, how many)] of the answers, to questions of optimiser steps from `first` to `step` (None: all), that say
-        how they came about. Step −1 holds what came from other runs."""
+        how they came about. What came from other runs has step −1."""
         return self.db.execute("SELECT detail, COUNT(*) FROM answers WHERE detail IS NOT NULL AND step BETWEEN ? AND ? "
                                "GROUP BY detail", (first, 2**62 if step is None else step)).fetchall()
 
@@ -562,9 +562,10 @@ class Ledger:
 
 def in_words(path, error):
     """An error of SQLite as a message to the user: the file, what is wrong and what to do."""
-    advice = {"locked": "another process holds it: close that one", "full": "make room on its disk",
+    other = "it is not a ledger, or of another version: move it away, or name another folder"
+    advice = {"locked": "another process holds it: wait for that one, or close it", "full": "make room on its disk",
               "readonly": "make it and its folder writable", "unable to open": "look at its folder and its permissions",
-              "not a database": "move it away", "malformed": "it is damaged: restore a copy, or move it away",
+              "not a database": other, "malformed": "it is damaged: restore a copy, or move it away",
               "no such": "it is another file, or a copy without its labels.sqlite-wal: copy both"}
     todo = next((todo for word, todo in advice.items() if word in str(error)), "look at its disk, which may be full")
     return f"{path}: cannot be used as a ledger ({error}): {todo}"

@@ -22,7 +22,7 @@ import math
 import torch
 
 from labels.annotators import DatasetAnnotator, HumanAnnotator, Waiting
-from labels.judge import ChatJudge, judged
+from labels.judge import ChatJudge, judge_metrics
 from labels.ledger import Ledger, LedgerError, Question
 from labels.reward_model import RewardModelJudge
 from runtime.errors import Stopped, UsageError
@@ -61,8 +61,8 @@ def wilson(successes, trials, z=1.96):
 class Oracle:
     """Answers the questions of all ranks. Every rank makes one; only rank 0 holds the annotator and the ledger.
 
-    annotator: None on ranks other than 0.  path: the ledger's file.  run: the Run whose progress bar shows missing answers
-    and whose signal handler may cut in while an annotator is asked who can take hours; None outside of a run.
+    annotator: None on ranks other than 0.  path: the ledger's file.  run: the Run whose progress bar shows missing answers,
+    and whose Ctrl-C ends at once the wait for an annotator who can take hours; None outside of a run.
     state: the counts that a checkpoint keeps.
     """
 
@@ -103,8 +103,9 @@ class Oracle:
                 "output_dir to pay for all labels again")
 
     def asks_ahead(self, pairs):
-        """Whether the questions of a step of so many pairs are to be asked all at once: for people and judges, and where the
-        budget may end within the step, because its last labels go to the least sure pairs. All ranks call it together."""
+        """Whether to ask all questions of a step at once, before the loop trains on any of its pairs: for people and judges,
+        and where the budget may end within the step, because its last labels go to the least sure pairs. All ranks call it
+        together.  pairs: how many the step has."""
         if self.config.label_budget:  # everything has been asked
             return False
         if self.asks_together or self.config.max_queries is None:
@@ -112,7 +113,8 @@ class Oracle:
         return 0 < from_rank_0(self.budget_left() if self.ledger else None) < pairs
 
     def budget_left(self):
-        """How many labels max_queries still allows, over all steps: also those that a run has gone back from. On rank 0."""
+        """How many labels max_queries still allows. Those bought at steps after the checkpoint that a run resumed from count
+        too. On rank 0."""
         return max(0, self.config.max_queries - self.ledger.count())
 
     def answer(self, ids, margin, ask, step):
@@ -144,10 +146,11 @@ class Oracle:
         return torch.tensor(mine)
 
     def _answers(self, items, step):
-        """{pair: label} of the pairs that have an answer, after asking for those that want one; NaN: no preference.
+        """{pair: label} of the pairs that have an answer, after asking about those in `items` that are to be asked; NaN: no
+        preference.  items: [(pair, margin, whether to ask, whether as an audit)].
 
-        A run that goes on from an earlier checkpoint meets pairs that it asked about at a later step, in another epoch. Such
-        a label is bought, so it is not bought again, but where the pair is not asked, the run is as it was: without it.
+        A run that resumes from an earlier checkpoint meets pairs about which it once asked at a later step. Such a label is
+        not bought again, but unless the gate asks for it, it is only used from that step on, as in an undisturbed run.
         """
         known = self.ledger.take([pair for pair, _, ask, _ in items if ask])
         known |= self.ledger.take([pair for pair, _, ask, _ in items if not ask], step)
@@ -162,7 +165,7 @@ class Oracle:
             elif questions:  # it was spent once, and the run went on with a larger one
                 self.state["budget_spent_at_step"] = None
         while questions:  # more than once where somebody takes an answer back just before it is used
-            if self.interrupt:  # an annotator who answers at once is not worth leaving a step half done
+            if self.interrupt:  # for an annotator who answers at once, Ctrl-C can wait until the step is done
                 self.interrupt.inside = self.asks_together
             try:
                 self.annotator.answer(questions, self.ledger)
@@ -179,8 +182,8 @@ class Oracle:
                          for id, label, answer in zip(ids, labels.tolist(), answers.tolist()) if id and label and not answer]
 
     def end_step(self):
-        """Count the answers so far, and count and grade the step's pseudo-labels. All ranks call it together. Nothing comes
-        back: the loop learns no label by it."""
+        """Count the answers so far, and count and grade the step's pseudo-labels. All ranks call it together. It returns
+        nothing, so that the loop learns no label from it."""
         for part in gather_to_rank_0(self.unasked) or ():
             right, known = self.annotator.grade(part)
             self.state["pseudo_labels"] += len(part)
@@ -194,15 +197,16 @@ class Oracle:
         return self.ledger.count(step) if self.ledger else 0
 
     def without_preference(self, step=None):
-        """How many of these came back without a preference."""
+        """How many of the answers that `queries` counts have no preference."""
         return self.ledger.without_preference(step) if self.ledger else 0
 
-    def judged(self, step=None):
-        """What these say about the judge that gave them: see judge.judged. Empty without a judge, and on other ranks."""
-        return judged(self.ledger.details(step)) if self.ledger and self.config.oracle == "judge" else {}
+    def judge_metrics(self, step=None):
+        """What the answers that `queries` counts say about the judge (judge.judge_metrics). Empty without a judge, and on
+        ranks other than 0."""
+        return judge_metrics(self.ledger.details(step)) if self.ledger and self.config.oracle == "judge" else {}
 
     def audit(self, step=None):
-        """What the audited pairs up to a step (or all) tell about the pseudo-labels. Known to rank 0.
+        """What the audited pairs up to a step (or all) say about the pseudo-labels. Known to rank 0.
 
         Returns None without audits, else {"audited": how many, "accuracy": on which share sign(margin) agrees with the
         annotator, "interval": its 95 % interval, "predicted": the share that confidence predicts, the mean of σ(|m|)}.

@@ -31,8 +31,8 @@ def compare(first, second):
 class RewardModelJudge(Judge):
     """Prefers the response with the higher score.
 
-    name_or_path: a model that AutoModelForSequenceClassification loads.  batch_size: pairs at once.  device: default is
-    the current GPU, or the CPU without one.  max_length: in tokens; a longer text loses its beginning.
+    name_or_path: a model that AutoModelForSequenceClassification loads.  batch_size: pairs at once.  device: by default the
+    current GPU, or the CPU if there is none.  max_length: in tokens; a longer text loses its beginning.
     Raises ValueError, in one line, if the model is not a reward model.
     """
 
@@ -68,7 +68,7 @@ class RewardModelJudge(Judge):
                 name_or_path, output_loading_info=True, use_safetensors=True,
                 dtype="auto" if self.device.type == "cuda" else torch.float32)
         except (OSError, ValueError) as error:
-            where = "" if Path(name_or_path).exists() else "there is no such folder, and the hub does not help: "
+            where = "" if Path(name_or_path).exists() else "there is no such folder here, and as a name on the hub: "
             raise ValueError(f"reward model {self.model}: cannot be loaded: {where}{one_line(error, 300)}")
         if lm.config.num_labels != 1:
             raise ValueError(f"reward model {self.model}: has {lm.config.num_labels} outputs; take a model with one output")
@@ -95,7 +95,7 @@ class RewardModelJudge(Judge):
     def _positions(self):
         """How many tokens the model has positions for, or None if any number."""
         positions = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
-        for name, table in self.lm.named_modules():  # RoBERTa's count from behind the padding token
+        for name, table in self.lm.named_modules():  # RoBERTa counts its positions from after the padding token
             if name.endswith("position_embeddings") and getattr(table, "padding_idx", None) is not None:
                 positions = table.num_embeddings - table.padding_idx - 1
         return positions
@@ -124,7 +124,7 @@ class RewardModelJudge(Judge):
 
     def judge(self, questions, verdicts, ledger):
         """Score a batch of pairs; store their verdicts in the ledger and in `verdicts`. Returns {Question: why} for those
-        that cannot be scored. Raises ValueError if that is as many in a row as mean that the model is no use."""
+        that cannot be scored. Raises ValueError if these are `patience` or more in a row: then the model is useless."""
         started, rows, unanswerable = time.monotonic(), {}, {}
         for question in questions:
             try:

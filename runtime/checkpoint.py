@@ -1,4 +1,5 @@
-"""Which run is in output_dir, which of its checkpoints are whole, and how one is written so that a kill never leaves a half.
+"""Which run is in output_dir, which of its checkpoints are whole, and how they are written, so that a kill never leaves half
+of one.
 
 A checkpoint is a folder checkpoint-N with the files of shards.py, and trainer_state.json with the loop's state and a
 checksum of every file. It is written under another name and renamed when it is complete. A run may only be resumed under a
@@ -24,9 +25,9 @@ from runtime.errors import UsageError, one_line
 from runtime.files import replace_text, writing
 from runtime.ranks import all_gather, from_rank_0, rank, say
 
-ASIDE = DAMAGED, ABANDONED = ".damaged", ".abandoned"  # how the names end of checkpoints that nothing may go on from
+ASIDE = DAMAGED, ABANDONED = ".damaged", ".abandoned"  # added to the name of a checkpoint that no run may resume from
 HELD = {}  # {output_dir: its descriptor} of the folders that this process has locked
-PATIENCE = 5  # seconds that a run which was just killed may take to end
+PATIENCE = 5  # seconds to wait for a run that was just killed to end
 
 
 def write_config(config, output, step_pairs):
@@ -34,7 +35,7 @@ def write_config(config, output, step_pairs):
     if rank() == 0:
         with writing(output):
             output.mkdir(parents=True, exist_ok=True)
-    lock(output)  # `Run.open` may not have found a folder; another run may have made it, and ended, since then
+    lock(output)  # `Run.open` locks nothing if there is no folder yet; another run may have made it since then, and ended
     check_same_run(config, output, step_pairs)
     if rank() == 0:
         replace_text(output / "config.yaml", yaml.safe_dump(
@@ -128,9 +129,9 @@ def check_same_start(resume, before, now):
 
 
 def restore(engine, folder, start):
-    """Put a checkpoint into the engine. Returns the loop's state.
+    """Put a checkpoint into the engine. Returns the loop's state. Raises UsageError if it is not of this run.
 
-    start: {what: value} that the result depends on besides the config.
+    start: {what: value}, all that the result depends on besides the config.
     """
     state = read_state(folder)
     check_same_start(folder, state["start"], start)
@@ -189,7 +190,7 @@ def newest_whole(output):
 
 
 def set_aside_later(output, step):
-    """Rename the checkpoints of later steps than the one that a run goes on from, so that nothing goes on from them: the run
+    """Rename the checkpoints of steps after this one, from which a run goes on, so that no run resumes from them: this run
     comes to those steps again, perhaps in another way. All ranks call it together."""
     for later, folder in complete(output).items():
         if later > step:
@@ -198,7 +199,7 @@ def set_aside_later(output, step):
 
 
 def set_aside(folder, ending):
-    """Rename a checkpoint, on rank 0, so that nothing takes it for one any more. Returns the new name."""
+    """Rename a checkpoint, on rank 0, so that no run resumes from it. Returns the new name."""
     aside = folder.with_name(folder.name + ending)
     if rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)

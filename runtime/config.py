@@ -67,10 +67,10 @@ class Config:
     label_budget: float | None = key(None, "instead of the gate: buy this share of the labels (up to 1), or this many, "
                                            "before the first step; a committee of reward models learns from them and "
                                            "gives every pair a soft label", low=1e-6)
-    committee_size: int = key(4, "reward models of the committee", low=2)
-    committee_epochs: float = key(2.0, "passes of each of them over the labels bought", low=0.01, high=1e6)
-    committee_learning_rate: float | None = key(None, "their peak learning rate; null: learning_rate", low=0)
-    committee_batch_size: int = key(16, "pairs of a step of theirs, over all ranks", low=1)
+    committee_size: int = key(4, "number of reward models in the committee", low=2)
+    committee_epochs: float = key(2.0, "passes of each reward model over the labels bought", low=0.01, high=1e6)
+    committee_learning_rate: float | None = key(None, "peak learning rate of the reward models; null: learning_rate", low=0)
+    committee_batch_size: int = key(16, "pairs in a step of a reward model, over all ranks", low=1)
     loss_type: str = key("sigmoid", "loss of a pair; sigmoid is DPO's")
     label_smoothing: float = key(0.0, "ε in the sigmoid loss", low=0, high=0.5)
     # Who answers

@@ -1,5 +1,5 @@
 """DeepSpeed's engine: its config, made from ds_config.json and the YAML; its optimiser; the check at start-up; the backward
-pass, and gradients that are not finite.
+pass; and steps whose gradient is not finite.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from runtime.parse import UNSUPPORTED
 from runtime.ranks import lost_peer, say, world_size
 from runtime.sources import unique_keys
 
-# What the own code of a model raises on rows that it cannot take.
+# What a model's code may raise on rows that it cannot take.
 FROM_MODELS = ValueError, RuntimeError, LookupError, TypeError, AttributeError, AssertionError
 # The services that DeepSpeed's monitor reports to, as the engine's config names them.
 SERVICES = "tensorboard", "csv_monitor", "wandb", "comet"
@@ -203,7 +203,7 @@ def check_against_plain_forward(engine, *splits):
                 split.shared = False
             error, what = largest_error(engine, pairs, rows, plain)
         if not error <= limit:
-            raise UsageError(f"{model}: {what} (limit {limit:.2g}): this architecture, version of transformers or "
+            raise UsageError(f"{model}: {what} (limit {limit:.2g}): this architecture, version of transformers, or "
                              f"attn_implementation is not supported; {advice(engine.module.lm)}")
 
 
@@ -227,9 +227,9 @@ def reraise_if_not_the_models(error):
 
 
 def largest_error(engine, pairs, rows, plain):
-    """(the error of the pair that is furthest from a plain forward, in nats a token; what it is, for the user).
+    """(the largest difference of a pair from a plain forward, in nats a token; the same in words, for the user).
 
-    plain: (N,), by plain_logps. A model that fails on our rows counts as infinitely far.
+    plain: (N,), from plain_logps. If the model fails on our rows, the difference is infinite.
     """
     batch = pairs.batch(rows, engine.device)
     try:
@@ -246,7 +246,7 @@ def largest_error(engine, pairs, rows, plain):
 
 
 def advice(lm):
-    """What to try where a model's rows are wrong."""
+    """What the user may try if a model's rows are wrong."""
     text = lm.config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     limit = rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
@@ -331,7 +331,8 @@ def skipped_in_a_row(before, engine, norm, step, ids):
     """How many steps in a row, up to this one, were skipped because their gradient was not finite: 0 if this one was taken.
 
     Names the pairs of a skipped step; raises FloatingPointError at the third in a row.
-    before: that number up to the step before.  norm: what `backward` returned.  ids: the step's pairs, over all ranks.
+    before: what this function returned at the step before.  norm: what `backward` returned.  ids: the step's pairs, over all
+    ranks.
     """
     if not (engine.optimizer.overflow if norm is None else not math.isfinite(norm)):
         return 0

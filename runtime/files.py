@@ -1,4 +1,4 @@
-"""Files that are whole or not there at all, and disks that take no more."""
+"""Files that are written whole or not at all, and full disks."""
 
 import contextlib
 import os

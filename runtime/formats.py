@@ -220,7 +220,7 @@ def _conversion(row):
 
 
 def _check_verdict_is_read(row, place):
-    """Refuse a row that has no column for a label and another that says which response is better."""
+    """Refuse a row without a label in which another column says which response is better: that column would go unread."""
     name = next((name for name in filter(row.__contains__, VERDICTS) if row[name] not in (None, "", [])), None)
     if name is None or "label" in row or "truth" in row:
         return
@@ -364,7 +364,7 @@ def text_or_messages(value, place):
 
 
 def _is_prose(value):
-    """Whether it can be a prompt: several words, a list or a dict. A single word is an id or a name as a rule."""
+    """Whether a value can be a prompt: several words, a list or a dict. A single word is usually an id or a name."""
     return isinstance(value, (list, dict)) and bool(value) or isinstance(value, str) and len(value.split(maxsplit=1)) > 1
 
 

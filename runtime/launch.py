@@ -1,4 +1,4 @@
-"""The command: what has to be set up before a run, and with which exit code and which line it ends.
+"""The command line: what is set up before a run, and with which exit code and which message it ends.
 
     0     finished
     75    stopped on purpose (Ctrl-C, SIGTERM, missing answers); the same command resumes
@@ -156,8 +156,8 @@ def same_command(argv):
 # that it finds, and ends the others.
 
 def let_rank_0_speak_first():
-    """Before printing an error that all ranks may share: rank 0 prints it and ends, and its launcher then ends the others
-    while they wait here. What one of them has alone is printed a little later."""
+    """Called before printing an error that all ranks may have: rank 0 prints it and ends, and the launcher then ends the
+    others while they wait here. An error that only one of them has is printed after the wait."""
     if rank() or int(os.environ.get("RANK", 0)):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(30 if int(os.environ.get("LOCAL_RANK", 0)) else 20)  # on each other host the first rank comes first

@@ -35,6 +35,7 @@ def revision_of(config, name):
 
 
 def load_tokenizer(config):
+    """The run's tokenizer, with the config's chat template if it names one. Raises UsageError."""
     name = config.tokenizer_name_or_path or config.model_name_or_path
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -102,7 +103,7 @@ def resolve_model(config, name):
 
 
 def load_weights(config, name, revision, in_4bit=False):
-    """The causal LM, in the dtype that it will be trained in."""
+    """The causal LM, in the dtype in which it will be trained. Raises UsageError if it cannot be loaded whole."""
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     quantised = {}
     if in_4bit:
@@ -124,8 +125,8 @@ def load_weights(config, name, revision, in_4bit=False):
 
 def add_adapter(config, lm, base, revision):
     """Put LoRA weights into the layers of `lm`, in place, and freeze all others. The adapter's output is 0 until it is
-    trained, so the policy before its first step is the model that was loaded.  base, revision: that model's, which the
-    adapter names."""
+    trained, so the policy before its first step is the model that was loaded.  base, revision: that model's name and
+    revision, which are saved with the adapter."""
     import peft
     targets = config.lora_target_modules
     settings = peft.LoraConfig(
@@ -160,10 +161,10 @@ def load_adapter(config, lm, name, trained):
 
 
 def load_policy(config, name=None, trained=True, kind=adpo.PairLogps):
-    """The causal LM inside the module that the engine wraps, with an adapter where one is trained, and without dropout or
-    other noise.  name: of another model than the policy.  kind: that module, PairLogps or PairRewards.
+    """The module that the engine wraps: a causal LM without dropout or other noise, with an adapter where one is trained.
 
-    Its `fingerprint` is the hash of the weights that were loaded.
+    name: a model other than the policy.  trained: False for one that is only scored, which gets no new adapter.
+    kind: PairLogps or PairRewards. Its `fingerprint` is the hash of the weights that were loaded.
     """
     name = name or config.model_name_or_path
     torch.manual_seed(config.seed)
@@ -180,8 +181,9 @@ def load_policy(config, name=None, trained=True, kind=adpo.PairLogps):
 
 
 def skips_masks(lm):
-    """Whether attention without a mask pays, and the model's own is `attention_of_pairs`. FlashAttention, which torch has
-    for 16 bits on a GPU, is several times as fast as kernels that take a mask; on a CPU copying the prompt costs more."""
+    """Whether to use attention without a mask: it has to be faster, and the model has to call `attention_of_pairs`. In bf16
+    on a GPU, torch's FlashAttention is several times as fast as kernels that take a mask; on a CPU, copying the prompt costs
+    more than it gains."""
     device, dtype = get_accelerator().device_name(), next(lm.parameters()).dtype
     return (device == "cuda" and dtype == torch.bfloat16 and lm.config._attn_implementation == "sdpa"
             and lm._supports_attention_backend)
@@ -252,6 +254,7 @@ def weights_fingerprint(config, name):
 
 
 def folder_fingerprint(folder):
+    """Hash of the weights in a folder, of their config, and of the code that a model brings."""
     digest = hashlib.blake2b(digest_size=16)
     names = [name for name in ("config.json", "adapter_config.json") if (Path(folder) / name).is_file()]
     code = Path(folder).glob("*.py")  # of a model that brings its own
@@ -290,7 +293,7 @@ def save_adapter(config, lm, state, folder, tokenizer):
 
 @torch.no_grad()
 def why_not_saved(config, output, batch, logps):
-    """None if the model in `output`, loaded again as a user would, gives the log-probs of the policy, else what is wrong.
+    """None if the model in `output`, loaded as a user would load it, gives the log-probs of the policy, else what is wrong.
 
     batch: a PairBatch in two rows a pair, on the CPU.  logps: (N,), the policy's of each of its response tokens.
     """
@@ -319,7 +322,7 @@ def why_tokenizer_not_saved(config, tokenizer, output, pair):
 
 
 def tolerance(lm):
-    """How far log-probs may be apart that are computed in two ways, in nats a token (root mean square)."""
+    """How far apart the log-probs of two computations may be, in nats a token (root mean square)."""
     return 0.15 if next(lm.parameters()).dtype == torch.bfloat16 else 1e-3
 
 

@@ -110,7 +110,8 @@ def wants_empty_system(model):
 def help_text():
     """Every key with its default, its choices and what it means."""
     lines = ["Train a language model with Active DPO.", "",
-             "deepspeed train.py --config FILE.yaml [--key value | --key=value] …", ""]
+             "deepspeed train.py --config FILE.yaml [--key value | --key=value] …",
+             "python data.py --config FILE.yaml …        with the same keys, shows some of the pairs", ""]
     for field in dataclasses.fields(Config):
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         default = default if isinstance(default, str) else json.dumps(default)  # null and true, as in YAML
@@ -341,9 +342,10 @@ def check_config(config, path):
     """Check what concerns several keys, and what is installed. path: for the messages. Raises UsageError."""
     for name in REQUIRED:
         if getattr(config, name) is None:
-            raise UsageError(f"{path}: {name} is missing")
+            raise UsageError(f"{path}: {name} is missing: set it there, or say --{name}=…")
     if config.max_steps == 0 or config.num_train_epochs == 0:
-        raise UsageError(f"{path}: nothing to do in 0 {'steps' if config.max_steps == 0 else 'epochs'}")
+        name = "max_steps" if config.max_steps == 0 else "num_train_epochs"
+        raise UsageError(f"{path}: nothing to do, because {name} is 0: raise it, or leave it out")
     check_data(config, path)
     check_sft(config, path)
     check_adpo(config, path)
@@ -373,7 +375,7 @@ def check_data(config, path):
             raise UsageError(f"{path}, dataset_splits: {one_line(repr(split), 80)} is listed twice, so its pairs would "
                              "count twice")
     if not any("train" in split for split in config.dataset_splits):
-        raise UsageError(f"{path}, dataset_splits: no name contains `train`")
+        raise UsageError(f"{path}, dataset_splits: no name contains `train`, so there is nothing to train on: add one")
 
 
 def check_adpo(config, path):

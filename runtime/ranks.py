@@ -39,13 +39,14 @@ def bar(total, what, **kwargs):
 
 
 def all_gather(value):
+    """Every rank's value as a list, on every rank."""
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
 
 
 def reduced(sums):
-    """Metric sums over all ranks, as a list."""
+    """A tensor's sums over all ranks, as a list; the tensor itself stays as it is."""
     sums = sums.clone()
     dist.all_reduce(sums)
     return sums.tolist()
@@ -112,6 +113,7 @@ def lost_peer(error):
 
 
 def several_hosts():
+    """Whether the launcher has started more ranks than those of this host."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     return here < int(os.environ.get("WORLD_SIZE", "1"))
 

@@ -39,8 +39,8 @@ def add_other_reference(config, ds, scoring):
 
 
 def in_engine(use, config, ds, scoring, trained=True, **model):
-    """What `use(engine)` returns, with the checked engine of a model that is needed only before the policy is loaded, and
-    freed afterwards.
+    """Load a model, check it, call `use(engine)`, free the model, and return what `use` returned: for models that are needed
+    only before the policy is loaded.
 
     ds: the engine's config.  scoring: [(pairs, anything)], the splits that it reads.  trained: whether it has an optimiser.
     model: more arguments of load_policy.
@@ -92,9 +92,10 @@ def add_reference(engine, scoring):
 
 
 def cached(kind, depends, compute):
-    """What `compute` returns, a tensor on the CPU, from the disk where it is there. All ranks call it together.
+    """The tensor that `compute` returns, on the CPU: read from the disk, or computed and written there. All ranks call it
+    together.
 
-    kind: the file's name begins with it.  depends: everything that decides the result, for JSON.
+    kind: how the file's name begins.  depends: everything that decides the result, as JSON can hold it.
     """
     cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "adpo"
     path = cache / f"{kind}-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:32]}.safetensors"
@@ -110,14 +111,15 @@ def cached(kind, depends, compute):
 
 
 def kernels(engine):
-    """What decides which kernels compute a log-prob: the attention, the compiler, the versions, the device."""
+    """What decides which kernels compute a log-prob: attention, compiler, versions of torch and transformers, device."""
     device = torch.cuda.get_device_name() if engine.device.type == "cuda" else engine.device.type
     versions = torch.__version__, transformers.__version__
     return engine.module.lm.config._attn_implementation, engine.module.compiled, *versions, device
 
 
 def score(engine, pairs, batches, what):
-    """Log-probs of all pairs, over all ranks: (pairs, 2) fp32 on the CPU; NaN for a pair that is in no batch."""
+    """What the engine returns for all pairs, log-probs or rewards, over all ranks: (pairs, 2) fp32 on the CPU; NaN for a
+    pair that is in no batch.  batches: this rank's.  what: for the progress bar."""
     logps = torch.zeros(len(pairs), 2, device=engine.device)
     seen = torch.zeros(len(pairs), 1, device=engine.device)
     with bar(len(batches), what) as progress:
@@ -139,7 +141,7 @@ def crc(tensor):
 
 
 def read(path):
-    """The tensor in a file that `cached` wrote, or None if there is none or it is damaged; the latter is reported."""
+    """The tensor in a file that `cached` wrote, or None if there is no file or it is damaged. Says so if it is damaged."""
     if not path.is_file():
         return None
     try:

@@ -75,17 +75,17 @@ def cost(oracle, config):
 
 
 def pseudo_label_accuracy(state):
-    """Share of the pseudo-labels so far that are right, or None if the truth is not known.  state: the oracle's."""
+    """Share of the pseudo-labels so far that are right, or None if no true label is known.  state: the oracle's."""
     return state["pseudo_right"] / state["pseudo_known"] if state["pseudo_known"] else None
 
 
 def label_metrics(oracle, schedule, step, config):
-    """What a row of metrics says about labels after `step` optimiser steps."""
+    """What a row of metrics says about labels after `step` optimiser steps. Only on rank 0 are its counts right."""
     last = None if config.label_budget else step - 1  # None: all, which a committee has bought before the first step
     return {"pairs_seen": schedule.pairs_seen(step), "queries": oracle.queries(last),
             "queries_without_preference": oracle.without_preference(last),
             "pseudo_labels": oracle.state["pseudo_labels"], "pseudo_label_accuracy": pseudo_label_accuracy(oracle.state),
-            **oracle.judged(last), **audit_metrics(oracle, step - 1, config)}
+            **oracle.judge_metrics(last), **audit_metrics(oracle, step - 1, config)}
 
 
 def audit_metrics(oracle, step, config):
@@ -129,7 +129,8 @@ def warn_of_judge(oracle, row):
 
 
 def bar_text(row, evaluation, cost):
-    """The text after the training bar. cost: as `cost` returns it."""
+    """The text after the training bar.  row: of the metrics.  evaluation: the last one's metrics, or None.  cost: what the
+    function `cost` returns."""
     held_out = f", held-out {evaluation['rewards/accuracies']:.3f}" if evaluation else ""
     price = f", {card.money(*cost)} spent" if cost[0] is not None else ""
     neither = row["queries_without_preference"]
@@ -152,7 +153,7 @@ def summarise(schedule, oracle, run, engine):
                                       if state["pseudo_known"] else None),
             "audited": audit["audited"] if audit else 0, "audit_accuracy": audit and audit["accuracy"],
             "audit_interval": audit and list(audit["interval"]), "cost": spent, "cost_incomplete": incomplete,
-            "budget_spent_at_step": state["budget_spent_at_step"], **oracle.about, **oracle.judged(),
+            "budget_spent_at_step": state["budget_spent_at_step"], **oracle.about, **oracle.judge_metrics(),
             "eval_loss": evaluation and evaluation["loss"],
             "eval_accuracy": evaluation and evaluation["rewards/accuracies"],
             "peak_memory_bytes": peak_memory(engine.device), **adapter_summary(config, engine.module.lm)}

@@ -31,8 +31,8 @@ from runtime.schedule import pairs_a_step
 class Interrupt:
     """Ctrl-C and SIGTERM (which schedulers send) ask the run to stop where it can be resumed; a second Ctrl-C kills it.
 
-    asked: set by the signal; the loop looks at it between steps.  inside: set while an annotator is asked who may take
-    hours; then KeyboardInterrupt is raised at once.
+    asked: set by the signal; the loop looks at it between steps.  inside: set while the run waits for an annotator who may
+    take hours; then the signal raises KeyboardInterrupt at once.
     """
 
     def __init__(self):
@@ -43,7 +43,7 @@ class Interrupt:
             signal.signal(number, self)
 
     def remove(self):
-        """Unless a stop is under way: the launcher's SIGTERM follows, and would cut it short."""
+        """Undo `install`, unless a stop is under way: the launcher sends SIGTERM next, which would cut the stop short."""
         if not self.asked:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -116,8 +116,9 @@ class Run:
         sums, self.seconds = [0.0] * columns, 0.0
         if self.checkpoint:
             state = checkpoint.restore(engine, self.checkpoint, self.start)
-            self.step, self.skipped, self.seconds_before, self.evaluation, sums, self.seconds = (
-                state[name] for name in ("step", "skipped", "wall_seconds", "evaluation", "sums", "seconds"))
+            self.step, self.skipped, self.seconds_before, self.evaluation, sums = (
+                state[name] for name in ("step", "skipped", "wall_seconds", "evaluation", "sums"))
+            self.seconds = state.get("seconds", 0.0)  # checkpoints of earlier versions have none
             for name, part in parts.items():
                 part.state = state[name]
             if not schedule.test:  # the last evaluation would be taken for one of the model at the end
@@ -171,7 +172,7 @@ class Run:
             self.progress.update()
 
     def show_missing(self, missing, how=""):
-        """Tell in the progress bar how many answers are missing, and by which command people give them."""
+        """Show in the progress bar how many answers are missing and, if people give them, with which command."""
         answer = f" (answer with `{how}`)" if how else ""
         self.progress.set_description_str(f"waiting for {missing} labels{answer}" if missing else self.doing)
 
@@ -181,7 +182,7 @@ class Run:
         self.in_step = True  # a checkpoint written now would count part of a step
 
     def end_step(self, engine, norm, ids):
-        """Close a step. norm: what `backward` returned.  ids: the step's pairs, over all ranks, to be named if the gradient
+        """End a step.  norm: what `backward` returned.  ids: the step's pairs, over all ranks, to name them if the gradient
         was not finite. Raises FloatingPointError at the third such step in a row."""
         self.skipped = skipped_in_a_row(self.skipped, engine, norm, self.step, ids)
         self.step += 1
@@ -190,7 +191,7 @@ class Run:
         self.in_step = False
 
     def is_due(self, what):
-        """Whether to do "logging", "eval" or "save" after the step that was just closed."""
+        """Whether "logging", "eval" or "save" is due after the step that has just ended."""
         last = self.step == self.total_steps
         if what == "logging":
             first = self.step == 1 and self.config.logging_first_step

@@ -15,8 +15,9 @@ from runtime.ranks import rank, world_size
 class Schedule:
     """Which pairs each optimiser step takes, and how they are dealt out to ranks and micro-batches.
 
-    pairs, test: the training and the test split, or None.  step_pairs: pairs of a step, over all ranks.
-    epoch_steps, total_steps: optimiser steps.  considered: how many pairs a committee chose from, where there is one.
+    pairs: the training split.  test: the test split, or None.  step_pairs: pairs of a step, over all ranks.
+    epoch_steps, total_steps: optimiser steps of an epoch and of the run.  considered: with label_budget, from how many
+    different pairs those to label are drawn; otherwise None.
     """
 
     def __init__(self, config, pairs, test=None):
@@ -63,12 +64,12 @@ class Schedule:
         return sorted(row for step in self.first_epoch() for row in self.rows(step))
 
     def ids_seen(self):
-        """The ids of these pairs: a pair that the data repeat counts once."""
+        """The ids of the pairs that the run comes to; one that the data repeats is there once."""
         return {self.pairs.ids[row] for row in self.rows_seen()}
 
     def pairs_seen(self, steps):
-        """How many pairs the run has come to after so many steps, each time counted that the data repeat one; with a
-        committee, the different pairs of all steps, from the start."""
+        """How many pairs the run has come to after this many steps; one that the data repeats counts each time. With a
+        committee it is `considered` from the start."""
         return self.considered or min(len(self.pairs), steps * self.step_pairs)
 
     def engine_batches(self):
@@ -84,6 +85,7 @@ class Schedule:
 
 
 def pairs_a_step(config):
+    """Pairs of an optimiser step, over all ranks."""
     return config.per_device_train_batch_size * config.gradient_accumulation_steps * world_size()
 
 
@@ -94,8 +96,8 @@ def my_batches(rows, pairs, batch_size, config):
 
 
 def learning_rate(step, total, config, peak=None):
-    """Learning rate of optimiser step `step` (from 0) of `total`, like the schedules of transformers.  peak: another
-    one than the config's."""
+    """Learning rate of optimiser step `step` (from 0) of `total`, by the schedules of transformers.  peak: the highest rate;
+    None: the config's learning_rate."""
     peak = config.learning_rate if peak is None else peak
     warmup = math.ceil(total * config.warmup_ratio) if config.lr_scheduler_type != "constant" else 0
     if step < warmup:

@@ -16,8 +16,8 @@ from runtime.schedule import Schedule, set_learning_rate
 
 
 def sft(config, run, tokenizer):
-    """The loss of a step is the mean of −log π(y_t | x, y_<t) over its response tokens, however they are cut into
-    micro-batches and ranks."""
+    """A whole run of supervised fine-tuning, as train.main is one of ADPO. The loss of a step is the mean of
+    −log π(y_t | x, y_<t) over its response tokens, however they are cut into micro-batches and ranks."""
     train, _, _ = data.load_split(config, tokenizer, "train", config.max_train_samples)
     test = data.load_split(config, tokenizer, "test", config.max_eval_samples)[0] if config.do_eval else None
     if config.do_eval and not test:
@@ -88,7 +88,7 @@ def evaluate(engine, run, schedule):
             losses, batch = token_losses(engine, schedule.test, rows)
             sums += sums_of(losses, rows, batch.tokens)
             progress.update()
-    loss, counted, _ = reduced(sums)
+        loss, counted, _ = reduced(sums)
     run.evaluation = loss / counted
     run.log("eval", {"loss": run.evaluation})
     say(f"step {run.step:,}: held-out loss {run.evaluation:.4f}")

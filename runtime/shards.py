@@ -75,7 +75,7 @@ def read_file(path):
 
 
 class Pieces:
-    """The files of a checkpoint, by parameter. Nothing is read before it is asked for."""
+    """The files of a checkpoint, by parameter. A tensor is only read from the disk when `read` asks for it."""
 
     def __init__(self, folder):
         self.folder, self.found, self.counts = folder, {}, None

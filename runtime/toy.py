@@ -32,11 +32,11 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from runtime.config import ROOT
 from runtime.errors import UsageError
 from runtime.ranks import rank_0_first
 from runtime.sources import read_rows
 
-ROOT = Path(__file__).resolve().parent.parent
 VERSION = 2  # raise it whenever the task changes, so that folders of an older task are not reused
 SFT_SENTENCES = 15360  # 120 steps
 SFT = {"objective": "sft", "max_length": 96, "max_prompt_length": 32, "num_train_epochs": 1, "do_eval": False,
@@ -142,8 +142,8 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 def train_sft(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, prompts: list[str],
               rng: random.Random, seed: int, quiet: bool) -> None:
-    """Writes `model`, after supervised fine-tuning on fresh sentences, and its tokenizer into `folder`. Raises ValueError
-    where it fails."""
+    """Fine-tune `model` on fresh sentences (objective: sft), and write it and its tokenizer into `folder`. Raises ValueError
+    if that fails."""
     work = folder / ".sft"
     for part in (model, tokenizer):
         part.save_pretrained(work / "start")
@@ -161,8 +161,8 @@ def train_sft(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folde
 def run_train(keys: dict, config: Path, what: str, quiet: bool) -> None:
     """Run train.py with these keys, which are written to the file `config`.
 
-    It is a process of its own, as this one may be one rank of many; on the CPU, so that all machines make the same model.
-    what: the run's name in the error.  Raises ValueError where it fails."""
+    It runs in a process of its own, because this one may be one rank of many, and on the CPU even if there is a GPU.
+    what: the run's name in the error.  quiet: no progress bars.  Raises ValueError if the run fails."""
     config.write_text(json.dumps(keys), encoding="utf-8")  # JSON is YAML
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER} | {"DS_ACCELERATOR": "cpu"}
     done = subprocess.run([sys.executable, ROOT / "train.py", "--config", config], env=environment, text=True,

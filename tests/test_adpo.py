@@ -368,6 +368,14 @@ def test_no_gradient_flows_through_labels():
     assert margin.grad.tolist() == pytest.approx(expected, rel=1e-5)
 
 
+def test_only_the_policys_log_probs_get_a_gradient():
+    """The reference's do not, and neither do labels that somebody computes with a gradient."""
+    logps, ref_logps = torch.tensor([[-3.0, -5.0]], requires_grad=True), torch.tensor([[-4.0, -4.0]], requires_grad=True)
+    labels = torch.tensor([0.3], requires_grad=True)
+    adpo.preference_loss(adpo.margins(adpo.implicit_rewards(logps, ref_logps, beta=0.1)), labels).sum().backward()
+    assert logps.grad.abs().min() > 0 and ref_logps.grad is None and labels.grad is None
+
+
 @pytest.mark.parametrize("kind, smoothing, expected", [
     ("sigmoid", 0.0, math.log(1 + math.exp(0.7))),
     ("sigmoid", 0.1, 0.9 * math.log(1 + math.exp(0.7)) + 0.1 * math.log(1 + math.exp(-0.7))),

@@ -159,7 +159,7 @@ def test_flags_win_over_the_file(write):
     (["--target_queries=5"], "target_queries"),
     (["--pseudo_labels=replay"], "pseudo_labels: expected true or false, found 'replay'"),
     (["--dataset_splits=train,train"], "'train' is listed twice, so its pairs would count twice"),
-    (["--max_steps=0"], "nothing to do in 0 steps"),
+    (["--max_steps=0"], "nothing to do, because max_steps is 0"),
     (["--judge_extra_body=low"], "judge_extra_body: expected a mapping of names to values that JSON has, found 'low'"),
     (["--judge_extra_body={since: 2024-01-01}"], "judge_extra_body: expected a mapping of names to values that JSON has"),
     (["--judge_extra_body={messages: []}"], "judge_extra_body: messages is set by the run; leave it out"),

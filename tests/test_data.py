@@ -529,7 +529,7 @@ def test_dropped_and_counted(tmp_path):
     assert pairs.counts == {"rows": 10, "empty response": 4, "equal responses": 2, "pairs": 4, "repeated": 2,
                             "contradicting": 1, data.RESPONSE_CUT: 1}
     assert said == ("train: 10 rows read, 4 dropped for an empty response, 2 dropped for equal responses, 4 pairs, "
-                    "2 of them repeated, 1 outvoted (the label of most of a pair's rows counts, at a draw the first), "
+                    "2 of them repeated, 1 outvoted (the label of most of a pair's rows counts, in a draw the first), "
                     "1 with a response cut to max_length")
     assert len(pairs) == len(pairs.table) == len(pairs.ids) == 4
     assert pairs.ids[0] == pairs.ids[2] == pairs.ids[3] and set(labels) == set(pairs.ids)

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite, and ZeRO-3 without the whole model on any device.
+"""Steps whose loss or gradient is not finite, what decays, and ZeRO-3 without the whole model on any device.
 
     python -m pytest tests/test_engine.py -n 0
 """
@@ -10,11 +10,14 @@ import subprocess
 
 import deepspeed
 import pytest
+import torch
 import transformers
 from helpers import ROOT, errors, launcher, launcher_environment, prepared_train
 from safetensors.torch import load_file
 
 import adpo
+from runtime.config import Config
+from runtime.engine import make_optimizer
 
 
 @pytest.fixture
@@ -74,6 +77,18 @@ def test_training_goes_on_after_such_a_step_and_ends_at_three_in_a_row(stage, tr
     break_steps([], "gradient")
     done = train("done", output_dir=run.output, **keys)
     assert [row["step"] for row in done.rows()] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "rmsprop"])
+def test_only_matrices_decay(optim):
+    """Not biases and norms; and a frozen weight is not trained at all."""
+    module = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 3), torch.nn.LayerNorm(3),
+                                 torch.nn.Linear(3, 2).requires_grad_(False))
+    optimizer = make_optimizer(Config(optim=optim, weight_decay=0.1, learning_rate=0.5), module, {"zero_optimization": {}})
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    decay = {names[parameter]: group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert decay == {"0.weight": 0.1, "1.weight": 0.1, "1.bias": 0.0, "2.weight": 0.0, "2.bias": 0.0}
+    assert all(group["lr"] == 0.5 for group in optimizer.param_groups)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

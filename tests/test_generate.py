@@ -155,7 +155,7 @@ def greedy(model, text, new=12, ends=("</s>",)):
 
 def test_greedy_answers_are_those_of_a_plain_loop_and_the_second_turn_sees_the_first(model, tmp_path):
     run(model, write(tmp_path / "question.jsonl", MT_BENCH), "--format", "mt_bench", "--temperature", 0)
-    for row, (first, second) in zip(MT_BENCH, turns(model / "data/mt_bench/model_answer/model.jsonl")):
+    for row, (first, second) in zip(MT_BENCH, turns(model / "data/mt_bench/model_answer/model.jsonl"), strict=True):
         assert first == greedy(model, row["turns"][0])
         assert second == greedy(model, "\n\n".join([row["turns"][0], first, row["turns"][1]]))
         assert second != greedy(model, row["turns"][1])

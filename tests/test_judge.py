@@ -22,7 +22,7 @@ from benchmarks import judge_replies
 from labels import endpoint
 from labels.annotators import HumanAnnotator, Waiting
 from labels.endpoint import Endpoint, Reply, retry_after
-from labels.judge import ChatJudge, Request, Rubric, coin, judge_text, judged
+from labels.judge import ChatJudge, Request, Rubric, coin, judge_metrics, judge_text
 from labels.ledger import Ledger, LedgerError
 from labels.oracle import Oracle
 from runtime import report
@@ -146,7 +146,8 @@ def test_a_pair_with_a_reply_of_unknown_cost_has_no_known_cost(serve, ledger):
 
 def test_of_a_long_reply_the_beginning_is_kept(serve, ledger):
     chat(serve(lambda prompt, n: completion("[[C]]" + "x" * 10_000 + "\ud800"))).answer([question("p0")], ledger)
-    assert all(len(json.loads(detail)["reply"]) == 500 for detail, in ledger.db.execute("SELECT detail FROM verdicts"))
+    details = [json.loads(detail) for detail, in ledger.db.execute("SELECT detail FROM verdicts")]
+    assert [len(detail["reply"]) for detail in details] == [500, 500]  # both orders
 
 
 @pytest.mark.parametrize("behave", [lambda prompt, n: completion("[[C]]"), lambda prompt, n: completion("[[A]]")],
@@ -465,7 +466,7 @@ def test_a_refused_pair_is_skipped_and_never_asked_again(serve, ledger, capsys):
     chat(server, price=(0, 1)).answer(QUESTIONS, ledger)
     assert answers(ledger) == TRUTHS | {"p3": 0}
     assert "1 pair cannot be judged; p3: HTTP 400 filtered: settled without a preference" in capsys.readouterr().out
-    assert judged(ledger.details())["judge_unanswerable"] == 1 and ledger.without_preference() == 1
+    assert judge_metrics(ledger.details())["judge_unanswerable"] == 1 and ledger.without_preference() == 1
     before = len(server.bodies)
     chat(server).answer(QUESTIONS, ledger)
     assert len(server.bodies) == before
@@ -622,8 +623,8 @@ def test_the_users_own_fields_go_with_each_request_and_win(serve, ledger):
     extra = {"reasoning_effort": "low", "temperature": None, "max_tokens": None, "max_completion_tokens": 9,
              "provider": {"order": ["x"]}}
     chat(server, extra=extra).answer([question("p0")], ledger)
-    assert all({name: body[name] for name in body.keys() - {"model", "messages"}} == {
-        "reasoning_effort": "low", "max_completion_tokens": 9, "provider": {"order": ["x"]}} for body in server.bodies)
+    own = {"reasoning_effort": "low", "max_completion_tokens": 9, "provider": {"order": ["x"]}}
+    assert [{name: body[name] for name in body.keys() - {"model", "messages"}} for body in server.bodies] == [own, own]
     server = serve(lambda prompt, n: (400, {}, {"error": {"message": "temperature is not supported"}}))
     with pytest.raises(Waiting, match="temperature is not supported; check .* judge_extra_body"):
         chat(server, extra={"temperature": 0.5}).answer([question("p1")], ledger)
@@ -642,8 +643,8 @@ def test_a_disagreement_can_be_asked_again_and_is_sampled_then(serve, ledger):
     chat(server, disagreement="again").answer(QUESTIONS, ledger)
     assert answers(ledger) == TRUTHS and len(server.bodies) == 4 * len(PAIRS)
     assert sorted(body["temperature"] for body in server.bodies) == 12 * [0] + 12 * [1]
-    assert judged(ledger.details()) == {"judge_coins": 0, "judge_ties": 0, "judge_unanswerable": 0, "judge_agreement": 0.0,
-                                        "judge_first_position": 0.75}
+    assert judge_metrics(ledger.details()) == {
+        "judge_coins": 0, "judge_ties": 0, "judge_unanswerable": 0, "judge_agreement": 0.0, "judge_first_position": 0.75}
 
 
 def test_a_second_disagreement_is_a_tie_and_a_first_round_that_was_paid_for_is_not_asked_again(serve, ledger):
@@ -677,7 +678,7 @@ def test_two_orders_that_agree_on_a_tie_are_not_asked_again(serve, ledger):
     (refusing("p0", "p1"), "tie", "orders agree on 100%, first position preferred in 50%, 2 unanswerable")])
 def test_how_a_judge_came_to_its_labels_is_counted(serve, ledger, behave, disagreement, told):
     chat(serve(behave), disagreement=disagreement).answer(QUESTIONS, ledger)
-    assert judge_text(judged(ledger.details())) == told
+    assert judge_text(judge_metrics(ledger.details())) == told
 
 
 # ----------------------------------------------------------------------------------------------------------------------

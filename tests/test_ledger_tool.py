@@ -209,14 +209,14 @@ def test_errors_are_one_line(run, tmp_path, capsys, monkeypatch):
     holder.execute("BEGIN IMMEDIATE")  # others may read
     old = tmp_path / "old"
     assert ledger.reuse(old, run) == (7, 0, 0)
-    fails(capsys, "(database is locked): another process holds it: close that one", run, "--reuse", old)
+    fails(capsys, "(database is locked): another process holds it: wait for that one", run, "--reuse", old)
     assert main(capsys, run)[0] == 0
     holder.execute("ROLLBACK")
     holder.execute("PRAGMA locking_mode = EXCLUSIVE")
     holder.execute("BEGIN EXCLUSIVE")
     holder.execute("DELETE FROM questions")
-    fails(capsys, "(database is locked): another process holds it: close that one", run)
-    fails(capsys, "(database is locked): another process holds it: close that one", run, "--reuse", old)
+    fails(capsys, "(database is locked): another process holds it: wait for that one", run)
+    fails(capsys, "(database is locked): another process holds it: wait for that one", run, "--reuse", old)
     holder.close()
 
 

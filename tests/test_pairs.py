@@ -112,6 +112,7 @@ def test_two_models_write_one_side_each(model, prompts, tmp_path):
     torch.manual_seed(7)
     toy.make_model(AutoTokenizer.from_pretrained(model)).save_pretrained(other)
     run(model, other, "--prompts", prompts, "--temperature", 0)
+    assert lines(model / "pairs.jsonl")
     for row in lines(model / "pairs.jsonl"):
         assert row["response_a"].strip() == greedy(model, row["prompt"])
         assert row["response_b"].strip() == greedy(other, row["prompt"])

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from labels.annotators import Waiting
-from labels.judge import coin, judged
+from labels.judge import coin, judge_metrics
 from labels.ledger import Ledger
 from labels.reward_model import RewardModelJudge
 from runtime import toy
@@ -169,11 +169,11 @@ def test_where_scores_are_equal_the_key_decides(reward_model, ledger, tmp_path):
     same = {f"r{n}": ("the", " food", " food") for n in range(10)}
     questions = [question(pair) for pair in same]
     RewardModelJudge(as_json(same), reward_model).answer(questions, ledger)
-    assert answers(ledger) == dict.fromkeys(same, 0) and judged(ledger.details())["judge_ties"] == 10
+    assert answers(ledger) == dict.fromkeys(same, 0) and judge_metrics(ledger.details())["judge_ties"] == 10
     ledger = Ledger(tmp_path / "coins.sqlite")
     RewardModelJudge(as_json(same), reward_model, seed=5, disagreement="coin").answer(questions, ledger)
     assert answers(ledger) == {pair: coin(pair, 5) for pair in same}
-    assert annotators(ledger) == {f"{reward_model} (coin)"} and judged(ledger.details())["judge_coins"] == 10
+    assert annotators(ledger) == {f"{reward_model} (coin)"} and judge_metrics(ledger.details())["judge_coins"] == 10
 
 
 def nan_for(reviews, *pairs):
@@ -190,7 +190,7 @@ def test_a_score_that_is_not_a_number_gives_no_label_and_holds_up_no_other(rewar
     assert set(answers(ledger)) == set(reviews) - {"r9"}
     grader.unanswerable = "skip"
     grader.answer(questions, ledger)
-    assert answers(ledger)["r9"] == 0 and judged(ledger.details())["judge_unanswerable"] == 1
+    assert answers(ledger)["r9"] == 0 and judge_metrics(ledger.details())["judge_unanswerable"] == 1
     assert "r9: its scores are nan and" in capsys.readouterr().out
 
 

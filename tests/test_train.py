@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import adpo
+import data
 from labels.annotators import DatasetAnnotator
 from runtime import reference
 from runtime.run import Run
@@ -112,6 +113,25 @@ def test_evaluation_uses_true_labels_and_never_the_gate(launched, tiny):
         losses.append(math.log1p(math.exp(-margin)))
     assert launched.summary()["eval_accuracy"] == pytest.approx(right / len(losses))
     assert launched.summary()["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_a_pair_without_a_label_counts_in_the_mean(train, tiny):
+    """Three labels for a step of 8 pairs. Every margin is 0 there, so d/dm −log σ(o·m) = −o/2: compare with the gradient of
+    Σ −o/2 · m, divided by 8 and not by 3."""
+    run = train("few-labels", max_queries=3, max_steps=1, do_eval=False)
+    labels = {pair: label for pair, label, _ in run.ledger()}
+    assert len(labels) == 3 and run.losses() == [pytest.approx(3 / 8 * math.log(2), rel=1e-5)]
+    lm = transformers.AutoModelForCausalLM.from_pretrained(tiny / "model")
+    renderer = data.Renderer(transformers.AutoTokenizer.from_pretrained(tiny / "model"), 16, 64)
+    pairs, _, _ = data.load_pairs({f"{tiny}/pairs": 1.0}, ["train"], renderer, "train")
+    for row, id in enumerate(pairs.ids):
+        if id in labels:
+            prompt, *responses = (part.tolist() for part in pairs.token_ids([row])[0])
+            first, second = (lm(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1].log_softmax(-1)[
+                range(len(ids)), ids].sum() for ids in responses)
+            (-labels[id] / 2 * 0.1 * (first - second) / 8).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in lm.parameters()]).item()
+    assert run.rows()[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
 @pytest.mark.parametrize("name, processes, stage, micro, accumulation, tokens", [
@@ -264,9 +284,12 @@ def test_a_model_whose_shared_rows_are_scored_wrongly_gets_two_rows(train, by_da
     assert run.losses() == pytest.approx(by_dataset.losses(), rel=1e-5)
 
 
-def test_a_model_whose_rows_are_scored_wrongly_is_refused(train, monkeypatch):
+@pytest.mark.parametrize("when", ["always", "in training mode"])
+def test_a_model_whose_rows_are_scored_wrongly_is_refused(when, train, monkeypatch):
+    """Noise that only training mode adds would move the margins that the gate reads."""
     scored = adpo.PairLogps.token_logps
-    monkeypatch.setattr(adpo.PairLogps, "token_logps", lambda *args: scored(*args) + 0.002)
+    monkeypatch.setattr(adpo.PairLogps, "token_logps", lambda self, batch: scored(self, batch) + 0.002 * (
+        when == "always" or self.training))
     run = train("wrong-rows", check=2)
     assert "differ from a plain forward by 0.002 nats a token" in run.stderr
     assert "--attn_implementation=eager" in run.stderr

@@ -32,7 +32,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, for the imports below
 
-from labels.judge import judge_text, judged  # noqa: E402
+from labels.judge import judge_metrics, judge_text  # noqa: E402
 from labels.ledger import Ledger, LedgerError, Question, in_words  # noqa: E402
 from labels.oracle import wilson  # noqa: E402
 from runtime.errors import UsageError  # noqa: E402
@@ -99,7 +99,7 @@ def report(folder, now=None):
         ("y1 preferred", share(sum(row["label"] > 0 for row in labelled), len(labelled))),
         ("audited", share(sum((row["margin"] > 0) == (row["label"] > 0) for row in audited), len(audited))
          + (" have the label that the margin's sign predicts" if audited else "")),
-        ("judge", judge_text(judged([(row["detail"], 1) for row in bought if row["detail"]])) or "none"),
+        ("judge", judge_text(judge_metrics([(row["detail"], 1) for row in bought if row["detail"]])) or "none"),
         ("open questions", f"{len(questions):,}, of which leased: {len(leased):,}"),
         ("cost", money(bought)),
         ("verdicts", f"{len(verdicts):,} on {len({row['pair'] for row in verdicts}):,} pairs, cost {money(verdicts)}"),
