@@ -45,7 +45,8 @@ class RewardModelJudge(Judge):
         self.batch_size = batch_size
         try:
             self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        except RuntimeError as error:
+            torch.empty(1, device=self.device)  # fails where this machine has no such device
+        except (RuntimeError, AssertionError) as error:
             raise ValueError(f"judge_device {device}: {one_line(error, 100)}")
         self.tokenizer, self.lm = self._load(name_or_path)
         self.inputs = inspect.signature(self.lm.forward).parameters
@@ -75,7 +76,11 @@ class RewardModelJudge(Judge):
         if loading["missing_keys"]:  # transformers would fill them at random
             raise ValueError(f"reward model {self.model}: its weights lack {sorted(loading['missing_keys'])[0]}; "
                              "take a model that was trained to score")
-        return tokenizer, lm.to(self.device).eval()
+        try:
+            return tokenizer, lm.to(self.device).eval()
+        except torch.OutOfMemoryError:
+            raise ValueError(f"reward model {self.model}: does not fit on {self.device}: name another judge_device, such as "
+                             "cpu, or take a smaller model")
 
     def _set_padding(self):
         """Make the tokenizer pad as the model expects. Returns whether rows can be padded at all.

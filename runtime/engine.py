@@ -151,7 +151,12 @@ def make_optimizer(config, module, ds):
         return torch.optim.RMSprop(groups, lr=config.learning_rate)
     if ds["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
-        return DeepSpeedCPUAdam(groups, lr=config.learning_rate)
+        try:
+            return DeepSpeedCPUAdam(groups, lr=config.learning_rate)
+        except RuntimeError as error:
+            raise UsageError(f"{config.deepspeed}: offload_optimizer needs DeepSpeed's Adam for the host, which cannot be "
+                             f"compiled ({one_line(error.__cause__ or error, 200)}): put a C++ compiler and ninja on PATH, "
+                             "where activating Python's environment puts ninja")
     return torch.optim.AdamW(groups, lr=config.learning_rate, fused=True)
 
 

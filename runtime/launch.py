@@ -165,9 +165,12 @@ def let_rank_0_speak_first():
 
 def wait_to_be_ended(error):
     """Let the launcher end this rank, so that it reports the failing rank's exit code. Returns ours, if it does not."""
-    reason = one_line(error)
-    reason = reason.partition("] ")[2].partition(". ")[0] or reason  # gloo's names a place in its source, and gives advice
-    tqdm.write(f"rank {rank()}: stopped, another rank is gone ({reason})", file=sys.stderr)
+    reason, what = one_line(str(error).partition("Exception raised from")[0]), "another rank is gone"  # no trace of C++
+    if "NCCL error" in reason:  # it may as well be its own, such as a /dev/shm that is too small
+        what = "NCCL failed; where no other rank has an error of its own, this is why"
+    else:  # gloo's reason names a place in its source, and gives advice
+        reason = reason.partition("] ")[2].partition(". ")[0] or reason
+    tqdm.write(f"rank {rank()}: stopped, {what} ({reason})", file=sys.stderr)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(10)
     return 1

@@ -86,7 +86,7 @@ def add_reference(engine, scoring):
     """
     for pairs, batches in scoring:
         depends = [data.VERSION, engine.module.fingerprint, pairs.fingerprint, pairs.shared, all_gather(batches),
-                   str(next(engine.module.parameters()).dtype), engine.module.chunk_size, *kernels(engine)]
+                   str(next(engine.module.parameters()).dtype), *kernels(engine)]
         compute = partial(score, engine, pairs, batches, f"reference log-probs ({pairs.kind})")
         pairs.ref_logps = cached("reference", depends, compute)
 
@@ -111,10 +111,12 @@ def cached(kind, depends, compute):
 
 
 def kernels(engine):
-    """What decides which kernels compute a log-prob: attention, compiler, versions of torch and transformers, device."""
+    """What decides which kernels compute a log-prob: the attention, the compiler, the size of the head's products, whether
+    they have to repeat, the versions, the device."""
+    module, repeat = engine.module, torch.are_deterministic_algorithms_enabled()
     device = torch.cuda.get_device_name() if engine.device.type == "cuda" else engine.device.type
     versions = torch.__version__, transformers.__version__
-    return engine.module.lm.config._attn_implementation, engine.module.compiled, *versions, device
+    return module.lm.config._attn_implementation, module.compiled, module.chunk_size, repeat, *versions, device
 
 
 def score(engine, pairs, batches, what):

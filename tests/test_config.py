@@ -5,6 +5,7 @@ import importlib
 import json
 
 import pytest
+import torch
 from helpers import OFFICIAL_BETA, OFFICIAL_GEMMA, ROOT, command
 
 import adpo
@@ -277,6 +278,15 @@ def test_one_process_runs_without_what_only_many_need(stage, bf16, ranks, expect
         (tmp_path / "ds.json").write_text(json.dumps({**ds, "zero_optimization": {"stage": stage, **offload}}))
         config = parse_config(write(GOOD) + [f"--bf16={bf16}", f"--deepspeed={tmp_path / 'ds.json'}"])
         assert engine_config(config)["zero_optimization"]["stage"] == found
+
+
+def test_an_adam_for_the_host_that_cannot_be_compiled_is_one_line(write, tmp_path, monkeypatch):
+    """As where the environment's python is started without activating it: ninja is not on PATH then."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    ds = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    with pytest.raises(UsageError, match=r"ds_config.json: offload_optimizer needs .*\(.*ninja.*\): put a C\+\+ compiler"):
+        engine.make_optimizer(parse_config(write(GOOD)), torch.nn.Linear(2, 2), ds)
 
 
 def test_deepspeeds_timers_do_not_wait_for_the_device(write):

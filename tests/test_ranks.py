@@ -9,9 +9,12 @@ import sys
 
 import psutil
 import pytest
+import torch.distributed as dist
 from helpers import ROOT, Run, errors, launcher, launcher_environment, prepared_train, wait_until
 
 from labels.ledger import Ledger
+from runtime import launch
+from runtime.ranks import lost_peer
 
 
 @pytest.fixture
@@ -100,6 +103,19 @@ def test_ranks_wait_for_one_that_reads_its_model_for_longer_than_deepspeeds_grou
         runtime.model.load_policy = slow
         """)
     assert run.code == 0, run.stderr
+
+
+def test_an_error_of_nccls_own_is_not_taken_for_a_rank_that_is_gone(monkeypatch, capsys):
+    """All ranks have it where a container's /dev/shm is too small, and it is the only error there is."""
+    monkeypatch.setattr(launch.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
+    shared = "Last error:\nError while creating shared memory segment /dev/shm/nccl-1YsMbG (size 734)"
+    error = dist.DistBackendError("NCCL error in: /c10d/NCCLUtils.hpp:268, system error, NCCL version 2.21.5\n"
+                                  f"{shared}\nException raised from create at (most recent call first):\n#4 Error ")
+    assert lost_peer(error) and launch.wait_to_be_ended(error) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("rank 0: stopped, NCCL failed; where no other rank has an error of its own, this is why (NCCL")
+    assert said.endswith(f"{' '.join(shared.split())})\n") and said.count("\n") == 1
 
 
 @pytest.mark.slow

@@ -132,12 +132,20 @@ def test_a_model_without_a_padding_token_scores_the_same(reward_model, reviews, 
     assert padded.scores(rows) == pytest.approx(single.scores(rows), abs=1e-4)
 
 
-def test_it_runs_where_the_key_says(reward_model, reviews):
+def test_it_runs_where_the_key_says(reward_model, reviews, monkeypatch):
     """On the device "meta", which is there on any machine."""
     config = Config(judge_model=str(reward_model), judge_device="meta")
     assert RewardModelJudge.configured(config, as_json(reviews)).lm.device.type == "meta"
     with pytest.raises(ValueError, match="^judge_device gpu: Expected one of cpu, cuda"):
         RewardModelJudge.configured(dataclasses.replace(config, judge_device="gpu"), as_json(reviews))
+    with pytest.raises(ValueError, match="^judge_device xpu: "):
+        RewardModelJudge.configured(dataclasses.replace(config, judge_device="xpu"), as_json(reviews))
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    with pytest.raises(ValueError, match="does not fit on meta: name another judge_device"):
+        RewardModelJudge.configured(config, as_json(reviews))
 
 
 def test_a_long_text_loses_its_beginning(reward_model, ledger):

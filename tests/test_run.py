@@ -285,9 +285,9 @@ def test_the_reference_is_scored_once_and_unscored_pairs_are_not_numbers(referen
 
 @pytest.mark.parametrize("change", [
     dict(engine={"attention": "eager"}), dict(engine={"compiled": True}), dict(engine={"dtype": torch.bfloat16}),
-    dict(engine={"chunk_size": 1}), dict(engine={"fingerprint": "others"}), dict(pairs={"fingerprint": "others"}),
-    dict(pairs={"shared": False}), dict(pairs={"batches": ((1,), (0,))}), dict(torch="9.9"),
-    dict(transformers="9.9"), dict(data=data.VERSION + 1), dict(device="another GPU")], ids=str)
+    dict(engine={"fingerprint": "others"}), dict(pairs={"fingerprint": "others"}), dict(pairs={"shared": False}),
+    dict(pairs={"batches": ((1,), (0,))}), dict(torch="9.9"), dict(transformers="9.9"), dict(data=data.VERSION + 1),
+    dict(device="another GPU"), dict(engine={"chunk_size": 1}), dict(deterministic=True)], ids=str)
 def test_the_cache_is_not_used_where_the_last_bits_would_differ(change, reference_of, monkeypatch, capsys):
     """Other kernels are enough: at step 0 every margin has to be 0, not nearly 0."""
     reference_of(Engine())
@@ -300,15 +300,17 @@ def test_the_cache_is_not_used_where_the_last_bits_would_differ(change, referenc
     if "device" in change:
         kernels = reference.kernels
         monkeypatch.setattr(reference, "kernels", lambda engine: (*kernels(engine)[:-1], change["device"]))
+    if "deterministic" in change:
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     assert reference_of(Engine(**change.get("engine", {})), **change.get("pairs", {}))[1] == 2
     assert capsys.readouterr().out == ""  # the file in the cache was not found, rather than found and thought damaged
 
 
-def test_the_kernels_are_those_of_attention_compiler_versions_and_device(monkeypatch):
+def test_the_kernels_are_those_of_attention_compiler_chunks_versions_and_device(monkeypatch):
     versions = torch.__version__, transformers.__version__
-    assert reference.kernels(Engine()) == ("sdpa", False, *versions, "cpu")
+    assert reference.kernels(Engine()) == ("sdpa", False, 2048, False, *versions, "cpu")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
-    assert reference.kernels(Engine(device=torch.device("cuda"))) == ("sdpa", False, *versions, "NVIDIA H100")
+    assert reference.kernels(Engine(device=torch.device("cuda"))) == ("sdpa", False, 2048, False, *versions, "NVIDIA H100")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

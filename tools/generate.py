@@ -20,9 +20,10 @@ turn follows the earlier ones and their answers, separated by blank lines. An an
 turn, and is stripped.
 
 The temperature is 0 (greedy), or for MT-Bench that of the category in FastChat's common.py; --temperature overrides both. A
-draw depends only on --seed, the question and the turn, so neither --batch_size nor resuming changes an answer, unless
-floating point decides a tie. Of the model's generation_config.json only the end tokens count; FastChat's and AlpacaEval's
-own generation also take top_p, top_k and repetition_penalty from there.
+draw depends only on --seed, the question and the turn, so in fp32 neither --batch_size nor resuming changes an answer. In
+bf16, the default on a GPU, the other questions of a batch change how logits are rounded, and now and then an answer. Of the
+model's generation_config.json only the end tokens count; FastChat's and AlpacaEval's own generation also take top_p, top_k
+and repetition_penalty from there.
 
 The file is replaced as a whole after each batch. The same command again keeps its answers and goes on, even after kill -9;
 FILE.settings.json records what made it, and other settings or weights are refused. Exit code 75: stopped, the same command
