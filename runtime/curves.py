@@ -11,6 +11,7 @@ tools/plot.py is its command line; each run draws itself at its end. Needs matpl
 import io
 import json
 import math
+import os
 from pathlib import Path
 
 from runtime.errors import UsageError
@@ -88,6 +89,7 @@ def points(rows, split, x, *metrics):
 
 def draw(runs):
     """The figure.  runs: {label: rows of read_metrics}."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook names a backend of its own here, which need not be installed
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D

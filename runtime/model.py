@@ -15,7 +15,6 @@ from pathlib import Path
 import deepspeed
 import huggingface_hub
 import torch
-import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
@@ -26,7 +25,7 @@ import adpo
 import data
 from runtime.errors import UsageError, one_line
 from runtime.files import writing
-from runtime.ranks import rank, say
+from runtime.ranks import from_rank_0, rank, say
 
 
 def revision_of(config, name):
@@ -363,9 +362,13 @@ def save_tokenizer(tokenizer, folder):
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
+class NotSaved(Exception):
+    """The trained model cannot be written, whatever the disk; the message says why. All ranks raise it together."""
+
+
 def save_model(engine, tokenizer, output, config):
     """Write the trained model, or its adapter, in Hugging Face form, gathered over ranks. Each file gets its name when it is
-    complete. Returns the names on rank 0."""
+    complete. Returns the names on rank 0. Raises NotSaved."""
     lm, state = engine.module.lm, {}
     for name, parameter in lm.named_parameters():
         if not parameter.requires_grad and config.use_peft:
@@ -375,21 +378,34 @@ def save_model(engine, tokenizer, output, config):
                 state[name] = parameter.detach().to("cpu", copy=True)
     saved = lm.state_dict().keys()  # persistent buffers are part of a model too, such as the routing bias of DeepSeek V3
     state |= {name: buffer.to("cpu", copy=True) for name, buffer in lm.named_buffers() if name in saved}
+    failure, names = None, None
     if rank() == 0:
-        transformers.utils.logging.disable_progress_bar()
-        staging = output / ".model"
-        shutil.rmtree(staging, ignore_errors=True)
-        with writing(output / "model.safetensors", staging):
-            if config.use_peft:
-                save_adapter(config, lm, state, staging, tokenizer)
-            else:
-                save_whole(lm, tokenizer, staging, state_dict=state)
-            save_tokenizer(tokenizer, staging)
-            names = sorted(path.name + "/" * path.is_dir() for path in staging.iterdir())
-            for name in names:
-                if name.endswith("/"):  # a folder of chat templates, which an attempt that was killed may have left
-                    shutil.rmtree(output / name, ignore_errors=True)
-                os.replace(staging / name, output / name)
-        staging.rmdir()
-    dist.barrier()
-    return names if rank() == 0 else None
+        try:
+            names = write_model(config, lm, state, output, tokenizer)
+        except UsageError:  # the disk
+            raise
+        except Exception as error:  # transformers', peft's, or the model's own code
+            failure = f"{type(error).__name__}: {one_line(error, 300)}"
+    if failure := from_rank_0(failure):
+        raise NotSaved(failure)
+    return names
+
+
+def write_model(config, lm, state, output, tokenizer):
+    """Rank 0's part of save_model.  state: {name: weight or buffer}."""
+    transformers.utils.logging.disable_progress_bar()
+    staging = output / ".model"
+    shutil.rmtree(staging, ignore_errors=True)
+    with writing(output / "model.safetensors", staging):
+        if config.use_peft:
+            save_adapter(config, lm, state, staging, tokenizer)
+        else:
+            save_whole(lm, tokenizer, staging, state_dict=state)
+        save_tokenizer(tokenizer, staging)
+        names = sorted(path.name + "/" * path.is_dir() for path in staging.iterdir())
+        for name in names:
+            if name.endswith("/"):  # a folder of chat templates, which an attempt that was killed may have left
+                shutil.rmtree(output / name, ignore_errors=True)
+            os.replace(staging / name, output / name)
+    staging.rmdir()
+    return names

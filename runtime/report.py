@@ -223,12 +223,16 @@ def draw_curves(output):
         return []
     try:
         figure = curves.draw({output.name: curves.read_metrics(output)})
+        with writing(output / "curves.png"):
+            curves.save(figure, output / "curves.png")
+        return ["curves.png"]
     except curves.PlotError as error:
         say(f"no curves: {error}")
-        return []
-    with writing(output / "curves.png"):
-        curves.save(figure, output / "curves.png")
-    return ["curves.png"]
+    except UsageError:  # a full disk
+        raise
+    except Exception as error:  # matplotlib's: a run that has trained must not end without its summary for want of a picture
+        say(f"no curves: matplotlib fails ({type(error).__name__}: {one_line(error, 200)})")
+    return []
 
 
 def adapter_summary(config, lm):

@@ -23,7 +23,7 @@ import data
 from runtime import checkpoint, report, toy
 from runtime.engine import engine_config, plain_logps, settings_that_count, skipped_in_a_row
 from runtime.errors import Stopped, UsageError
-from runtime.model import save_model, why_not_saved, why_tokenizer_not_saved
+from runtime.model import NotSaved, save_model, why_not_saved, why_tokenizer_not_saved
 from runtime.ranks import all_gather, bar, from_rank_0, is_shared, on_any_rank, rank, reduced, say, world_size
 from runtime.schedule import pairs_a_step
 
@@ -244,7 +244,14 @@ class Run:
 
     def finish(self, engine, tokenizer, summary):
         """After the last step: the model, its card, the summary, and the hub if asked for."""
-        names = save_model(engine, tokenizer, self.output, self.config)
+        try:
+            names = save_model(engine, tokenizer, self.output, self.config)
+        except NotSaved as error:
+            if self.can_save:
+                self.save(engine)
+            raise UsageError(f"{self.output}: the model cannot be saved ({error}). " + (
+                f"checkpoint-{self.step} holds the trained weights, and the same command goes on from there"
+                if self.can_save else "Its weights were not kept"))
         self.check_saved(engine, tokenizer)
         engine.destroy()
         if rank() == 0 and self.toy_prompts:

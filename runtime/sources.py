@@ -100,7 +100,7 @@ def read_rows(source, split, config_name=None):
             yield f"{source} [{split}], row {n}", row
     elif (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         with reading(f"{source} [{split}]"):
-            loaded = datasets.load_from_disk(str(path))
+            loaded = datasets.load_from_disk(str(path)).with_format(None)  # one that was saved may hide columns
             loaded = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
             for n, row in enumerate(loaded, 1):
                 yield f"{source} [{split}], row {n}", row

@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 import transformers
-from helpers import copy_without
+from helpers import assert_same_run, copy_without, errors
 from safetensors.torch import load_file, save_file
 
 from runtime import toy
@@ -195,3 +195,17 @@ def test_a_tokenizer_that_was_not_saved_right_is_reported(change, match, train, 
     run = train("tokenizer-saved-wrong", max_steps=1)
     assert re.search(rf"WARNING: the tokenizer in \S+ is not that of the run: {match}.* Copy its files from {tiny}/model",
                      run.stdout), run.stdout
+
+
+def test_a_model_that_cannot_be_saved_is_kept_in_a_checkpoint(train, by_dataset, monkeypatch):
+    """Whatever the library or the model's own code raises, the training is not lost."""
+    def fails(*_, **__):
+        raise RuntimeError("its own code")
+    with monkeypatch.context() as patched:
+        patched.setattr(transformers.LlamaForCausalLM, "save_pretrained", fails)
+        run = train("not-saved", check=2)
+    assert errors(run) == [f"error: {run.output}: the model cannot be saved (RuntimeError: its own code). checkpoint-4 "
+                           "holds the trained weights, and the same command goes on from there"]
+    done = train("saved", output_dir=run.output)
+    assert f"resumed from {run.output}/checkpoint-4" in done.stdout
+    assert_same_run(done, by_dataset)

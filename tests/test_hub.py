@@ -13,6 +13,7 @@ import json
 import shlex
 import subprocess
 import sys
+import textwrap
 import threading
 import types
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,7 +24,7 @@ import huggingface_hub
 import pytest
 import transformers
 import yaml
-from helpers import errors, free_port, launcher_environment
+from helpers import ROOT, errors, free_port, launcher_environment
 from huggingface_hub import ModelCard, constants
 
 from labels.oracle import wilson
@@ -296,6 +297,27 @@ def test_a_run_without_matplotlib_has_a_card_without_a_picture(train, monkeypatc
     monkeypatch.setattr(curves, "draw", None)
     run = train("plain", max_steps=1)
     assert not (run.output / "curves.png").exists() and "curves" not in (run.output / "README.md").read_text()
+
+
+def test_a_notebooks_backend_that_is_not_installed_changes_nothing():
+    """matplotlib reads MPLBACKEND, which a notebook sets for all commands in it, when it is imported."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(f"""
+        import os, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        os.environ["MPLBACKEND"] = "module://matplotlib_inline.backend_inline"
+        from runtime import curves
+        curves.draw({{"run": []}})
+        """)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(train, monkeypatch):
+    def fails(runs):
+        raise ImportError("numpy.core.multiarray failed to import")
+    monkeypatch.setattr(curves, "draw", fails)
+    run = train("no-picture", max_steps=1)
+    assert "no curves: matplotlib fails (ImportError: numpy.core.multiarray failed to import)" in run.stdout
+    assert run.summary()["queries"] == 8 and "curves" not in (run.output / "README.md").read_text()
 
 
 def test_a_runs_own_card_has_its_command_and_its_picture(train):

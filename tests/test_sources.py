@@ -239,6 +239,14 @@ def test_malformed_rows_of_other_stores(tmp_path):
             load_source(tmp_path / name)
 
 
+@pytest.mark.parametrize("form", [{"type": "numpy", "columns": ["chosen", "rejected"]}, {"type": "pandas"}], ids=str)
+def test_the_format_that_a_data_set_was_saved_with_hides_nothing(form, tmp_path):
+    """datasets saves what set_format said, so that the rows that it reads back may lack their prompts."""
+    rows = [preference(n) for n in range(3)]
+    datasets.Dataset.from_list(rows).with_format(**form).save_to_disk(tmp_path / "saved")
+    assert [row for _, row in sources.read_rows(str(tmp_path / "saved"), "train")] == rows
+
+
 def test_long_csv_fields(tmp_path):
     """The csv module's limit of 131,072 characters a field does not apply to data."""
     write_csv(tmp_path / "f.csv", [preference(0, chosen=" x" * 70_000)])
