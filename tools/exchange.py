@@ -8,10 +8,11 @@
 Format "jsonl": JSON Lines in UTF-8.
     Export: one open question per line, {"pair", "prompt", "response_a", "response_b"}. Each text has the form it has in
         the data, a string or a list of {"role", "content"}.
-    Import: {"pair", "label", "annotator", "seconds", "comment"}, the last three optional. The label is "a" or "b", or, for
-        no preference, "equal", "both bad" or "cannot judge". A label that is missing, null, "" or "skip" skips the question.
-        It is best to add `label` to the exported line: if the line contains response_a and response_b, the label refers to
-        them, even if they were swapped; otherwise it refers to the exported sides.
+    Import: {"pair", "label", "annotator", "seconds", "comment"}, the last three optional. What has no annotator is of one
+        person, "import", so the files of several people need their names. The label is "a" or "b", or, for no preference,
+        "equal", "both bad" or "cannot judge". A label that is missing, null, "" or "skip" skips the question. It is best to
+        add `label` to the exported line: if the line contains response_a and response_b, the label refers to them, even if
+        they were swapped; otherwise it refers to the exported sides.
 
 Format "label-studio": the JSON of Label Studio 1.x (labelstud.io/guide/task_format, /tags/pairwise, and its template
 "Pairwise Classification").
@@ -139,9 +140,9 @@ def import_answers(ledger, path, format, annotator="import", panel=Panel()):
     """Answer questions from a file.
 
     format: "jsonl" or "label-studio".  annotator: the name for labels that come without one.  panel: how many opinions a
-    question needs. Returns counts: `answered`, first opinions; `second_opinions`, on pairs that already had one, which may
-    change the label; `already_there`, what the annotator says already; `replaced`, by what the same annotator says about the
-    pair later in the file; `skipped`, without a label.
+    question needs. Returns counts: `answered`, first opinions; `second_opinions`, on pairs that already had one of somebody
+    else, which may change the label; `already_there`, what the annotator says already; `replaced`, opinions in the file or
+    the ledger in whose place the file has a later one of the same annotator; `skipped`, without a label.
     Raises ExchangeError if anything in the file is wrong; then nothing is imported.
     """
     if format not in READERS:
@@ -160,9 +161,9 @@ def import_answers(ledger, path, format, annotator="import", panel=Panel()):
             if _already_there(ledger, pair, label, detail, who):
                 counts["already_there"] += 1
                 continue
-            first = not ledger.opinions(pair)
+            there = ledger.opinions(pair)
             ledger.answer_question(pair, label, who, possible_seconds(seconds, asked_at[pair]), panel=panel, detail=detail)
-            counts["answered" if first else "second_opinions"] += 1
+            counts["replaced" if who in there else "second_opinions" if there else "answered"] += 1
     return counts
 
 
