@@ -242,8 +242,11 @@ def test_a_third_answer_settles_a_pair_without_a_preference(store, tmp_path, for
         assert [choice.lower() for choice in choices] == list(thirds.values())
         path.write_text(json.dumps([{"data": {"pair": pair}, "annotations": [annotation(1, "left")]} for pair in thirds]))
         tasks = json.loads(path.read_text())
-        for task, choice in zip(tasks, choices):  # beside a click on a response, which cannot be taken back there
-            task["annotations"][0]["result"].append({"type": "choices", "value": {"choices": [choice]}})
+        # Beside a click on a response, which cannot be taken back there, and what the team asks about the prompt.
+        for task, choice in zip(tasks, choices):
+            task["annotations"][0]["result"] += [
+                {"type": "choices", "from_name": "topic", "value": {"choices": ["Science", "Medicine"]}},
+                {"type": "choices", "from_name": "no_preference", "value": {"choices": [choice]}}]
         path.write_text(json.dumps(tasks))
     assert import_answers(store, path, format) == {"answered": 3, "second_opinions": 0, "already_there": 0, "replaced": 0,
                                                       "skipped": 0}

@@ -338,6 +338,8 @@ def _selected(annotation, place):
             value = result.get("value")
             third = value.get("choices") if isinstance(value, dict) else None
             third = third[0].lower() if isinstance(third, list) and len(third) == 1 and isinstance(third[0], str) else third
+            if third not in THIRD_ANSWERS and result.get("from_name", "no_preference") != "no_preference":
+                continue  # of another question that the team has put into the labelling interface
             if third not in THIRD_ANSWERS:
                 raise ExchangeError(f"{place}, field choices: expected one \"Equal\", \"Both bad\" or \"Cannot judge\", "
                                     f"found {value!r:.80}")
