@@ -349,18 +349,28 @@ def retry_after(value):
 
 def read_reply(content, seconds):
     """Parse a response body into a Reply. Raises Retry if it is not one, such as an error sent with HTTP 200."""
+    body = None
     try:
         body = json.loads(content)
         choice = body["choices"][0]
         message, finish = choice["message"], choice.get("finish_reason")
         text, thought = spoken(message, cut=finish == "length")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise Retry(f"the reply is not a chat completion: {one_line(content[:300].decode(errors='replace'), 120)!r}")
+        raise Retry(f"the reply is not a chat completion: {one_line(content[:300].decode(errors='replace'), 120)!r}",
+                    busy=status_of(body) in BUSY)
     usage = body.get("usage")
     tokens = [usage.get(key) if isinstance(usage, dict) else None for key in ("prompt_tokens", "completion_tokens")]
     tokens = tuple(count if isinstance(count, int) else None for count in tokens)
     content = message.get("content")
     return Reply(text, finish, tokens, seconds, thought, content if isinstance(content, str) else "")
+
+
+def status_of(body):
+    """The HTTP status that an error within an HTTP 200 names, as routers in front of several servers send it, or None."""
+    try:
+        return int(body["error"]["code"])
+    except (LookupError, TypeError, ValueError):
+        return None
 
 
 TAG = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>", re.IGNORECASE)

@@ -444,9 +444,10 @@ def test_an_error_about_one_text_alone_is_that_pairs_own(serve, ledger, answer):
     assert answers(ledger) == TRUTHS | {"p3": 0}
 
 
-def test_a_server_that_is_too_busy_for_a_pair_is_asked_again_later(serve, ledger):
-    server = serve(lambda prompt, n: (429, {}, b"later") if "of p3" in prompt else right(prompt, n))
-    with pytest.raises(Waiting, match="1 of 6 answers are missing; pair p3: HTTP 429"):
+@pytest.mark.parametrize("reply", [(429, {}, b"later"), (200, {}, {"error": {"code": 429, "message": "later"}})])
+def test_a_server_that_is_too_busy_for_a_pair_is_asked_again_later(reply, serve, ledger):
+    server = serve(lambda prompt, n: reply if "of p3" in prompt else right(prompt, n))
+    with pytest.raises(Waiting, match="1 of 6 answers are missing; pair p3: .*429"):
         chat(server).answer(QUESTIONS, ledger)
     assert answers(ledger) == {pair: label for pair, label in TRUTHS.items() if pair != "p3"}
 
