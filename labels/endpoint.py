@@ -10,9 +10,9 @@ What a failure means decides who pays for it:
     GaveUp         it failed as often as it may; another time it could work
 
 An HTTP 400, 403, 413 or 422 can mean either of the first two, and what fails however often it is sent, either of the last
-two: a short question of our own tells them apart. A timeout, or an HTTP 429, 503, 504 or 529, is never held against the
-text: an endpoint that is slow or busy may well answer a short question. A field of ours that a server does not know (newer
-models want max_completion_tokens, and no temperature) is renamed or left out from then on.
+two: a short question of our own tells them apart. A timeout or an HTTP status of BUSY is never held against the text: an
+endpoint that is slow or busy may well answer a short question. A field of ours that a server does not know (newer models
+want max_completion_tokens, and no temperature) is renamed or left out from then on.
 """
 
 import email.utils
@@ -304,7 +304,8 @@ class Endpoint:
         return Rejected(message, about) if error.code in (400, 403, 413, 422) else Refused(message)
 
 
-BUSY = (429, 503, 504, 529)  # HTTP errors that are about the endpoint: too much to do, or too slow
+# HTTP errors that are about the endpoint: too much to do, or too slow. LiteLLM sends 408 for a timeout, Cloudflare 524.
+BUSY = (408, 429, 503, 504, 522, 524, 529)
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):

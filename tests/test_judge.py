@@ -294,8 +294,9 @@ def test_a_reply_that_trickles_in_has_its_time_too(serve, ledger):
 
 
 @pytest.mark.parametrize("answer, words", [
-    ("late", r"timed out \(the timeout is 0.5 s\)"), ((504, {}, b""), "HTTP 504"), ((529, {}, b""), "HTTP 529")],
-    ids=["timeout", "504", "529"])
+    ("late", r"timed out \(the timeout is 0.5 s\)"),
+    *(((status, {}, b""), f"HTTP {status}") for status in (408, 504, 524, 529))],
+    ids=["timeout", "408", "504", "524", "529"])
 @pytest.mark.parametrize("first", [None, (500, {}, b"")], ids=["each time", "after other errors"])
 def test_a_text_that_takes_too_long_is_not_refused(serve, ledger, release, answer, words, first):
     """The endpoint answers all else, so a short question would get its answer: the pair stays open nevertheless."""
