@@ -156,7 +156,25 @@ def test_partial_import_and_second_opinions(store, tmp_path, format):
     assert counts(bobs) == counts(anns) == [0, 0, 2, 0, 2]
     assert store.db.execute("SELECT annotator, verdict FROM verdicts WHERE pair = 'pair0' ORDER BY id").fetchall() == [
         ("ann", 1), ("bob", -1)]
-    assert export_questions(store, anns, format) == 1  # what is still open
+    assert export_questions(store, tmp_path / "left", format) == 1  # what is still open
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_export_does_not_replace_answers(store, tmp_path, format):
+    ask(store, simple(3))
+    path = tmp_path / "questions"
+    assert export_questions(store, path, format) == export_questions(store, path, format) == 3
+    fill_in(path, format, {"pair0": "first 0"})
+    content = path.read_bytes()
+    with pytest.raises(ExchangeError, match="--export .*questions: there is a file that holds more than questions"):
+        export_questions(store, path, format)
+    assert path.read_bytes() == content
+    import_answers(store, path, format)
+    path.write_text("notes")
+    with pytest.raises(ExchangeError, match="choose another file"):
+        export_questions(store, path, format)
+    path.unlink()
+    assert export_questions(store, path, format) == 2
 
 
 def test_several_annotations_of_a_task(store, tmp_path):

@@ -79,11 +79,15 @@ class ExchangeError(UsageError):
 # Export.
 
 def export_questions(ledger, path, format):
-    """Write the open questions to a file, replacing an existing one. The file appears complete or not at all.
+    """Write the open questions to a file, which may replace an earlier export, but nothing else. It appears complete or not
+    at all.
 
     format: "jsonl" or "label-studio"; the latter writes FILE.xml too. Returns the number of questions. Raises
     ExchangeError.
     """
+    if os.path.isfile(path) and not os.path.samefile(path, ledger.path) and not _is_export(path, format):
+        raise ExchangeError(f"--export {path}: there is a file that holds more than questions, answers perhaps: import "
+                            "it, or choose another file")
     tasks = []
     for pair, prompt, first, second in ledger.open_questions():
         prompt, y1, y2 = map(json.loads, (prompt, first, second))
@@ -98,6 +102,18 @@ def export_questions(ledger, path, format):
     else:
         raise ValueError(f"format {format!r}: expected \"jsonl\" or \"label-studio\"")
     return len(tasks)
+
+
+def _is_export(path, format):
+    """Whether a file holds questions and nothing else, so that no answer is lost with it."""
+    with open(path, "rb") as file:
+        content = file.read()
+    try:
+        rows = map(json.loads, filter(None, content.split(b"\n"))) if format == "jsonl" else json.loads(content)
+        return all(row.keys() == ({"pair", "prompt", "response_a", "response_b"} if format == "jsonl" else {"data"})
+                   for row in rows)
+    except (ValueError, TypeError, AttributeError):
+        return False
 
 
 def drawn_sides(pair):
