@@ -10,9 +10,9 @@ What a failure means decides who pays for it:
     GaveUp         it failed as often as it may; later it could work
 
 An HTTP 400, 403, 413 or 422 can mean either of the first two, and what fails however often it is sent, either of the last
-two: a short question of our own tells them apart. A timeout, or an HTTP 429, 503, 504 or 529, is never held against the
-text: an endpoint that is slow or busy may well answer a short question. A field of ours that a server does not know (newer
-models want max_completion_tokens, and no temperature) is renamed or left out from then on.
+two: a short question of our own tells them apart. A timeout or an HTTP status of BUSY is never held against the text: an
+endpoint that is slow or busy may well answer a short question. A field of ours that a server does not know (newer models
+want max_completion_tokens, and no temperature) is renamed or left out from then on.
 """
 
 import email.utils
@@ -308,7 +308,8 @@ class Endpoint:
         return Rejected(message, about) if error.code in (400, 403, 413, 422) else Refused(message)
 
 
-BUSY = (429, 503, 504, 529)  # HTTP errors that are about the endpoint: too much to do, or too slow
+# HTTP errors that are about the endpoint: too much to do, or too slow. LiteLLM sends 408 for a timeout, Cloudflare 524.
+BUSY = (408, 429, 503, 504, 522, 524, 529)
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -353,18 +354,28 @@ def retry_after(value):
 
 def read_reply(content, seconds):
     """Parse a response body into a Reply. Raises Retry if it is not one, such as an error sent with HTTP 200."""
+    body = None
     try:
         body = json.loads(content)
         choice = body["choices"][0]
         message, finish = choice["message"], choice.get("finish_reason")
         text, thought = spoken(message, cut=finish == "length")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise Retry(f"the reply is not a chat completion: {one_line(content[:300].decode(errors='replace'), 120)!r}")
+        raise Retry(f"the reply is not a chat completion: {one_line(content[:300].decode(errors='replace'), 120)!r}",
+                    busy=status_of(body) in BUSY)
     usage = body.get("usage")
     tokens = [usage.get(key) if isinstance(usage, dict) else None for key in ("prompt_tokens", "completion_tokens")]
     tokens = tuple(count if isinstance(count, int) else None for count in tokens)
     content = message.get("content")
     return Reply(text, finish, tokens, seconds, thought, content if isinstance(content, str) else "")
+
+
+def status_of(body):
+    """The HTTP status that an error within an HTTP 200 names, as routers in front of several servers send it, or None."""
+    try:
+        return int(body["error"]["code"])
+    except (LookupError, TypeError, ValueError):
+        return None
 
 
 TAG = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>", re.IGNORECASE)

@@ -45,6 +45,7 @@ class Question:
     audit: bool = False
 
 
+LONGEST_LEASE = 3600  # seconds; a lease that has longer to go is from before the clock was set back
 VERSION = 3  # of the schema, kept in the file as user_version; a file of version 2 is brought up to date when it is opened
 
 TABLES = """
@@ -403,6 +404,7 @@ class Ledger:
         annotator has given none. not_these: pairs that the annotator has skipped; they return when nothing else is left.
         """
         with self.transaction():
+            self.db.execute("DELETE FROM leases WHERE until > ?", (time.time() + LONGEST_LEASE,))
             skipped = None
             for pair in self._leasable(annotator, panel):
                 if pair not in not_these:

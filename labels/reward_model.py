@@ -76,6 +76,10 @@ class RewardModelJudge(Judge):
         if loading["missing_keys"]:  # transformers would fill them at random
             raise ValueError(f"reward model {self.model}: its weights lack {sorted(loading['missing_keys'])[0]}; "
                              "take a model that was trained to score")
+        tokens, size = max(tokenizer.get_vocab().values()) + 1, len(lm.get_input_embeddings().weight)
+        if tokens > size:
+            raise ValueError(f"reward model {self.model}: has embeddings for {size:,} tokens, but its tokenizer has "
+                             f"{tokens:,}: put the model's own tokenizer beside it")
         try:
             return tokenizer, lm.to(self.device).eval()
         except torch.OutOfMemoryError:

@@ -156,7 +156,25 @@ def test_partial_import_and_second_opinions(store, tmp_path, format):
     assert counts(bobs) == counts(anns) == [0, 0, 2, 0, 2]
     assert store.db.execute("SELECT annotator, verdict FROM verdicts WHERE pair = 'pair0' ORDER BY id").fetchall() == [
         ("ann", 1), ("bob", -1)]
-    assert export_questions(store, anns, format) == 1  # what is still open
+    assert export_questions(store, tmp_path / "left", format) == 1  # what is still open
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_export_does_not_replace_answers(store, tmp_path, format):
+    ask(store, simple(3))
+    path = tmp_path / "questions"
+    assert export_questions(store, path, format) == export_questions(store, path, format) == 3
+    fill_in(path, format, {"pair0": "first 0"})
+    content = path.read_bytes()
+    with pytest.raises(ExchangeError, match="--export .*questions: there is a file that holds more than questions"):
+        export_questions(store, path, format)
+    assert path.read_bytes() == content
+    import_answers(store, path, format)
+    path.write_text("notes")
+    with pytest.raises(ExchangeError, match="choose another file"):
+        export_questions(store, path, format)
+    path.unlink()
+    assert export_questions(store, path, format) == 2
 
 
 def test_several_annotations_of_a_task(store, tmp_path):
@@ -192,9 +210,9 @@ def test_a_person_may_change_their_mind(store, tmp_path, said):
         opinion = store.opinions("pair0")["ann"]
         return opinion.said or "ab"[drawn_sides("pair0").index(opinion.label)]
     for n, label in enumerate(said):
-        assert give(label) == [n == 0, n > 0, 0, 0, 0] and kept() == label
+        assert give(label) == [n == 0, 0, 0, n > 0, 0] and kept() == label
         assert give(label) == [0, 0, 1, 0, 0] and kept() == label
-    assert give(*said[:2]) == [0, 1, 0, 1, 0] and kept() == said[1]
+    assert give(*said[:2]) == [0, 0, 0, 2, 0] and kept() == said[1]
     before = everything(store)
     assert give(*said[:2]) == [0, 0, 1, 1, 0] and everything(store) == before
 
@@ -242,8 +260,11 @@ def test_a_third_answer_settles_a_pair_without_a_preference(store, tmp_path, for
         assert [choice.lower() for choice in choices] == list(thirds.values())
         path.write_text(json.dumps([{"data": {"pair": pair}, "annotations": [annotation(1, "left")]} for pair in thirds]))
         tasks = json.loads(path.read_text())
-        for task, choice in zip(tasks, choices):  # beside a click on a response, which cannot be taken back there
-            task["annotations"][0]["result"].append({"type": "choices", "value": {"choices": [choice]}})
+        # Beside a click on a response, which cannot be taken back there, and what the team asks about the prompt.
+        for task, choice in zip(tasks, choices):
+            task["annotations"][0]["result"] += [
+                {"type": "choices", "from_name": "topic", "value": {"choices": ["Science", "Medicine"]}},
+                {"type": "choices", "from_name": "no_preference", "value": {"choices": [choice]}}]
         path.write_text(json.dumps(tasks))
     assert import_answers(store, path, format) == {"answered": 3, "second_opinions": 0, "already_there": 0, "replaced": 0,
                                                       "skipped": 0}

@@ -295,8 +295,9 @@ def test_a_reply_that_trickles_in_has_its_time_too(serve, ledger):
 
 
 @pytest.mark.parametrize("answer, words", [
-    ("late", r"timed out \(the timeout is 0.5 s\)"), ((504, {}, b""), "HTTP 504"), ((529, {}, b""), "HTTP 529")],
-    ids=["timeout", "504", "529"])
+    ("late", r"timed out \(the timeout is 0.5 s\)"),
+    *(((status, {}, b""), f"HTTP {status}") for status in (408, 504, 524, 529))],
+    ids=["timeout", "408", "504", "524", "529"])
 @pytest.mark.parametrize("first", [None, (500, {}, b"")], ids=["each time", "after other errors"])
 def test_a_text_that_takes_too_long_is_not_refused(serve, ledger, release, answer, words, first):
     """The endpoint answers all else, so a short question would get its answer: the pair stays open nevertheless."""
@@ -445,9 +446,10 @@ def test_an_error_about_one_text_alone_is_that_pairs_own(serve, ledger, answer):
     assert answers(ledger) == TRUTHS | {"p3": 0}
 
 
-def test_a_server_that_is_too_busy_for_a_pair_is_asked_again_later(serve, ledger):
-    server = serve(lambda prompt, n: (429, {}, b"later") if "of p3" in prompt else right(prompt, n))
-    with pytest.raises(Waiting, match="1 of 6 answers are missing; pair p3: HTTP 429"):
+@pytest.mark.parametrize("reply", [(429, {}, b"later"), (200, {}, {"error": {"code": 429, "message": "later"}})])
+def test_a_server_that_is_too_busy_for_a_pair_is_asked_again_later(reply, serve, ledger):
+    server = serve(lambda prompt, n: reply if "of p3" in prompt else right(prompt, n))
+    with pytest.raises(Waiting, match="1 of 6 answers are missing; pair p3: .*429"):
         chat(server).answer(QUESTIONS, ledger)
     assert answers(ledger) == {pair: label for pair, label in TRUTHS.items() if pair != "p3"}
 

@@ -351,7 +351,8 @@ def test_a_page_for_fewer_people_settles_what_is_there(tmp_path):
     site.flags = ()
     site.start()
     assert site.answers() == {"p00": -1}
-    site.stop()
+    said = "1 open questions had the opinions that --annotators-per-pair 1 asks for, and are settled\n"
+    assert site.stop(signal.SIGTERM) == (0, said)
 
 
 def test_files_settle_only_the_questions_that_they_answer(tmp_path, capsys):

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from helpers import ROOT, do_anything
@@ -238,6 +239,16 @@ def test_a_question_is_leased_to_one_annotator_and_comes_back(ledger):
     ledger.release("ann")
     assert ledger.lease("cat", -1)[0] == "a"  # a lease that runs out at once
     assert ledger.lease("dan", 60)[0] == "a"
+
+
+def test_a_clock_that_is_set_back_locks_no_question(ledger, monkeypatch):
+    """Ann's machine was off, and its clock a day ahead until it was set."""
+    ask(ledger, "a")
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 86400)
+    assert ledger.lease("ann", 60)[0] == "a"
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert ledger.lease("ben", 60)[0] == "a" and ledger.lease("ann", 60) is None
 
 
 def test_what_an_annotator_skipped_comes_last(ledger):

@@ -240,3 +240,10 @@ def test_what_is_not_a_reward_model_is_refused_by_name(reward_model, tiny, tmp_p
     (folder / "config.json").write_text(json.dumps({**config, "id2label": {"0": "reward"}}))
     with pytest.raises(ValueError, match="its weights lack score.weight"):
         RewardModelJudge(texts, folder)
+    folder = shutil.copytree(reward_model, tmp_path / "other-tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    size = len(tokenizer)
+    tokenizer.add_tokens(["something"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match=f"has embeddings for {size} tokens, but its tokenizer has {size + 1}: put the"):
+        RewardModelJudge(texts, folder)

@@ -8,10 +8,11 @@
 Format "jsonl": JSON Lines in UTF-8.
     Export: one open question per line, {"pair", "prompt", "response_a", "response_b"}. Each text has the form it has in
         the data, a string or a list of {"role", "content"}.
-    Import: {"pair", "label", "annotator", "seconds", "comment"}, the last three optional. The label is "a" or "b", or, for
-        no preference, "equal", "both bad" or "cannot judge". A label that is missing, null, "" or "skip" skips the question.
-        It is best to add `label` to the exported line: if the line contains response_a and response_b, the label refers to
-        them, even if they were swapped; otherwise it refers to the exported sides.
+    Import: {"pair", "label", "annotator", "seconds", "comment"}, the last three optional. What has no annotator is of one
+        person, "import", so the files of several people need their names. The label is "a" or "b", or, for no preference,
+        "equal", "both bad" or "cannot judge". A label that is missing, null, "" or "skip" skips the question. It is best to
+        add `label` to the exported line: if the line contains response_a and response_b, the label refers to them, even if
+        they were swapped; otherwise it refers to the exported sides.
 
 Format "label-studio": the JSON of Label Studio 1.x (labelstud.io/guide/task_format, /tags/pairwise, and its template
 "Pairwise Classification").
@@ -78,11 +79,15 @@ class ExchangeError(UsageError):
 # Export.
 
 def export_questions(ledger, path, format):
-    """Write the open questions to a file, replacing an existing one. The file appears complete or not at all.
+    """Write the open questions to a file, which may replace an earlier export, but nothing else. It appears complete or not
+    at all.
 
     format: "jsonl" or "label-studio"; the latter writes FILE.xml too. Returns the number of questions. Raises
     ExchangeError.
     """
+    if os.path.isfile(path) and not os.path.samefile(path, ledger.path) and not _is_export(path, format):
+        raise ExchangeError(f"--export {path}: there is a file that holds more than questions, answers perhaps: import "
+                            "it, or choose another file")
     tasks = []
     for pair, prompt, first, second in ledger.open_questions():
         prompt, y1, y2 = map(json.loads, (prompt, first, second))
@@ -97,6 +102,18 @@ def export_questions(ledger, path, format):
     else:
         raise ValueError(f"format {format!r}: expected \"jsonl\" or \"label-studio\"")
     return len(tasks)
+
+
+def _is_export(path, format):
+    """Whether a file holds questions and nothing else, so that no answer is lost with it."""
+    with open(path, "rb") as file:
+        content = file.read()
+    try:
+        rows = map(json.loads, filter(None, content.split(b"\n"))) if format == "jsonl" else json.loads(content)
+        return all(row.keys() == ({"pair", "prompt", "response_a", "response_b"} if format == "jsonl" else {"data"})
+                   for row in rows)
+    except (ValueError, TypeError, AttributeError):
+        return False
 
 
 def drawn_sides(pair):
@@ -139,9 +156,9 @@ def import_answers(ledger, path, format, annotator="import", panel=Panel()):
     """Answer questions from a file.
 
     format: "jsonl" or "label-studio".  annotator: the name for labels that come without one.  panel: how many opinions a
-    question needs. Returns counts: `answered`, first opinions; `second_opinions`, on pairs that already had one, which may
-    change the label; `already_there`, what the annotator says already; `replaced`, by what the same annotator says about the
-    pair later in the file; `skipped`, without a label.
+    question needs. Returns counts: `answered`, first opinions; `second_opinions`, on pairs that already had one of somebody
+    else, which may change the label; `already_there`, what the annotator says already; `replaced`, opinions in the file or
+    the ledger in whose place the file has a later one of the same annotator; `skipped`, without a label.
     Raises ExchangeError if anything in the file is wrong; then nothing is imported.
     """
     if format not in READERS:
@@ -160,9 +177,9 @@ def import_answers(ledger, path, format, annotator="import", panel=Panel()):
             if _already_there(ledger, pair, label, detail, who):
                 counts["already_there"] += 1
                 continue
-            first = not ledger.opinions(pair)
+            there = ledger.opinions(pair)
             ledger.answer_question(pair, label, who, possible_seconds(seconds, asked_at[pair]), panel=panel, detail=detail)
-            counts["answered" if first else "second_opinions"] += 1
+            counts["replaced" if who in there else "second_opinions" if there else "answered"] += 1
     return counts
 
 
@@ -337,6 +354,8 @@ def _selected(annotation, place):
             value = result.get("value")
             third = value.get("choices") if isinstance(value, dict) else None
             third = third[0].lower() if isinstance(third, list) and len(third) == 1 and isinstance(third[0], str) else third
+            if third not in THIRD_ANSWERS and result.get("from_name", "no_preference") != "no_preference":
+                continue  # of another question that the team has put into the labelling interface
             if third not in THIRD_ANSWERS:
                 raise ExchangeError(f"{place}, field choices: expected one \"Equal\", \"Both bad\" or \"Cannot judge\", "
                                     f"found {value!r:.80}")

@@ -386,7 +386,9 @@ def main(argv=None):
             if 0 < len(people) < panel.needed:
                 raise UsageError(f"--annotators-per-pair {panel.needed}: at least {panel.needed} --annotator names are "
                                  "needed, or no question can be settled")
-            ledger.settle_all(panel)  # the panel may ask for fewer opinions than the page before did
+            if settled := ledger.settle_all(panel):  # the panel may ask for fewer opinions than the page before did
+                print(f"{settled:,} open questions had the opinions that --annotators-per-pair {panel.needed} asks for, and "
+                      "are settled", file=sys.stderr, flush=True)
         serve(path, args, Desk(path, panel, guidelines_of(args.guidelines), names), people)
     except (UsageError, OSError, sqlite3.Error) as error:  # OSError: a folder that we may not enter
         print(f"tools/label.py: {error}", file=sys.stderr)
