@@ -335,7 +335,8 @@ class Server(Endpoint):
                     left_out.append(found)
                     if len(left_out) == self.patience:
                         raise UsageError(f"{self.where}: {self.patience} prompts in a row without a usable pair; the last, "
-                                         f"{question.place}: {found['reason']}")
+                                         f"{question.place}: {found['reason']}: look at what the server writes, or raise "
+                                         "--temperature")
                 else:
                     yield [found, *left_out]
                     todo -= 1 + len(left_out)
