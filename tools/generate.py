@@ -402,7 +402,7 @@ def generate(options):
 
 
 def output_path(model, wanted, usual):
-    """Where the answers go. Raises UsageError if it has to be said, or has the wrong ending.
+    """Where the answers go. Raises UsageError if --output is missing where it is needed, or has the wrong ending.
 
     wanted: what --output says, or None.  usual: the place in the model's folder."""
     if not Path(model).is_dir() and not wanted:

@@ -312,7 +312,7 @@ class Server(Endpoint):
         return ""
 
     def pairs(self, questions, done):
-        """Yield rows as they arrive. Raises UsageError if the server is of no use, Stopped if it does not answer."""
+        """Yield rows as they arrive. Raises UsageError if the server gives no usable pair, Stopped if it does not answer."""
         todo, last_reply_at, left_out, problem = len(questions) - len(done), -math.inf, [], ""
         with Exchange(self.write, self.concurrency) as exchange:
             for question in questions:
