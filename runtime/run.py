@@ -201,15 +201,17 @@ class Run:
 
     def seconds_since_log(self):
         """Seconds of training since the last row of the training split, also before a resume: those in which the tokens of
-        `sums` were trained on. Evaluations and checkpoints do not count."""
+        `sums` were trained on. Evaluations, checkpoints and, on rank 0, waiting for answers do not count."""
         return time.time() - self.window_start
 
     @contextlib.contextmanager
     def untimed(self):
-        """Around an evaluation or a checkpoint, whose seconds seconds_since_log does not count."""
+        """Around an evaluation, a checkpoint or a question, whose seconds seconds_since_log does not count."""
         begun = time.time()
-        yield
-        self.window_start += time.time() - begun
+        try:
+            yield
+        finally:
+            self.window_start += time.time() - begun
 
     def log(self, split, row):
         """Write a row of metrics.jsonl.  split: "train" or "eval"."""
