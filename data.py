@@ -83,7 +83,7 @@ def parsed_rows(source, split, config_name):
         yield {"id": id, "prompt": json.dumps(parsed["prompt"]), "first": first, "second": second, "place": place,
                "label": sign[parsed["label"]], "truth": sign[parsed["truth"]]}
     if place is None:
-        raise DataError(f"{source}: its split {split} has no rows")
+        raise DataError(f"{source}: its split {split} has no rows: add some, or take it out of dataset_splits")
 
 
 def parsed_examples(source, split, config_name):
@@ -95,7 +95,7 @@ def parsed_examples(source, split, config_name):
             yield {"id": id, "prompt": json.dumps(prompt), "first": json.dumps(response), "second": None, "place": place,
                    "label": 0, "truth": 0}
     if place is None:
-        raise DataError(f"{source}: its split {split} has no rows")
+        raise DataError(f"{source}: its split {split} has no rows: add some, or take it out of dataset_splits")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -394,7 +394,8 @@ class Renderer:
         prompt_ids = bos + prompt_ids[max(len(prompt_ids) - keep, 0):]
         if not prompt_ids:
             if self.tokenizer.bos_token_id is None:
-                raise DataError("the prompt is empty and the tokenizer has no bos_token to predict the first token from")
+                raise DataError("the prompt is empty and the tokenizer has no bos_token to predict the first token from: "
+                                "write a prompt, or set a bos_token")
             prompt_ids = [self.tokenizer.bos_token_id]
         room = max(self.max_length - len(prompt_ids), 0)
         whole = [[] if self._is_empty(response) else self.one_end(ids) for response, ids in zip(responses, response_ids)]
@@ -438,7 +439,8 @@ def tokenize_rows(rows, renderer):
             except DataError as error:
                 raise DataError(f"{place}: {error}")
             except Exception as error:  # such as a template's own raise_exception
-                raise DataError(f"{place}: the chat template failed ({type(error).__name__}: {error})")
+                raise DataError(f"{place}: the chat template failed ({type(error).__name__}: {error}): set another "
+                                "chat_template, or change the row")
         raise
     prompts, notes = [prompt for prompt, _, _ in tokens], ["\n".join(notes) for *_, notes in tokens]
     firsts, seconds = [responses[0] for _, responses, _ in tokens], [responses[-1] for _, responses, _ in tokens]

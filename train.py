@@ -50,7 +50,7 @@ def main(config, command_line=None):
     # The training pairs hold no labels: those go to the annotator, on rank 0 alone.
     train, test, annotator = load_data(config, tokenizer)
     schedule = Schedule(config, train, test)
-    ds = run.engine_config | schedule.engine_batches()
+    ds = run.engine_config | schedule.engine_batches()  # DeepSpeed's config
     if config.label_budget:  # buys all labels, and gives every pair a soft label, or keeps only the pairs with a label
         add_soft_labels(config, run, annotator, schedule, ds)
 

@@ -16,6 +16,7 @@ answer is remembered, so in a second epoch no pair is asked twice; a share of th
 Look at a ledger with `python tools/ledger.py OUTPUT_DIR`.
 """
 
+import contextlib
 import hashlib
 import math
 
@@ -62,7 +63,8 @@ class Oracle:
     """Answers the questions of all ranks. Every rank makes one; only rank 0 holds the annotator and the ledger.
 
     annotator: None on ranks other than 0.  path: the ledger's file.  run: the Run whose progress bar shows missing answers,
-    and whose Ctrl-C ends at once the wait for an annotator who can take hours; None outside of a run.
+    whose Ctrl-C ends at once the wait for an annotator who can take hours, and whose tokens_per_second leave out that wait;
+    None outside of a run.
     state: the counts that a checkpoint keeps.
     """
 
@@ -70,6 +72,7 @@ class Oracle:
         self.annotator = annotator if rank() == 0 else None
         self.ledger = Ledger(path) if rank() == 0 else None
         self.config, self.run, self.interrupt = config, run, run and run.interrupt
+        self.untimed = run.untimed if run else contextlib.nullcontext
         self.about = self.annotator.about if self.annotator else {}  # for the summary
         if run and self.annotator:
             self.annotator.show = run.show_missing
@@ -168,7 +171,8 @@ class Oracle:
             if self.interrupt:  # for an annotator who answers at once, Ctrl-C can wait until the step is done
                 self.interrupt.inside = self.asks_together
             try:
-                self.annotator.answer(questions, self.ledger)
+                with self.untimed():
+                    self.annotator.answer(questions, self.ledger)
             finally:
                 if self.interrupt:
                     self.interrupt.inside = False

@@ -383,16 +383,16 @@ def check_adpo(config, path):
     if refusal := why_not_gated(one_line(config.loss_type, 80)):
         raise UsageError(f"{path}: {refusal}")
     if config.label_smoothing and config.loss_type != "sigmoid":
-        raise UsageError(f"{path}: label_smoothing is defined for loss_type sigmoid, not {config.loss_type}")
+        raise UsageError(f"{path}: label_smoothing is defined for loss_type sigmoid, not {config.loss_type}: leave it out")
     if config.ties == "half" and config.loss_type != "sigmoid":
-        raise UsageError(f"{path}: ties half is defined for loss_type sigmoid, not {config.loss_type}")
+        raise UsageError(f"{path}: ties half is defined for loss_type sigmoid, not {config.loss_type}: leave it out")
     if config.label_budget:
         if config.label_budget > 1 and config.label_budget % 1:
             raise UsageError(f"{path}, label_budget: expected a share of the labels up to 1 or a whole number of them, "
                              f"found {config.label_budget:g}")
         if config.loss_type != "sigmoid":
             raise UsageError(f"{path}: label_budget trains on soft labels, which only loss_type sigmoid takes, not "
-                             f"{config.loss_type}")
+                             f"{config.loss_type}: leave loss_type out")
         for name, why in NOT_WITH_A_BUDGET.items():
             if getattr(config, name) != FIELDS[name].default:
                 raise UsageError(f"{path}: {name} does not go with label_budget, because {why}: leave one of them out")
@@ -408,7 +408,7 @@ def check_adpo(config, path):
     for name in annotator_class(config).needs:
         if getattr(config, name) is None:
             kind = f" ({config.judge})" if config.oracle == "judge" else ""
-            raise UsageError(f"{path}: oracle {config.oracle}{kind} needs {name}")
+            raise UsageError(f"{path}: oracle {config.oracle}{kind} needs {name}: say --{name}=…")
     for name in ("model", "messages", "stream", "n"):
         if name in (config.judge_extra_body or ()):
             raise UsageError(f"{path}, judge_extra_body: {name} is set by the run; leave it out")

@@ -71,6 +71,7 @@ class Run:
         self.config, self.command_line, self.started = config, command_line, time.time()
         self.output, self.interrupt, self.finished = Path(config.output_dir), Interrupt(), False
         self.step, self.skipped, self.seconds_before, self.evaluation = 0, 0, 0.0, None
+        self.step_start = 0.0  # a committee asks before the first step
         self.toy_prompts = toy.put_in_place(config)
         self.engine_config = engine_config(config)
 
@@ -201,13 +202,22 @@ class Run:
         return due or last and what == "eval"
 
     def take_sums(self):
-        """(the metric sums since the last log, over all ranks, as a list; the seconds that its steps took, so without
-        evaluation and checkpoints). Both begin at 0 again."""
+        """(the metric sums since the last log, over all ranks, as a list; the seconds that its steps took, without
+        evaluations, checkpoints and, on rank 0, waiting for answers). Both begin at 0 again."""
         sums = reduced(self.sums)  # waits for what a GPU has still to do of the last step
         seconds = self.seconds + time.time() - self.step_end
         self.sums.zero_()
         self.seconds = 0.0
         return sums, seconds
+
+    @contextlib.contextmanager
+    def untimed(self):
+        """Around what is not training, such as waiting for answers, whose seconds `take_sums` does not count."""
+        begun = time.time()
+        try:
+            yield
+        finally:
+            self.step_start += time.time() - begun
 
     def log(self, split, row):
         """Write a row of metrics.jsonl.  split: "train" or "eval"."""

@@ -25,7 +25,7 @@ def sft(config, run, tokenizer):
     for split in filter(None, (train, test)):
         split.shared = False  # one row [prompt | y] an example
     schedule = Schedule(config, train, test)
-    ds = run.engine_config | schedule.engine_batches()
+    ds = run.engine_config | schedule.engine_batches()  # DeepSpeed's config
 
     policy = load_policy(config)
     with starting(config, policy, ds):

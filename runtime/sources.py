@@ -70,7 +70,7 @@ def find_file(source, split):
     if len(found) > 1:
         raise DataError(f"{source}: holds both {found[0].name} and {found[1].name}; keep one")
     if found and not found[0].is_file():
-        raise DataError(f"{found[0]}: is not a file but a folder or a broken link")
+        raise DataError(f"{found[0]}: is not a file but a folder or a broken link: rename or repair it")
     return found[0] if found else None
 
 
@@ -78,7 +78,7 @@ def has_split(source, split, config_name=None):
     """Whether the source has this split. For a hub id this asks the hub; for a local source it looks at the disk."""
     path = Path(source)
     if os.path.islink(source) and not os.path.exists(source):
-        raise DataError(f"{source}: is a broken link")
+        raise DataError(f"{source}: is a broken link: repair it, or name another source")
     if not os.path.exists(source):
         try:
             return split in datasets.get_dataset_split_names(source, config_name)
@@ -265,11 +265,12 @@ def decontaminate(rows, source, workers):
     else:
         split = next((s for s in ("test", "train") if has_split(source, s)), None)
         if split is None:
-            raise DataError(f"decontaminate_with {source}: has neither a test nor a train split")
+            raise DataError(f"decontaminate_with {source}: has neither a test nor a train split: name another benchmark")
         strings = [text for _, row in read_rows(source, split) for text in benchmark_strings(row)]
     strings = sorted({folded for s in strings if len(folded := _fold(s)) >= DECONTAMINATION_MIN_CHARS})
     if not strings:
-        raise DataError(f"decontaminate_with {source}: holds no string of {DECONTAMINATION_MIN_CHARS} characters or more")
+        raise DataError(f"decontaminate_with {source}: holds no string of {DECONTAMINATION_MIN_CHARS} characters or more: "
+                        "name another benchmark, or leave the key out")
     return rows.filter(is_clean, fn_kwargs={"strings": strings}, num_proc=processes(workers, len(rows)),
                        desc=f"removing pairs that contain {source}",
                        new_fingerprint=hash_of("clean", rows._fingerprint, *strings))

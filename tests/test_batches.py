@@ -137,6 +137,9 @@ def test_a_batch_carries_what_belongs_to_its_rows():
     pairs.ref_logps, pairs.shared = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), False
     batch = pairs.batch([1, 0, 1], "cpu")
     assert batch.ref_logps.tolist() == [[3, 4], [1, 2], [3, 4]] and batch.labels is None and batch.shared is False
+    pairs.soft_labels = torch.tensor([0.5, -0.25])
+    assert pairs.batch([1, 0, 1], "cpu").soft_labels.tolist() == [-0.25, 0.5, -0.25]
+    assert pairs.batch([], "cpu").soft_labels.tolist() == [0]  # of a filler
     pairs.kind, pairs.labels = "test", torch.tensor([1.0, -1.0])
     assert pairs.batch([1, 0], "cpu").labels.tolist() == [-1, 1]
 

@@ -90,16 +90,17 @@ def test_only_what_a_reward_reads_is_trained(config, pairs):
 
 
 def test_a_member_takes_steps_of_committee_batch_size_over_the_labelled_pairs(config, pairs, monkeypatch):
-    steps = []  # (pairs of the step, whether the micro-batch ends it)
+    steps, rates = [], []  # (pairs of the step, whether the micro-batch ends it); what the learning rate depends on
     monkeypatch.setattr(committee, "backward", lambda engine, loss, whole, last: steps.append((whole, last)))
-    monkeypatch.setattr(committee, "set_learning_rate", lambda *arguments: None)
+    monkeypatch.setattr(committee, "set_learning_rate", lambda engine, *arguments: rates.append(arguments))
     monkeypatch.setattr(committee, "skipped_in_a_row", lambda *arguments: 0)
-    config = replace(config, committee_batch_size=16, committee_epochs=1.5)
+    config = replace(config, committee_batch_size=16, committee_epochs=1.5, committee_learning_rate=0.25)
     engine = load_policy(config, kind=adpo.PairRewards)
     engine.device = torch.device("cpu")
     labels = torch.zeros(len(pairs)).index_fill(0, torch.arange(40), 1.0)
     committee.train(engine, config, SimpleNamespace(stop_if_asked=lambda: None), Schedule(config, pairs), labels, 0)
     assert [whole for whole, last in steps if last] == [16, 16, 8, 16, 16]
+    assert rates == [(step, 5, config, 0.25) for step in range(5)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -165,6 +166,7 @@ def test_the_soft_labels_are_the_mean_of_the_members(train, easy, monkeypatch):
     monkeypatch.setattr(adpo, "choose_labels", watched)
     train("committee-again", dataset_mixer=easy, **KEYS | {"max_steps": 15})  # one epoch
     margins = [load_file(path)["values"] for path in members()[-2:]]
+    assert not torch.equal(*margins)  # each has seen the labels in an order of its own
     given = torch.cat(seen).sort().values
     torch.testing.assert_close(given, (margins[0].sigmoid() + margins[1].sigmoid() - 1).sort().values)
     assert given.abs().max() < 1 and given.abs().mean() > 0.1

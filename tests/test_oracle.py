@@ -3,6 +3,7 @@
 The ledger itself is tested in test_ledger.py, judges in test_judge.py.
 """
 
+import contextlib
 import math
 import os
 import signal
@@ -164,9 +165,35 @@ def test_the_oracle_asks_together_where_its_annotator_does(tmp_path):
 def test_what_an_annotator_shows_goes_to_the_progress_of_the_run(tmp_path):
     shown, annotator = [], HumanAnnotator(TEXTS.get, wait_minutes=1)
     annotator.show(7)  # outside of a run, nowhere
-    make(annotator, tmp_path, types.SimpleNamespace(interrupt=Interrupt(), show_missing=shown.append), oracle="human")
+    run = types.SimpleNamespace(interrupt=Interrupt(), show_missing=shown.append, untimed=contextlib.nullcontext)
+    make(annotator, tmp_path, run, oracle="human")
     annotator.show(3)
     assert shown == [3]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_the_time_that_an_annotator_takes_is_not_time_of_training(waits, tmp_path):
+    """Also where the run stops, because nobody answers: its checkpoint keeps the seconds of training."""
+    run, events = types.SimpleNamespace(interrupt=Interrupt(), show_missing=None, untimed=None), []
+
+    class Asked(DatasetAnnotator):
+        def answer(self, questions, ledger):
+            events.append(run.interrupt.inside)
+            if waits:
+                raise Waiting("nobody answers")
+            super().answer(questions, ledger)
+
+    @contextlib.contextmanager
+    def untimed():
+        try:
+            yield events.append("begun")
+        finally:
+            events.append("ended")
+    run.untimed = untimed
+    oracle = make(Asked(LABELS), tmp_path, run, oracle="human")
+    with pytest.raises(Waiting) if waits else contextlib.nullcontext():
+        ask(oracle, ["a"], [0.1], [True])
+    assert events == ["begun", True, "ended"]
 
 
 def test_several_ranks_ask_at_once(tmp_path):
@@ -226,7 +253,7 @@ def test_several_ranks_ask_at_once(tmp_path):
 @pytest.fixture
 def run():
     """What the oracle uses of a Run."""
-    return types.SimpleNamespace(interrupt=Interrupt(), show_missing=lambda *missing: None)
+    return types.SimpleNamespace(interrupt=Interrupt(), show_missing=lambda *missing: None, untimed=contextlib.nullcontext)
 
 
 def test_ctrl_c_lets_an_annotator_who_answers_at_once_finish(run, tmp_path, monkeypatch, handlers):

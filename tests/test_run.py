@@ -54,9 +54,10 @@ def test_what_is_due_after_which_step(what, keys, steps, tmp_path, engine):
     assert due == [*steps]
 
 
-@pytest.mark.parametrize("pause", ["nothing", "eval", "save"])
+@pytest.mark.parametrize("pause", ["nothing", "question", "eval", "save"])
 def test_the_seconds_since_the_last_log_are_those_of_all_its_steps_and_of_nothing_else(pause, tmp_path, engine, monkeypatch):
-    """An evaluation or a checkpoint between two logs neither counts nor makes the steps before it count as no time."""
+    """An evaluation or a checkpoint between two logs neither counts nor makes the steps before it count as no time. Nor does
+    waiting for answers count."""
     run, clock = make(tmp_path, total_steps=4), [0.0]
     monkeypatch.setattr(module.time, "time", lambda: clock[0])
     monkeypatch.setattr(module, "reduced", lambda sums: sums.tolist())
@@ -65,12 +66,15 @@ def test_the_seconds_since_the_last_log_are_those_of_all_its_steps_and_of_nothin
     with run.stoppable(engine):
         for step in run.steps():
             clock[0] += 1.0
+            if pause == "question":
+                with run.untimed():
+                    clock[0] += 100.0
             run.add(torch.ones(3))
             run.end_step(engine, None, [])
             if step in (1, 3):
                 assert run.take_sums() == ([2.0, 2.0, 2.0], 2.0)
                 run.log("train", {})
-            if pause != "nothing":
+            if pause in ("eval", "save"):
                 clock[0] += 100.0
                 run.log("eval", {}) if pause == "eval" else run.save(engine)
     assert kept == ([1.0, 0.0, 1.0, 0.0] if pause == "save" else [])  # a resumed run counts on from there

@@ -143,7 +143,7 @@ def replace_file(path, text, ledger=None):
         if ledger and os.path.exists(path) and os.path.samefile(path, ledger.path):
             raise ExchangeError(f"{path} is the ledger: choose another file")
         if os.path.isdir(path):
-            raise ExchangeError(f"{path}: {os.strerror(errno.EISDIR)}")
+            raise ExchangeError(f"{path}: {os.strerror(errno.EISDIR)}; name a file")
         with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
             file.write(text)
     except OSError as error:

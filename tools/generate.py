@@ -192,7 +192,7 @@ def read_questions(format, path):
     for place, row in rows_of(path):
         question = format.question(row, place)
         if format is MtBench and seen[question.key]:
-            raise DataError(f"{place}, field question_id: {question.key!r} appears twice")
+            raise DataError(f"{place}, field question_id: {question.key!r} appears twice; keep one")
         seen[question.key] += 1
         question.key = question.key, seen[question.key]
         questions.append(question)
@@ -263,7 +263,8 @@ class Prompts:
         except DataError as error:
             raise DataError(f"{question.place}: {error}")
         except Exception as error:  # such as a template's own raise_exception
-            raise DataError(f"{question.place}: the chat template failed ({type(error).__name__}: {error})")
+            raise DataError(f"{question.place}: the chat template failed ({type(error).__name__}: {error}): "
+                            "set another --chat_template, or change the row")
         if len(ids) > self.room:
             self.cut.add((question.key, len(answers)))
             first = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
@@ -402,7 +403,7 @@ def generate(options):
 
 
 def output_path(model, wanted, usual):
-    """Where the answers go. Raises UsageError if it has to be said, or has the wrong ending.
+    """Where the answers go. Raises UsageError if --output is missing where it is needed, or has the wrong ending.
 
     wanted: what --output says, or None.  usual: the place in the model's folder."""
     if not Path(model).is_dir() and not wanted:

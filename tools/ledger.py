@@ -312,7 +312,7 @@ def reuse(folder, old):
     answers = read_ledger(old)["answers"]
     if path.exists():
         if path.samefile(Path(old) / "labels.sqlite"):
-            raise LedgerError(f"{old} is the same run")
+            raise LedgerError(f"{old} is the same run: name another one")
         read_ledger(folder)  # check that it is a ledger before opening it for writing
     ledger = None
     try:

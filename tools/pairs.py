@@ -317,7 +317,7 @@ class Server(Endpoint):
         return ""
 
     def pairs(self, questions, done):
-        """Yield rows as they arrive. Raises UsageError if the server is of no use, Stopped if it does not answer."""
+        """Yield rows as they arrive. Raises UsageError if the server gives no usable pair, Stopped if it does not answer."""
         todo, last_reply_at, left_out, problem = len(questions) - len(done), -math.inf, [], ""
         with Exchange(self.write, self.concurrency) as exchange:
             for question in questions:
@@ -340,7 +340,8 @@ class Server(Endpoint):
                     left_out.append(found)
                     if len(left_out) == self.patience:
                         raise UsageError(f"{self.where}: {self.patience} prompts in a row without a usable pair; the last, "
-                                         f"{question.place}: {found['reason']}")
+                                         f"{question.place}: {found['reason']}: look at what the server writes, or raise "
+                                         "--temperature")
                 else:
                     yield [found, *left_out]
                     todo -= 1 + len(left_out)

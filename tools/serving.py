@@ -282,7 +282,8 @@ def listen(host, port):
     try:
         made = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:
-        raise UsageError(f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}")
+        raise UsageError(f"cannot listen on {host}, port {port}: {getattr(error, 'strerror', None) or error}: choose "
+                         "another --host or --port")
     # asyncio sets TCP_NODELAY on sockets whose protocol says TCP. create_server leaves it at 0; a socket that is made from a
     # descriptor asks the system for it.
     return socket.socket(fileno=made.detach())
