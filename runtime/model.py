@@ -15,7 +15,6 @@ from pathlib import Path
 import deepspeed
 import huggingface_hub
 import torch
-import torch.distributed as dist
 import transformers
 from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
@@ -26,7 +25,7 @@ import adpo
 import data
 from runtime.errors import UsageError, one_line
 from runtime.files import writing
-from runtime.ranks import rank, say
+from runtime.ranks import barrier, rank, say
 
 
 def revision_of(config, name):
@@ -351,5 +350,5 @@ def save_model(engine, tokenizer, output, config):
                     shutil.rmtree(output / name, ignore_errors=True)
                 os.replace(staging / name, output / name)
         staging.rmdir()
-    dist.barrier()
+    barrier()
     return names if rank() == 0 else None
