@@ -23,7 +23,7 @@ from runtime import shards
 from runtime.config import FREE_ON_RESUME
 from runtime.errors import UsageError, one_line
 from runtime.files import replace_text, writing
-from runtime.ranks import all_gather, from_rank_0, rank, say
+from runtime.ranks import all_gather, barrier, from_rank_0, rank, say
 
 ASIDE = DAMAGED, ABANDONED = ".damaged", ".abandoned"  # added to the name of a checkpoint that no run may resume from
 HELD = {}  # {output_dir: its descriptor} of the folders that this process has locked
@@ -41,7 +41,7 @@ def write_config(config, output, step_pairs):
         replace_text(output / "config.yaml", yaml.safe_dump(
             {"config": dataclasses.asdict(config), "pairs_a_step": step_pairs, "versions": versions()},
             sort_keys=False, allow_unicode=True))
-    dist.barrier()
+    barrier()
 
 
 def versions():
@@ -185,7 +185,7 @@ def newest_whole(output):
         return None
     for bad, problem in damaged.items():
         say(f"{problem}: set aside as {set_aside(bad, DAMAGED)}, going back to {folder.name}")
-    dist.barrier()
+    barrier()
     return folder
 
 
@@ -195,7 +195,7 @@ def set_aside_later(output, step):
     for later, folder in complete(output).items():
         if later > step:
             say(f"{folder.name} is of a later step: set aside as {set_aside(folder, ABANDONED)}")
-    dist.barrier()
+    barrier()
 
 
 def set_aside(folder, ending):
@@ -268,10 +268,10 @@ def save(engine, output, state, limit):
     aside, name = output / ".checkpoint", f"checkpoint-{state['step']}"
     if rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)
-    dist.barrier()
+    barrier()
     with writing(output / name, aside):
         shards.save(engine, aside / name)
-        dist.barrier()
+        barrier()
         state = state | {"files": checksums(aside / name)}
     if rank() == 0:
         replace_text(aside / name / "trainer_state.json", state_text(state))
@@ -280,4 +280,4 @@ def save(engine, output, state, limit):
         shutil.rmtree(aside)
         for step in list(complete(output))[:-limit] if limit else ():
             shutil.rmtree(output / f"checkpoint-{step}")
-    dist.barrier()
+    barrier()

@@ -13,7 +13,6 @@ from pathlib import Path
 import deepspeed
 import pydantic
 import torch
-import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 import data
@@ -21,7 +20,7 @@ from runtime.config import ROOT
 from runtime.errors import UsageError, one_line
 from runtime.model import tolerance
 from runtime.parse import UNSUPPORTED
-from runtime.ranks import lost_peer, say, world_size
+from runtime.ranks import barrier, lost_peer, say, world_size
 from runtime.sources import unique_keys
 
 # What a model's code may raise on rows that it cannot take.
@@ -168,9 +167,7 @@ def starting(config, policy, ds):
     DeepSpeed alone would move the whole model to each device and part it there. This moves one weight at a time, so that a
     model need not fit on one device. In host memory, the weights are files mapped by transformers, which all ranks share.
     """
-    # A rank may read its model, or a judge's, for longer than DeepSpeed's own groups wait: under NCCL 10 minutes, whatever
-    # DEEPSPEED_TIMEOUT says.
-    dist.barrier()
+    barrier()  # a rank may read its model, or a judge's, for longer than DeepSpeed's groups wait: 10 minutes under NCCL
     try:
         if ds["zero_optimization"].get("stage") == 3:
             deepspeed.zero.Init(module=policy, config_dict_or_path=ds)

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # `map` forks, and a tokenizer's threads do not survive that
-os.environ.setdefault("DEEPSPEED_TIMEOUT", "60")  # minutes that ranks wait while rank 0 tokenises, or uploads the model
+os.environ.setdefault("DEEPSPEED_TIMEOUT", "60")  # minutes that a collective waits for a rank
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares DeepSpeed's search for one, and its warnings
     # oneDNN caches what it compiled for its last 1,024 shapes of products, hundreds of MB; few micro-batches share a shape.
@@ -44,7 +44,7 @@ from labels.ledger import in_words
 from runtime import checkpoint
 from runtime.errors import Stopped, UsageError, one_line
 from runtime.parse import help_text, parse_config
-from runtime.ranks import lost_peer, rank, say, several_hosts
+from runtime.ranks import host_group, lost_peer, rank, say, several_hosts, world_size
 
 # With an explicit mask, cuDNN's attention takes 100 to 140 ms to plan for each new shape; a run has hundreds of shapes, and
 # each token that tools/generate.py writes is one. On rows of low scores its gradients are NaN (H100, cuDNN 9.19:
@@ -139,6 +139,8 @@ def set_up(config):
         raise UsageError(f"the ranks cannot meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
                          f"({one_line(error)}): is another run going? Say `deepspeed --master_port PORT train.py …`")
     get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))  # or ranks that exchange objects would all use GPU 0
+    if world_size() > 1:
+        host_group()  # now, while all ranks are here
     if rank() != 0:
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()

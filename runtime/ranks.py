@@ -96,6 +96,12 @@ def on_any_rank(flag):
     return bool(flag)
 
 
+def barrier():
+    """Wait for all ranks, in the same way: rank 0 may tokenise or upload for hours."""
+    if world_size() > 1:
+        dist.barrier(group=host_group())
+
+
 def rank_0_first(work):
     """Run `work` on rank 0, then on the first rank of each other host, whose caches may be its own, then on the others, who
     find its result in a cache."""
@@ -103,7 +109,7 @@ def rank_0_first(work):
     for n in range(3):
         if n == turn:
             result = work()
-        dist.barrier()
+        barrier()
     return result
 
 
@@ -127,7 +133,7 @@ def is_shared(output):
         with writing(probe):
             output.mkdir(parents=True, exist_ok=True)
             probe.touch()
-    dist.barrier()
+    barrier()
     seen = all(all_gather(probe.exists()))
     if rank() == 0:
         probe.unlink()

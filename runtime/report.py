@@ -5,15 +5,13 @@ import json
 import math
 from pathlib import Path
 
-import torch.distributed as dist
-
 from labels.judge import judge_text
 from labels.oracle import wilson
 from runtime import card, curves
 from runtime.errors import UsageError, one_line
 from runtime.files import replace_text, writing
 from runtime.model import leaves_adapter
-from runtime.ranks import peak_memory, rank, say
+from runtime.ranks import barrier, peak_memory, rank, say
 
 
 class Log:
@@ -212,7 +210,7 @@ def finish(config, summary, output, names, command_line, seconds):
         say(f"the {what}{rest} are in {output}")
         if config.push_to_hub:
             failure = card.push(config, output, names + pictures)
-    dist.barrier()
+    barrier()
     if failure:
         raise UsageError(failure)
 

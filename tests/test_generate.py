@@ -13,7 +13,6 @@ import time
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers import CHATML, ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -240,9 +239,8 @@ def test_a_chat_template_is_used_and_its_end_of_turn_ends_an_answer(chat_model, 
     assert "through the model's chat template" in capsys.readouterr().out
 
 
-def test_the_empty_system_message_is_as_the_training_run_had_it(chat_model, tmp_path, capsys, monkeypatch):
+def test_the_empty_system_message_is_as_the_training_run_had_it(chat_model, tmp_path, capsys):
     """As a run writes its config.yaml; a flag overrides it."""
-    monkeypatch.setattr(dist, "barrier", lambda: None)
     questions = write(tmp_path / "q.json", ALPACA[:1], lines=False)
     for trained, flags, empty in ((True, (), True), (False, (), False), (True, ("false",), False)):
         (chat_model / "config.yaml").unlink(missing_ok=True)  # a run with another value would be refused

@@ -87,20 +87,22 @@ def test_an_error_of_rank_0_alone_ends_the_other_and_gives_the_exit_code(broken_
 
 
 @pytest.mark.slow
-def test_ranks_wait_for_one_that_reads_its_model_for_longer_than_deepspeeds_groups_wait(broken_ranks):
-    """Those have torch's own timeout, 10 minutes under NCCL, whatever DEEPSPEED_TIMEOUT says."""
+def test_ranks_wait_for_one_that_tokenises_and_reads_its_model_for_longer_than_collectives_wait(broken_ranks):
+    """Those of the run wait as long as DEEPSPEED_TIMEOUT says, DeepSpeed's own 10 minutes under NCCL."""
     run = broken_ranks("""
         import time
         from datetime import timedelta
         import torch.distributed.distributed_c10d as c10d
-        c10d.default_pg_timeout = timedelta(seconds=5)
-        import runtime.launch, runtime.model
-        load = runtime.model.load_policy
-        def slow(config):
-            if rank == 0:
-                time.sleep(15)
-            return load(config)
-        runtime.model.load_policy = slow
+        c10d.default_pg_timeout = timedelta(seconds=15)
+        import runtime.launch, runtime.model, data, deepspeed
+        start = deepspeed.init_distributed
+        deepspeed.init_distributed = lambda **keys: start(timeout=c10d.default_pg_timeout, **keys)
+        def late(function):
+            def wrapper(*args, **keys):
+                time.sleep(25 * (rank == 0))
+                return function(*args, **keys)
+            return wrapper
+        data.load_pairs, runtime.model.load_policy = late(data.load_pairs), late(runtime.model.load_policy)
         """)
     assert run.code == 0, run.stderr
 
