@@ -344,6 +344,8 @@ def check_config(config, path):
             raise UsageError(f"{path}: {name} is missing")
     if config.max_steps == 0 or config.num_train_epochs == 0:
         raise UsageError(f"{path}: nothing to do in 0 {'steps' if config.max_steps == 0 else 'epochs'}")
+    if config.attn_implementation == "flex_attention" and not torch.accelerator.is_available():  # torch cannot train with it
+        raise UsageError(f"{path}: attn_implementation flex_attention needs a GPU; on a CPU say sdpa or eager")
     check_data(config, path)
     check_sft(config, path)
     check_adpo(config, path)
