@@ -50,7 +50,7 @@ from runtime.ranks import all_gather, rank_0_first, say
 from runtime.sources import decontaminate, hash_of, mix, parse_source, processes, read_rows
 
 # Increase this with any change to what a row becomes: it is part of every cache key.
-VERSION = 6
+VERSION = 7
 # epoch_order groups pairs of similar length within windows of this many pairs.
 LENGTH_WINDOW = 2048
 

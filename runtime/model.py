@@ -47,6 +47,9 @@ def load_tokenizer(config):
             template = Path(config.chat_template).read_text(encoding="utf-8") if is_file else config.chat_template
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"chat_template {config.chat_template}: cannot be read ({one_line(error)})")
+        if "{" not in template:  # the same text for every conversation
+            raise UsageError(f"chat_template {one_line(config.chat_template, 200)}: is not a template, which has {{{{ }}}} "
+                             "in it; name a file that ends in .jinja, or write the template's text")
         tokenizer.chat_template = template
     return tokenizer
 

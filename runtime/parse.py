@@ -346,6 +346,8 @@ def check_config(config, path):
     if config.max_steps == 0 or config.num_train_epochs == 0:
         name = "max_steps" if config.max_steps == 0 else "num_train_epochs"
         raise UsageError(f"{path}: nothing to do, because {name} is 0: raise it, or leave it out")
+    if config.attn_implementation == "flex_attention" and not torch.accelerator.is_available():  # torch cannot train with it
+        raise UsageError(f"{path}: attn_implementation flex_attention needs a GPU; on a CPU say sdpa or eager")
     check_data(config, path)
     check_sft(config, path)
     check_adpo(config, path)

@@ -117,6 +117,7 @@ def test_bad_models_are_one_line_that_names_them(name, train, tiny, tmp_path):
     (dict(tokenizer_name_or_path="no-such-model"), "tokenizer no-such-model: cannot be loaded"),
     (dict(attn_implementation="nonsense"), "model: cannot be loaded .*attn_implementation=.nonsense"),
     (dict(chat_template="/no/such.jinja"), r"chat_template /no/such\.jinja: cannot be read"),
+    (dict(chat_template="/my/template.txt"), r"chat_template /my/template\.txt: is not a template, which has "),
 ])
 def test_models_that_are_not_there(keys, match, train):
     assert_refused(train, match, **keys)

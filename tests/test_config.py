@@ -364,3 +364,13 @@ def test_a_path_that_begins_with_the_home_folder_is_in_it(write, monkeypatch):
                            "--output_dir=~/runs/mine"])
     assert (config.output_dir, config.model_name_or_path) == ("/home/ann/runs/mine", "/home/ann/model")
     assert config.dataset_mixer == {"/home/ann/pairs": 1.0}
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_flex_attention_is_refused_where_torch_cannot_train_with_it(gpu, write, capsys, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
+    argv = [*write(GOOD), "--attn_implementation=flex_attention"]
+    if gpu:
+        assert parse_config(argv).attn_implementation == "flex_attention"
+    else:
+        assert "attn_implementation flex_attention needs a GPU; on a CPU say sdpa or eager" in refused(argv, capsys)
