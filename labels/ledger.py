@@ -564,10 +564,9 @@ class Ledger:
 
 def in_words(path, error):
     """An error of SQLite as a message to the user: the file, what is wrong and what to do."""
-    other = "it is not a ledger, or of another version: move it away, or name another folder"
     advice = {"locked": "another process holds it: wait for that one, or close it", "full": "make room on its disk",
               "readonly": "make it and its folder writable", "unable to open": "look at its folder and its permissions",
-              "not a database": other, "malformed": "it is damaged: restore a copy, or move it away",
+              "not a database": "move it away", "malformed": "it is damaged: restore a copy, or move it away",
               "no such": "it is another file, or a copy without its labels.sqlite-wal: copy both"}
     todo = next((todo for word, todo in advice.items() if word in str(error)), "look at its disk, which may be full")
     return f"{path}: cannot be used as a ledger ({error}): {todo}"
