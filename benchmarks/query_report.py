@@ -217,7 +217,8 @@ def draw(results, pairs, path):
     results = {task: by_noise for task, by_noise in results.items() if by_noise}
     noises = [noise for noise in AIMS if any(by_noise.get(noise) for by_noise in results.values())]
     rows, columns = max(1, len(noises)), max(1, len(results))
-    figure, axes = pyplot.subplots(rows, columns, figsize=(6.4 * columns, 4.2 * rows), squeeze=False)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(6.4 * columns, 4.2 * rows + 0.8), squeeze=False,
+                                    layout="constrained")
     for column, (task, by_noise) in enumerate(results.items()):
         for axis, noise in zip(axes[:, column], noises):
             runs = by_noise.get(noise, {})
@@ -247,6 +248,5 @@ def draw(results, pairs, path):
             axis.set_xlabel("labels bought, % of the pairs")
             axis.set_ylabel("held-out accuracy")
             axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(path, dpi=130)
