@@ -150,7 +150,7 @@ class Renderer:
         return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
 
     def _rendered(self, messages, ask=False):
-        """What `chat` returns, or None if there is no template or it rejects these messages."""
+        """Render with `chat`. Returns None without a template, or if the template rejects these messages."""
         try:
             return self.chat(messages, ask) if self.tokenizer.chat_template else None
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError):

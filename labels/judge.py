@@ -67,7 +67,7 @@ class Judge(Annotator):
     """
 
     name = "judge"
-    patience = 20  # useless replies in a row after which the judge is no longer asked
+    patience = 20  # stop asking the judge after this many useless replies in a row
 
     def __init__(self, texts, model, seed, disagreement="tie", unanswerable="skip", wait_minutes=60.0):
         self.texts, self.model, self.seed = texts, model, seed

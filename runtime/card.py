@@ -47,7 +47,7 @@ def method(config):
 
 
 def gates(config):
-    """Whether the run asked about the pairs of which the policy was unsure, and not about others."""
+    """Whether the run asked only about pairs that the policy was unsure of."""
     return config.objective == "adpo" and config.data_selection and not config.label_budget
 
 

@@ -35,7 +35,7 @@ def write_config(config, output, step_pairs):
     if rank() == 0:
         with writing(output):
             output.mkdir(parents=True, exist_ok=True)
-    lock(output)  # `Run.open` locks nothing if there is no folder yet; another run may have made it since then, and ended
+    lock(output)  # `Run.open` could not lock a folder that did not exist; another run may have used it in the meantime
     check_same_run(config, output, step_pairs)
     if rank() == 0:
         replace_text(output / "config.yaml", yaml.safe_dump(

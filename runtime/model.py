@@ -62,7 +62,7 @@ def cannot_load(what, name, error):
     elif "model.safetensors" in why:
         why += "; weights are read from safetensors alone"
     elif not os.path.exists(name):
-        why = f"there is no such folder here, and as a name on the hub: {why}"
+        why = f"there is no such folder here, and loading from the hub failed: {why}"
     return UsageError(f"{what} {name}: cannot be loaded ({type(error).__name__}: {why[:500]})")
 
 

@@ -143,7 +143,7 @@ def crc(tensor):
 
 
 def read(path):
-    """The tensor in a file that `cached` wrote, or None if there is no file or it is damaged. Says so if it is damaged."""
+    """Read the tensor from a file that `cached` wrote. Returns None if the file is missing, or damaged, which it reports."""
     if not path.is_file():
         return None
     try:

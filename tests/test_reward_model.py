@@ -159,7 +159,7 @@ def test_a_long_text_loses_its_beginning(reward_model, ledger):
 
 
 def test_roberta_has_fewer_positions_than_its_config_says(reward_model, ledger, tmp_path):
-    """Its positions count from behind the padding token; many of its tokenizers name no greatest length."""
+    """Its positions start after the padding token's, and many of its tokenizers set no maximum length."""
     tokenizer = AutoTokenizer.from_pretrained(reward_model)
     config = RobertaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                            num_attention_heads=2, max_position_embeddings=40, num_labels=1,

@@ -129,12 +129,15 @@ def outcome(question, responses, draws):
     responses: [(text, "stop", "length" or "broken off")] of both sides.  draws: which draw of this pair it is."""
     (a, finish_a), (b, finish_b) = responses
     row = columns_of(question.turns[0])
-    whole = "broken off" not in (finish_a, finish_b)
-    if whole and a.strip() and b.strip() and a.strip() != b.strip():
+    if "broken off" in (finish_a, finish_b):
+        reason = "response broken off by the server"
+    elif not (a.strip() and b.strip()):
+        reason = "empty response"
+    elif a.strip() == b.strip():
+        reason = "equal responses"
+    else:
         return row | {"response_a": a, "response_b": b, "finish_a": finish_a, "finish_b": finish_b, "draws": draws,
                       "number": question.key}
-    reason = "equal responses" if a.strip() and b.strip() else "empty response"
-    reason = reason if whole else "response broken off by the server"
     return row | {"reason": f"{reason}, in draw {draws} too" if draws > 1 else reason, "number": question.key}
 
 
