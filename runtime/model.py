@@ -67,11 +67,11 @@ def cannot_load(what, name, error):
 
 
 def check_models(config, tokenizer):
-    """Refuse, before the data is read, an encoder and a model with fewer embeddings than the tokenizer has tokens."""
+    """Refuse, before the data is read, an encoder, and a model that the tokenizer does not fit."""
     names = transformers.models.auto.modeling_auto
     tokens = max(tokenizer.get_vocab().values()) + 1
-    for name in filter(None, (config.model_name_or_path, config.ref_model_name_or_path)):
-        name, revision, _ = resolve_model(config, name)
+    for given in filter(None, (config.model_name_or_path, config.ref_model_name_or_path)):
+        name, revision, _ = resolve_model(config, given)
         try:
             model = transformers.AutoConfig.from_pretrained(
                 name, revision=revision, trust_remote_code=config.trust_remote_code)
@@ -86,6 +86,24 @@ def check_models(config, tokenizer):
         if tokens > size:
             raise UsageError(f"model {name}: has embeddings for {size:,} tokens, but the tokenizer has {tokens:,}: take the "
                              "model's own tokenizer, or resize the embeddings (resize_token_embeddings) and save the model")
+        if given != (config.tokenizer_name_or_path or config.model_name_or_path):
+            check_same_tokens(config, tokenizer, name, revision)
+
+
+def check_same_tokens(config, tokenizer, name, revision):
+    """Refuse a model whose own tokenizer has other tokens for the same ids: it would be given the ids of another text."""
+    try:
+        own = transformers.AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
+    except Exception:  # it comes without a tokenizer, about which transformers may raise anything: nothing to compare
+        return
+    added = {*tokenizer.get_added_vocab(), *own.get_added_vocab()}
+    ours, theirs = ({n: token for token, n in made.get_vocab().items() if token not in added} for made in (tokenizer, own))
+    shared = ours.keys() & theirs.keys()
+    other = sorted(n for n in shared if ours[n] != theirs[n])
+    if len(other) > len(shared) / 100:  # a few reserved tokens may have been renamed
+        raise UsageError(f"model {name}: its own tokenizer differs from the run's in {len(other):,} of {len(shared):,} "
+                         f"tokens (id {other[0]} is {theirs[other[0]]!r} there and {ours[other[0]]!r} here), so it would "
+                         "read another text; take a model with the run's tokenizer")
 
 
 def resolve_model(config, name):

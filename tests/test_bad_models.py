@@ -130,6 +130,23 @@ def test_a_reference_with_fewer_embeddings_is_refused_too(train, tiny, tmp_path)
                    ref_model_name_or_path=tmp_path / "small")
 
 
+@pytest.mark.parametrize("key", ["ref_model_name_or_path", "tokenizer_name_or_path"])
+def test_a_model_whose_own_tokenizer_has_other_tokens_is_refused(key, train, tiny, tmp_path):
+    """As many tokens, so nothing else would notice that one of the models reads another text."""
+    shutil.copytree(tiny / "model", tmp_path / "other")
+    made = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
+    vocab = made["model"]["vocab"]
+    made["model"]["vocab"] = dict(zip(vocab, [*list(vocab.values())[:10], *list(vocab.values())[:9:-1]]))
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(made))
+    assert_refused(train, r"model \S+: its own tokenizer differs from the run's in \d+ of \d+ "
+                          r"tokens \(id \d+ is '", **{key: tmp_path / "other"})
+
+
+def test_a_reference_without_a_tokenizer_is_taken(train, tiny, tmp_path):
+    shutil.copytree(tiny / "model", tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    assert train("bare", ref_model_name_or_path=tmp_path / "bare", max_steps=1).losses()
+
+
 def test_messages_without_a_chat_template_are_refused(train, tiny, tmp_path):
     """The tiny model has none; all other tests train it on strings."""
     (tmp_path / "train.jsonl").write_text(as_jsonl([{"prompt": [user("u")], "chosen": " good .", "rejected": " bad ."}]))
