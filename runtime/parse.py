@@ -404,8 +404,8 @@ def check_adpo(config, path):
     if config.after_budget == "pseudo_label" and not config.pseudo_labels:
         raise UsageError(f"{path}: after_budget pseudo_label does not go with pseudo_labels false: leave one of them out")
     judged = config.judge_url or config.judge_model
-    if judged and config.oracle == "dataset":
-        raise UsageError(f"{path}: nobody asks the judge {one_line(judged, 80)}, because oracle is dataset: say "
+    if judged and config.oracle in ("dataset", "human"):
+        raise UsageError(f"{path}: nobody asks the judge {one_line(judged, 80)}, because oracle is {config.oracle}: say "
                          "--oracle=judge, or leave judge_url and judge_model out")
     for name in annotator_class(config).needs:
         if getattr(config, name) is None:

@@ -152,6 +152,7 @@ def test_flags_win_over_the_file(write):
     (["--committee_size=8"], "committee_size decides nothing without label_budget: set that, or leave committee_size out"),
     (["--after_budget=pseudo_label"], "after_budget decides nothing without max_queries"),
     (["--judge_url=http://127.0.0.1:1/v1"], r"nobody asks the judge http://127.0.0.1:1/v1, because oracle is dataset"),
+    (["--oracle=human", "--judge_url=u"], "nobody asks the judge u, because oracle is human: say --oracle=judge"),
     (["--judge_model=m"], "nobody asks the judge m, because oracle is dataset: say --oracle=judge"),
     (["--max_queries=9", "--after_budget=pseudo_label", "--pseudo_labels=false"],
      "after_budget pseudo_label does not go with pseudo_labels false"),
