@@ -27,7 +27,6 @@ import os
 import re
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, groupby, pairwise
 
 import datasets
@@ -47,7 +46,7 @@ from runtime.formats import (
     template_input,
 )
 from runtime.ranks import all_gather, rank_0_first, say
-from runtime.sources import decontaminate, hash_of, mix, parse_source, processes, read_rows
+from runtime.sources import decontaminate, hash_of, mix, processes, read_rows
 
 # Increase this with any change to what a row becomes: it is part of every cache key.
 VERSION = 7
@@ -531,9 +530,8 @@ def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decont
     leave out pairs without one.  Returns (None, {}, {}) if no source has such a split.
     Raises DataError.
     """
-    load = partial(parse_source, parse=parsed_examples if examples else parsed_rows, version=VERSION,
-                   variant=["examples"] if examples else [])
-    rows = mix(mixer, splits, kind, load, configs, max_samples, seed)
+    parse, version = (parsed_examples, [VERSION, "examples"]) if examples else (parsed_rows, [VERSION])
+    rows = mix(mixer, splits, kind, parse, version, configs, max_samples, seed)
     if rows is None:
         return None, {}, {}
     counts = {"rows": len(rows)}
