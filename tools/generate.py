@@ -458,12 +458,10 @@ def model_config(name, options, device):
 
 def lengths(config, wanted):
     """(most tokens of a prompt and its answer, most tokens of an answer).  wanted: the latter, or None."""
-    from runtime.model import cannot_load
-    try:
+    from runtime.model import loading
+    with loading("model", config.model_name_or_path):
         shape = AutoConfig.from_pretrained(
             config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # a damaged file may raise anything
-        raise cannot_load("model", config.model_name_or_path, error)
     longest = getattr(shape.get_text_config(), "max_position_embeddings", None) or ALL
     if wanted and wanted >= longest:
         raise UsageError(f"--max_new_tokens {wanted:,}: the model has {longest:,} positions; leave some for the prompt")
