@@ -316,8 +316,6 @@ def build(directory: str | os.PathLike, label_noise: float = 0.05, train_pairs: 
     built with other settings."""
     if not 0 <= label_noise < 0.5:
         raise ValueError(f"label_noise is {label_noise}, expected at least 0 and less than 0.5")
-    if min(train_pairs, test_pairs) < 1:
-        raise ValueError(f"train_pairs is {train_pairs} and test_pairs {test_pairs}, expected at least 1 of each")
     root, train_prompts, test_prompts = Path(directory), *split_prompts(seed)
     of_model = {"version": VERSION, "seed": seed}
     sizes = of_model | {"train_pairs": train_pairs, "test_pairs": test_pairs}
@@ -383,11 +381,6 @@ def put_in_place(config) -> list[str] | None:
     return [row["prompt"] for _, row in read_rows(str(pairs), "test")]
 
 
-def gold_rewards(prompts: list[str], **models) -> dict[str, float]:
-    """{"gold_reward_NAME": mean gold reward of what a model generates}.  models: {name: folder}."""
-    return {f"gold_reward_{name}": mean_gold_reward(folder, prompts) for name, folder in models.items()}
-
-
 def load(model_dir: str | os.PathLike) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """The model in fp32, ready to sample from, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
@@ -402,11 +395,7 @@ def mean_gold_reward(model_dir: str | os.PathLike, prompts: list[str], samples: 
                      max_new_tokens: int = MAX_NEW_TOKENS, seed: int = 0, rewards=gold_rewards_of) -> float:
     """Mean gold reward of `samples` responses a prompt, sampled at temperature 1 from the model saved in `model_dir`.
     A response that does not end within `max_new_tokens` counts as it is. The same seed gives the same samples; the
-    caller's random state is left as it was.  rewards: of lists of prompts and responses.
-
-    Raises ValueError where there is nothing to sample."""
-    if not prompts or samples < 1:
-        raise ValueError(f"{len(prompts)} prompts and {samples} samples, expected at least 1 of each")
+    caller's random state is left as it was.  rewards: of lists of prompts and responses."""
     with seeded_and_silent(seed):
         model, tokenizer = load(model_dir)
         texts, _ = sample(model, tokenizer, prompts * samples, max_new_tokens)
