@@ -22,10 +22,10 @@ from safetensors.torch import save_file
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import adpo
-import data
 from runtime.errors import UsageError, one_line
 from runtime.files import writing
 from runtime.ranks import from_rank_0, rank, say
+from runtime.rendering import Renderer
 
 
 def revision_of(config, name):
@@ -306,7 +306,7 @@ def why_tokenizer_not_saved(config, tokenizer, output, pair):
     try:
         saved = load_tokenizer(dataclasses.replace(config, model_name_or_path=str(output), tokenizer_name_or_path=None,
                                                    chat_template=None))
-        found, expected = (data.Renderer(made, config.max_prompt_length, config.max_length)(*pair)
+        found, expected = (Renderer(made, config.max_prompt_length, config.max_length)(*pair)
                            for made in (saved, tokenizer))
     except Exception as error:  # the tokenizer's own code or template
         return f"it cannot be used ({type(error).__name__}: {one_line(error, 300)})"
@@ -326,7 +326,7 @@ def own_ends(lm):
 
 def name_ends(lm, tokenizer):
     """Make `generate` stop where the responses of training end. With a chat template that need not be EOS."""
-    ends = data.Renderer(tokenizer, 1, 2).ends
+    ends = Renderer(tokenizer, 1, 2).ends
     if not ends <= own_ends(lm):
         lm.generation_config.eos_token_id = sorted(ends | own_ends(lm))
 
