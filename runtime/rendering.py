@@ -69,10 +69,10 @@ class Renderer:
         messages, tools = template_input(messages)
         return self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=ask)
 
-    def _rendered(self, messages, ask=False):
+    def _rendered(self, messages):
         """Render with `chat`. Returns None without a template, or if the template rejects these messages."""
         try:
-            return self.chat(messages, ask) if self.tokenizer.chat_template else None
+            return self.chat(messages) if self.tokenizer.chat_template else None
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError):
             return None
 
