@@ -260,8 +260,8 @@ class Request:
 class Case:
     """A pair before the judge.
 
-    said: {(round, order): "A", "B" or "C"}.  tries: how many replies had no usable verdict, by (round, order).  asked: what
-    has been asked in this process.  why: why the pair cannot be judged, if so.
+    said: {(round, order): "A", "B" or "C"}.  tries: how many replies in the ledger had no usable verdict, by (round, order).
+    asked: what has been asked in this process.  why: why the pair cannot be judged, if so.
     """
     question: Question
     said: dict = field(default_factory=dict)
@@ -429,7 +429,6 @@ class ChatJudge(Judge):
             case.said[request.round, request.order] = said
             self.useless.clear()
         else:
-            case.tries[request.round, request.order] += 1
             self.useless.append((reply.text, reply.finish))
             if request.attempt >= self.attempts or reply.finish == "content_filter":
                 case.why = self.no_verdict(reply.text, reply.finish)
