@@ -155,10 +155,9 @@ def attention_mask(segments, positions, dtype, window=None, flex=False):
     if flex:  # always with a window, and a tensor: then layers with and without one share the graphs that are compiled
         window = positions.new_full((), 2**31 - 1 if window is None else window)
         return create_block_mask(sees(segments, positions, window), B, None, T, T, device=segments.device)
-    seen = sees(segments, positions, window)
     index = torch.arange(T, device=segments.device)
     rows = torch.arange(B, device=segments.device)[:, None, None]  # (B, 1, 1)
-    seen = seen(rows, None, index[:, None], index)  # (B, T, T)
+    seen = sees(segments, positions, window)(rows, None, index[:, None], index)  # (B, T, T)
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
@@ -408,9 +407,7 @@ def grad_logits(raw, targets, lse, grad, scale, softcap):
     raw: (n, V); its memory may be used again.  targets, lse, grad: (n,).
     """
     logits = final_logits(raw, scale, softcap)
-    slope = None
-    if softcap:  # d softcap·tanh(u/softcap) / du = 1 − tanh²
-        slope = 1 - (logits / softcap) ** 2
+    slope = 1 - (logits / softcap) ** 2 if softcap else None  # d softcap·tanh(u/softcap) / du = 1 − tanh²
     d = logits.sub_(lse[:, None]).exp_().mul_(-grad[:, None])
     d.scatter_add_(-1, targets[:, None], grad[:, None])
     if slope is not None:

@@ -26,8 +26,8 @@ from transformers import PreTrainedTokenizerFast
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import data  # noqa: E402
 from runtime.errors import DataError, one_line  # noqa: E402
+from runtime.rendering import Renderer  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -685,7 +685,7 @@ def outcome(family, kind):
     """What becomes of a pair: "right", with what was counted, "refused", with the reason, or "WRONG", with what is wrong."""
     prompt, *responses, tools = KINDS[kind]
     made = tokenizer(family)
-    renderer = data.Renderer(made, 4000, 8000)
+    renderer = Renderer(made, 4000, 8000)
     given = [{"role": "tools", "content": json.dumps(tools)}] * bool(tools) + prompt
     try:
         prompt_ids, response_ids, notes = renderer.render([(given, responses)])[0]

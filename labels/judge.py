@@ -30,7 +30,7 @@ import random
 import re
 import time
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
@@ -260,8 +260,8 @@ class Request:
 class Case:
     """A pair before the judge.
 
-    said: {(round, order): "A", "B" or "C"}.  tries: how many replies had no usable verdict, by (round, order).  asked: what
-    has been asked in this process.  why: why the pair cannot be judged, if so.
+    said: {(round, order): "A", "B" or "C"}.  tries: how many replies in the ledger had no usable verdict, by (round, order).
+    asked: what has been asked in this process.  why: why the pair cannot be judged, if so.
     """
     question: Question
     said: dict = field(default_factory=dict)
@@ -355,12 +355,13 @@ class ChatJudge(Judge):
                     exchange.stop.set()
             else:
                 last_reply_at = time.monotonic()
-                said = self.note(case, request, reply, ledger)
-                more = self.advance(case, missing, ledger) if said else self.again(case, request)
-                for another in (waiting if said else []) + more:
+                if self.note(case, request, reply, ledger):
+                    more, waiting = waiting + self.advance(case, missing, ledger), []
+                else:
+                    more = [] if case.why else [replace(request, attempt=request.attempt + 1)]
+                for another in more:
                     exchange.put(another)
-                waiting = [] if said else waiting
-                if not said and self.is_useless():
+                if self.is_useless():
                     problem = self.what_it_said()
                     exchange.stop.set()
             while self.endpoint.news:
@@ -428,17 +429,10 @@ class ChatJudge(Judge):
             case.said[request.round, request.order] = said
             self.useless.clear()
         else:
-            case.tries[request.round, request.order] += 1
             self.useless.append((reply.text, reply.finish))
             if request.attempt >= self.attempts or reply.finish == "content_filter":
                 case.why = self.no_verdict(reply.text, reply.finish)
         return bool(said)
-
-    def again(self, case, request):
-        """The request to send after one without a usable verdict, in a list; none if the pair cannot be judged."""
-        if case.why:
-            return []
-        return [Request(request.pair, request.round, request.order, request.text, request.attempt + 1)]
 
     def no_verdict(self, text, finish):
         return (f"no usable verdict in {self.attempts} replies, the last {one_line(text, 80)!r} (finish_reason "

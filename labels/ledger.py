@@ -45,6 +45,7 @@ class Question:
     audit: bool = False
 
 
+EVER = 2**62  # later than any optimiser step
 LONGEST_LEASE = 3600  # seconds; a lease that has longer to go is from before the clock was set back
 VERSION = 3  # of the schema, kept in the file as user_version; a file of version 2 is brought up to date when it is opened
 
@@ -294,18 +295,18 @@ class Ledger:
 
     # For the run.
 
-    def take(self, ids, step=2**62):
+    def take(self, ids, step=EVER):
         """{pair id: label} for those of the ids that have an answer; the label is 0 for one without a preference. From now
         on these answers cannot be retracted.  step: without the answers to questions of later steps."""
         found = {}
         for some, marks in portions(ids):
-            which = f"step <= ? AND pair IN ({marks})", (step, *some)
+            which, values = f"step <= ? AND pair IN ({marks})", (step, *some)
             with self.transaction():
-                found.update(self.db.execute(f"SELECT pair, label FROM answers WHERE {which[0]}", which[1]))
-                self.db.execute(f"UPDATE answers SET used = 1 WHERE used = 0 AND {which[0]}", which[1])
+                found.update(self.db.execute(f"SELECT pair, label FROM answers WHERE {which}", values))
+                self.db.execute(f"UPDATE answers SET used = 1 WHERE used = 0 AND {which}", values)
         return found
 
-    def unanswered(self, ids, before=2**62):
+    def unanswered(self, ids, before=EVER):
         """Those of the ids that have no answer, in the given order. Unlike `take`, this leaves answers retractable.
 
         before: count only answers to questions of steps before this one.
@@ -348,28 +349,27 @@ class Ledger:
                 "tools/ledger.py NEW --reuse OLD` takes over the labels of the pairs that both runs have")
         return len(reused), len(ids.intersection(reused))
 
-    def count(self, step=None):
-        """Answers bought up to and including an optimiser step (None: all). Counting by step makes a run that resumes from
-        an earlier step report the same numbers again."""
-        return self.db.execute("SELECT COALESCE(SUM(answers), 0) FROM totals WHERE step <= ?",
-                               (2**62 if step is None else step,)).fetchone()[0]
+    def count(self, step=EVER):
+        """Answers bought up to and including an optimiser step. Counting by step makes a run that resumes from an earlier
+        step report the same numbers again."""
+        return self.db.execute("SELECT COALESCE(SUM(answers), 0) FROM totals WHERE step <= ?", (step,)).fetchone()[0]
 
-    def without_preference(self, step=None):
+    def without_preference(self, step=EVER):
         """How many of the answers that `count` counts have no preference."""
         return self.db.execute("SELECT COUNT(*) FROM answers WHERE label = 0 AND step BETWEEN 0 AND ?",
-                               (2**62 if step is None else step,)).fetchone()[0]
+                               (step,)).fetchone()[0]
 
-    def details(self, step=None, first=0):
-        """[(detail, how many)] of the answers, to questions of optimiser steps from `first` to `step` (None: all), that say
-        how they came about. What came from other runs has step −1."""
+    def details(self, step=EVER, first=0):
+        """[(detail, how many)] of the answers, to questions of optimiser steps from `first` to `step`, that say how they
+        came about. What came from other runs has step −1."""
         return self.db.execute("SELECT detail, COUNT(*) FROM answers WHERE detail IS NOT NULL AND step BETWEEN ? AND ? "
-                               "GROUP BY detail", (first, 2**62 if step is None else step)).fetchall()
+                               "GROUP BY detail", (first, step)).fetchall()
 
-    def audits(self, step=None):
-        """[(margin, label)] of the audited pairs up to and including an optimiser step (None: all). Answers without a
-        preference are left out."""
+    def audits(self, step=EVER):
+        """[(margin, label)] of the audited pairs up to and including an optimiser step, without answers that have no
+        preference."""
         return self.db.execute("SELECT margin, label FROM answers WHERE audit AND label != 0 AND step BETWEEN 0 AND ?",
-                               (2**62 if step is None else step,)).fetchall()
+                               (step,)).fetchall()
 
     def cost(self):
         """(money spent, number of answers whose cost is unknown). Every verdict of a judge is paid for, whether or not it
@@ -509,8 +509,7 @@ class Ledger:
 
     def last_opinion(self):
         """The number of the latest opinion of a person, whether or not it settled its question; None if there is none."""
-        row = self.db.execute("SELECT id FROM verdicts WHERE person ORDER BY id DESC LIMIT 1").fetchone()
-        return row and row[0]
+        return self.db.execute("SELECT MAX(id) FROM verdicts WHERE person").fetchone()[0]
 
     def opinions(self, pair):
         """{annotator: Opinion} of the people who said something about a pair; of each, what they said last."""

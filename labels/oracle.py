@@ -24,7 +24,7 @@ import torch
 
 from labels.annotators import DatasetAnnotator, HumanAnnotator, Waiting
 from labels.judge import ChatJudge, judge_metrics
-from labels.ledger import Ledger, LedgerError, Question
+from labels.ledger import EVER, Ledger, LedgerError, Question
 from labels.reward_model import RewardModelJudge
 from runtime.errors import Stopped, UsageError
 from runtime.ranks import from_rank_0, gather_to_rank_0, rank, say, scatter_from_rank_0, world_size
@@ -196,21 +196,21 @@ class Oracle:
         self.state["answers"] = self.queries(self.step)
         self.unasked = []
 
-    def queries(self, step=None):
-        """Labels bought up to and including a step (or all), over all ranks. Known to rank 0; 0 on the others."""
+    def queries(self, step=EVER):
+        """Labels bought up to and including a step, over all ranks. Known to rank 0; 0 on the others."""
         return self.ledger.count(step) if self.ledger else 0
 
-    def without_preference(self, step=None):
+    def without_preference(self, step=EVER):
         """How many of the answers that `queries` counts have no preference."""
         return self.ledger.without_preference(step) if self.ledger else 0
 
-    def judge_metrics(self, step=None):
+    def judge_metrics(self, step=EVER):
         """What the answers that `queries` counts say about the judge (judge.judge_metrics). Empty without a judge, and on
         ranks other than 0."""
         return judge_metrics(self.ledger.details(step)) if self.ledger and self.config.oracle == "judge" else {}
 
-    def audit(self, step=None):
-        """What the audited pairs up to a step (or all) say about the pseudo-labels. Known to rank 0.
+    def audit(self, step=EVER):
+        """What the audited pairs up to a step say about the pseudo-labels. Known to rank 0.
 
         Returns None without audits, else {"audited": how many, "accuracy": on which share sign(margin) agrees with the
         annotator, "interval": its 95 % interval, "predicted": the share that confidence predicts, the mean of σ(|m|)}.

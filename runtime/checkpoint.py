@@ -117,24 +117,16 @@ def check_same_run(config, output, step_pairs):
                          "choose another output_dir")
 
 
-def check_same_start(resume, before, now):
-    """Refuse to continue from a checkpoint if something outside the config has changed that affects the result.
-
-    before, now: {what: value}.
-    """
-    for name in now:
-        if before.get(name) != now[name]:
-            raise UsageError(f"{resume}/trainer_state.json: the run in there has {name} {before[name]}, this one "
-                             f"{now[name]}: put that back as it was, or choose another output_dir")
-
-
 def restore(engine, folder, start):
-    """Put a checkpoint into the engine. Returns the loop's state. Raises UsageError if it is not of this run.
+    """Put a checkpoint into the engine. Returns the loop's state.
 
-    start: {what: value}, all that the result depends on besides the config.
+    start: {what: value}, all that the result depends on besides the config. Raises UsageError where it has changed.
     """
     state = read_state(folder)
-    check_same_start(folder, state["start"], start)
+    for name, now in start.items():
+        if state["start"].get(name) != now:
+            raise UsageError(f"{folder}/trainer_state.json: the run in there has {name} {state['start'][name]}, this one "
+                             f"{now}: put that back as it was, or choose another output_dir")
     shards.load(engine, folder)
     return state
 

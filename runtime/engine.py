@@ -259,7 +259,7 @@ def advice(lm):
 
 def check_positions(engine, pairs, row):
     """Refuse a pair that is longer than the model's table of positions."""
-    longest = int(data.collate(pairs, [row]).positions.max()) + 1
+    longest = data.collate(pairs, [row]).longest
     for name, module in engine.module.lm.named_modules():
         of_text = not any(word in name for word in ("vision", "visual", "image", "audio"))
         if isinstance(module, torch.nn.Embedding) and ("position" in name or name.endswith("wpe")) and of_text:

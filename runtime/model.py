@@ -4,6 +4,7 @@ Whatever is wrong with a folder or a name becomes one line that says what to do.
 code that comes with a model runs only where the user asked for it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -17,15 +18,14 @@ import huggingface_hub
 import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import adpo
-import data
 from runtime.errors import UsageError, one_line
 from runtime.files import writing
 from runtime.ranks import from_rank_0, rank, say
+from runtime.rendering import Renderer
 
 
 def revision_of(config, name):
@@ -36,11 +36,9 @@ def revision_of(config, name):
 def load_tokenizer(config):
     """The run's tokenizer, with the config's chat template if it names one. Raises UsageError."""
     name = config.tokenizer_name_or_path or config.model_name_or_path
-    try:
+    with loading("tokenizer", name):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             name, revision=revision_of(config, name), trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # a damaged file of a folder may raise anything
-        raise cannot_load("tokenizer", name, error)
     if config.chat_template:
         try:
             is_file = config.chat_template.endswith(".jinja")
@@ -54,16 +52,20 @@ def load_tokenizer(config):
     return tokenizer
 
 
-def cannot_load(what, name, error):
-    """UsageError in one line about a model or tokenizer that transformers does not load."""
-    why = one_line(error)
-    if "trust_remote_code=True" in why:
-        why = "it needs code of its own: read that code, then say --trust_remote_code=true to run it"
-    elif "model.safetensors" in why:
-        why += "; weights are read from safetensors alone"
-    elif not os.path.exists(name):
-        why = f"there is no such folder here, and loading from the hub failed: {why}"
-    return UsageError(f"{what} {name}: cannot be loaded ({type(error).__name__}: {why[:500]})")
+@contextlib.contextmanager
+def loading(what, name):
+    """Around code that loads a model or a tokenizer: whatever it raises becomes a UsageError in one line."""
+    try:
+        yield
+    except Exception as error:  # a damaged file of a folder may raise anything
+        why = one_line(error)
+        if "trust_remote_code=True" in why:
+            why = "it needs code of its own: read that code, then say --trust_remote_code=true to run it"
+        elif "model.safetensors" in why:
+            why += "; weights are read from safetensors alone"
+        elif not os.path.exists(name):
+            why = f"there is no such folder here, and loading from the hub failed: {why}"
+        raise UsageError(f"{what} {name}: cannot be loaded ({type(error).__name__}: {why[:500]})")
 
 
 def check_models(config, tokenizer):
@@ -72,11 +74,9 @@ def check_models(config, tokenizer):
     tokens = max(tokenizer.get_vocab().values()) + 1
     for given in filter(None, (config.model_name_or_path, config.ref_model_name_or_path)):
         name, revision, _ = resolve_model(config, given)
-        try:
+        with loading("model", name):
             model = transformers.AutoConfig.from_pretrained(
                 name, revision=revision, trust_remote_code=config.trust_remote_code)
-        except Exception as error:  # as above
-            raise cannot_load("model", name, error)
         decoder = getattr(model, "is_decoder", False) or getattr(model, "is_encoder_decoder", False)
         known = model.model_type in names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or hasattr(model, "auto_map")
         if not known or model.model_type in names.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder:
@@ -109,14 +109,12 @@ def check_same_tokens(config, tokenizer, name, revision):
 def resolve_model(config, name):
     """(model, its revision, None), or for an adapter (the model it was trained on, its revision, the adapter's folder)."""
     revision = revision_of(config, name)
-    try:
+    with loading("model", name):
         path = transformers.utils.find_adapter_config_file(name, revision=revision)
         if path is None:
             return name, revision, None
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
         base, revision = settings["base_model_name_or_path"], settings.get("revision") or "main"
-    except Exception as error:  # as above
-        raise cannot_load("model", name, error)
     if importlib.util.find_spec("peft") is None:
         raise UsageError(f"model {name}: is an adapter, which needs the package peft: pip install -r tools/requirements.txt")
     return base, revision, Path(path).parent
@@ -131,15 +129,13 @@ def load_weights(config, name, revision, in_4bit=False):
                      "quantization_config": transformers.BitsAndBytesConfig(
                          load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type=config.bnb_4bit_quant_type,
                          bnb_4bit_use_double_quant=config.use_bnb_nested_quant)}
-    try:
-        lm, loading = transformers.AutoModelForCausalLM.from_pretrained(
+    with loading("model", name):
+        lm, report = transformers.AutoModelForCausalLM.from_pretrained(
             name, revision=revision, dtype=dtype, output_loading_info=True, **quantised,
             attn_implementation=config.attn_implementation, trust_remote_code=config.trust_remote_code, use_safetensors=True)
-    except Exception as error:  # as above
-        raise cannot_load("model", name, error)
-    if loading["missing_keys"]:  # transformers draws them at random
-        raise UsageError(f"model {name}: its weights lack {sorted(loading['missing_keys'])[0]} "
-                         f"({len(loading['missing_keys'])} in all); it takes a causal language model, saved whole")
+    if report["missing_keys"]:  # transformers draws them at random
+        raise UsageError(f"model {name}: its weights lack {sorted(report['missing_keys'])[0]} "
+                         f"({len(report['missing_keys'])} in all); it takes a causal language model, saved whole")
     return lm
 
 
@@ -163,12 +159,10 @@ def add_adapter(config, lm, base, revision):
 def load_adapter(config, lm, name, trained):
     """`lm` with the adapter `name` in its layers, to be trained further; without use_peft, merged into its weights."""
     import peft
-    try:
+    with loading("adapter", name):
         adapted = peft.PeftModel.from_pretrained(lm, name, revision=revision_of(config, name), is_trainable=config.use_peft)
         if not config.use_peft:
             return adapted.merge_and_unload().requires_grad_(True)  # peft has frozen them
-    except Exception as error:  # as above
-        raise cannot_load("adapter", name, error)
     if not trained:
         return lm
     settings = lm.peft_config["default"]
@@ -223,16 +217,13 @@ transformers.AttentionInterface.register("sdpa", attention_of_pairs)
 
 def load_lm(config, name, trained):
     """The causal LM `name`, with its adapter where it is one, or a new one where one is trained."""
-    try:
-        base, revision, adapter = resolve_model(config, name)
-        lm = load_weights(config, base, revision, config.load_in_4bit)
-        if adapter:
-            lm = load_adapter(config, lm, name, trained)
-        elif config.use_peft and trained:
-            add_adapter(config, lm, base, revision)
-        return lm
-    except SafetensorError as error:
-        raise UsageError(f"model {name}: a file of its weights is damaged ({one_line(error)}): fetch it again")
+    base, revision, adapter = resolve_model(config, name)
+    lm = load_weights(config, base, revision, config.load_in_4bit)
+    if adapter:
+        return load_adapter(config, lm, name, trained)
+    if config.use_peft and trained:
+        add_adapter(config, lm, base, revision)
+    return lm
 
 
 def remove_noise(lm):
@@ -275,10 +266,9 @@ def weights_fingerprint(config, name):
 
 def folder_fingerprint(folder):
     """Hash of the weights in a folder, of their config, and of the code that a model brings."""
-    digest = hashlib.blake2b(digest_size=16)
-    names = [name for name in ("config.json", "adapter_config.json") if (Path(folder) / name).is_file()]
-    code = Path(folder).glob("*.py")  # of a model that brings its own
-    for path in sorted([*Path(folder).glob("*.safetensors"), *code, *(Path(folder) / name for name in names)]):
+    folder, digest = Path(folder), hashlib.blake2b(digest_size=16)
+    configs = filter(Path.is_file, (folder / "config.json", folder / "adapter_config.json"))
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.py"), *configs]):
         with open(path, "rb") as file:
             while block := file.read(1 << 24):
                 digest.update(block)
@@ -334,7 +324,7 @@ def why_tokenizer_not_saved(config, tokenizer, output, pair):
     try:
         saved = load_tokenizer(dataclasses.replace(config, model_name_or_path=str(output), tokenizer_name_or_path=None,
                                                    chat_template=None))
-        found, expected = (data.Renderer(made, config.max_prompt_length, config.max_length)(*pair)
+        found, expected = (Renderer(made, config.max_prompt_length, config.max_length)(*pair)
                            for made in (saved, tokenizer))
     except Exception as error:  # the tokenizer's own code or template
         return f"it cannot be used ({type(error).__name__}: {one_line(error, 300)})"
@@ -354,7 +344,7 @@ def own_ends(lm):
 
 def name_ends(lm, tokenizer):
     """Make `generate` stop where the responses of training end. With a chat template that need not be EOS."""
-    ends = data.Renderer(tokenizer, 1, 2).ends
+    ends = Renderer(tokenizer, 1, 2).ends
     if not ends <= own_ends(lm):
         lm.generation_config.eos_token_id = sorted(ends | own_ends(lm))
 

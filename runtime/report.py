@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from labels.judge import judge_text
+from labels.ledger import EVER
 from labels.oracle import wilson
 from runtime import card, curves
 from runtime.errors import UsageError, one_line
@@ -79,7 +80,7 @@ def pseudo_label_accuracy(state):
 
 def label_metrics(oracle, schedule, step, config):
     """What a row of metrics says about labels after `step` optimiser steps. Only on rank 0 are its counts right."""
-    last = None if config.label_budget else step - 1  # None: all, which a committee has bought before the first step
+    last = EVER if config.label_budget else step - 1  # a committee has bought all before the first step
     return {"pairs_seen": schedule.pairs_seen(step), "queries": oracle.queries(last),
             "queries_without_preference": oracle.without_preference(last),
             "pseudo_labels": oracle.state["pseudo_labels"], "pseudo_label_accuracy": pseudo_label_accuracy(oracle.state),

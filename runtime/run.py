@@ -265,6 +265,7 @@ class Run:
         self.check_saved(engine, tokenizer)
         engine.destroy()
         if rank() == 0 and self.toy_prompts:
-            summary |= toy.gold_rewards(self.toy_prompts, before=self.config.model_name_or_path, after=self.output)
+            for when, folder in (("before", self.config.model_name_or_path), ("after", self.output)):
+                summary[f"gold_reward_{when}"] = toy.mean_gold_reward(folder, self.toy_prompts)
         seconds = self.seconds_before + time.time() - self.started
         report.finish(self.config, summary, self.output, names, self.command_line, seconds)

@@ -75,7 +75,10 @@ def read_file(path):
 
 
 class Pieces:
-    """The files of a checkpoint, by parameter. A tensor is only read from the disk when `read` asks for it."""
+    """The files of a checkpoint. A tensor is only read from the disk when `read` asks for it.
+
+    found: {parameter: [(piece, flat)]}, as `save` writes them.
+    """
 
     def __init__(self, folder):
         self.folder, self.found, self.counts = folder, {}, None
@@ -93,14 +96,6 @@ class Pieces:
             if held != size:
                 raise UsageError(f"{self.folder}: its files rank-*.pt hold {held:,} of the {size:,} elements of {name}: "
                                  "it belongs to another model or version; choose another output_dir, or move it away")
-
-    def step(self, name):
-        """Optimiser steps of a parameter, which its bias correction needs."""
-        return self.found[name][0][1]["step"]
-
-    def keys(self, name):
-        """Names of the tensors saved for a parameter: its weights and the optimiser's state."""
-        return self.found[name][0][1]["tensors"]
 
     def read(self, name, key, start, into):
         """Fill a 1-D tensor with the elements of a parameter from `start` on."""
@@ -122,13 +117,14 @@ def load(engine, folder):
     pieces.check({name: getattr(p, "ds_numel", p.numel()) for name, p in trained.items()})
     for flat, mine in flat_tensors(engine):
         for name, (offset, start, count) in mine.items():
-            for key in pieces.keys(name):
+            saved = pieces.found[name][0][1]  # all that hold a part of a parameter have the same state of the optimiser
+            for key in saved["tensors"]:
                 if key != "weights" and key not in inner.state[flat]:
                     inner.state[flat][key] = torch.zeros_like(flat)
                 whole = flat if key == "weights" else inner.state[flat][key]
                 pieces.read(name, key, start, whole.view(-1)[offset:offset + count])
-            if len(pieces.keys(name)) > 1:
-                inner.state[flat]["step"] = step_of(inner, flat, pieces.step(name))
+            if len(saved["tensors"]) > 1:
+                inner.state[flat]["step"] = step_of(inner, flat, saved["step"])  # which its bias correction needs
     for name, p in trained.items():  # the copy that forward uses: in bf16, or partitioned
         partitioned = hasattr(p, "ds_id")
         with deepspeed.zero.GatheredParameters([p], modifier_rank=0, enabled=partitioned):

@@ -179,58 +179,52 @@ def read_csv(path, file):
 # ----------------------------------------------------------------------------------------------------------------------
 # Parsed rows, cached and mixed
 
-def parse_source(source, split, config_name=None, *, parse, version, variant=()):
+def parse_source(source, split, config_name, parse, version):
     """All rows of one split in the one form, as a datasets.Dataset cached on disk.
 
     parse: a generator function (source, split, config_name) that yields dicts with the columns id, prompt, first, second
     (the last three JSON), place, and label and truth: +1 if the first response is better, −1 if the second, 0 if unknown.
-    version, variant: what identifies `parse` in the cache key: the version of the row formats, and a list that tells
-    apart parsers of the same version. The rest of the key is the source and the state of its files, or its
-    commit on the hub.
+    version: a list that identifies `parse` in the cache's key. The rest of the key is the source and the state of its
+    files, or its commit on the hub.
     Raises DataError, as `parse` does.
     """
-    path = find_file(source, split) if Path(source).exists() else None
-    if path:
+    where = os.path.abspath(source)
+    if not Path(source).exists():  # on the hub: the commit that a name stands for
+        where, state = source, [datasets.load_dataset_builder(source, config_name).hash]
+    elif path := find_file(source, split):
         state = [path.stat().st_size, path.stat().st_mtime_ns]
-    elif Path(source).exists():
+    else:
         state = sorted((str(p), p.stat().st_mtime_ns) for p in Path(source).rglob("*.arrow"))
-    else:  # on the hub: the commit that a name stands for
-        state = [datasets.load_dataset_builder(source, config_name).hash]
     columns = {name: datasets.Value("string") for name in ("id", "prompt", "first", "second", "place")}
     columns |= {name: datasets.Value("int8") for name in ("label", "truth")}
-    where = os.path.abspath(source) if Path(source).exists() else source
     try:
         return datasets.Dataset.from_generator(
             parse, gen_kwargs={"source": source, "split": split, "config_name": config_name},
-            features=datasets.Features(columns),
-            fingerprint=hash_of(version, where, split, config_name, state, *variant))
+            features=datasets.Features(columns), fingerprint=hash_of(*version, where, split, config_name, state))
     except datasets.exceptions.DatasetGenerationError as error:  # datasets wraps the real reason
         raise error.__cause__ or error
 
 
-def mix(mixer, splits, kind, load, configs=None, max_samples=None, seed=42):
+def mix(mixer, splits, kind, parse, version, configs, max_samples, seed):
     """The rows of all sources in one datasets.Dataset, or None if no source has any of the splits.
 
-    mixer: {source: fraction}. Training takes that random share of a source's rows; testing takes all of them.
-    splits: names of splits of this kind ("train" or "test").  load: (source, split, config name) → Dataset.
-    configs: {source: config name}.  max_samples: keep a random sample of at most this many rows.
+    parse, version: as parse_source has them; the other arguments as data.load_pairs has them.
     Raises DataError if kind is "train" and a source has none of the splits.
     """
-    parts, found = [], False
+    parts = []
     for source, fraction in mixer.items():
         config_name = (configs or {}).get(source)
         here = [split for split in splits if has_split(source, split, config_name)]
         if Path(source).is_file() or (Path(source) / "state.json").is_file():
             here = here[:1]  # it has no splits, and stands for each name: its pairs would count twice
-        found |= bool(here)
         if kind == "train" and not here:
             raise DataError(f"{source}: has no split {' or '.join(splits)} (a folder holds SPLIT{{{','.join(SUFFIXES)}}})")
         for split in here:
-            part = load(source, split, config_name)
+            part = parse_source(source, split, config_name, parse, version)
             if kind == "train" and fraction < 1:
                 part = part.shuffle(seed=seed).select(range(round(fraction * len(part))))
             parts.append(part)
-    if not found:
+    if not parts:
         return None
     rows = datasets.concatenate_datasets(parts)
     if max_samples is not None and max_samples < len(rows):

@@ -295,7 +295,7 @@ def tokenizer(eos="</s>", bos="<s>", add_bos=False, template=None, metaspace=Fal
 
 
 def renderer(max_prompt_length=200, max_length=400, empty_system=True, **options):
-    from data import Renderer
+    from runtime.rendering import Renderer
     return Renderer(tokenizer(**options), max_prompt_length, max_length, empty_system)
 
 

@@ -1,4 +1,4 @@
-"""data.py, from parsed rows to tokens: hidden labels, templates, what is dropped, errors.
+"""data.py and runtime/rendering.py, from parsed rows to tokens: hidden labels, templates, what is dropped, errors.
 
 The formats of rows are in test_formats.py, files and the hub in test_sources.py, order and batches in test_batches.py.
 """
@@ -36,11 +36,12 @@ from tokenizers import AddedToken
 from transformers import ByT5Tokenizer
 
 import data
-from data import Pairs, Renderer
-from runtime import sources
+from data import Pairs
+from runtime import rendering, sources
 from runtime.config import Config
 from runtime.errors import DataError, UsageError
 from runtime.formats import hh_messages, parse_row
+from runtime.rendering import Renderer
 
 HH = ROOT / ".." / "shared" / "data" / "hh-harmless-test.jsonl.gz"
 pytestmark = pytest.mark.usefixtures("cache")
@@ -176,7 +177,7 @@ def test_multi_turn_responses():
 def test_turns_of_the_user_in_a_response_are_counted(row, later):
     parsed = parse_row(row, "row")
     [(*_, notes)] = renderer(**BARE, template=CHATML).render([(parsed["prompt"], parsed["responses"])])
-    assert (data.LATER_TURNS in notes) == later
+    assert (rendering.LATER_TURNS in notes) == later
 
 
 def test_the_majority_of_a_pairs_labels_counts(tmp_path):
@@ -402,7 +403,7 @@ def test_a_template_that_removes_reasoning():
     decode = made.tokenizer.decode
     assert decode(prompt_ids) == "[INST] Hi [/INST] b</s>[INST] Go [/INST]"
     assert [decode(ids) for ids in responses] == ["<think>c</think>d</s>", " e</s>"]
-    assert notes == [data.SHORTENED]
+    assert notes == [rendering.SHORTENED]
     with pytest.raises(DataError, match="leaves out the content of a response"):
         made(talk, [[reply("<think>c</think>d"), user("and"), reply("x")], [reply("e")]])
 
@@ -428,7 +429,7 @@ def test_tools_and_reasoning():
         '[{"type": "function", "function": {"name": "look", "description": "<s>"}}]<|im_start|>user\nHi<|im_end|>\n'
         f'<|im_start|>assistant\n{shown}\n<|im_start|>tool\n1<|im_end|>\n<|im_start|>assistant\n')
     assert [decode(ids) for ids in responses] == [shown, "[so]x<|im_end|>"]
-    assert sorted(notes) == sorted([data.SHORTENED, data.KEPT_AS_TEXT])
+    assert sorted(notes) == sorted([rendering.SHORTENED, rendering.KEPT_AS_TEXT])
     assert sum(id in made.tokenizer.all_special_ids for id in responses[0]) == 1
     for part, lost in (
             (TOOLS, "the tools"), ({**reply("b"), "tool_calls": [CALL]}, "the tool_calls of a message of role assistant"),
@@ -459,8 +460,8 @@ def test_what_happened_to_pairs_is_counted(tmp_path):
             {"prompt": [user("</s>")], "chosen": "a", "rejected": "b"}]
     made = renderer(8, 8 + 10, template="{% for m in messages %}{{ m['content'] }}{% endfor %}", empty_system=False)
     pairs, *_, said = load_source(write_folder(tmp_path / "s", rows), made=made)
-    assert said == (f"train: 3 rows read, 3 pairs, 2 {data.UNTEMPLATED}, 1 {data.PROMPT_CUT}, 1 {data.RESPONSE_CUT}, "
-                    f"1 {data.KEPT_AS_TEXT}")
+    assert said == (f"train: 3 rows read, 3 pairs, 2 {rendering.UNTEMPLATED}, 1 {rendering.PROMPT_CUT}, "
+                    f"1 {rendering.RESPONSE_CUT}, 1 {rendering.KEPT_AS_TEXT}")
 
 
 def test_preview_shows_what_is_easy_to_miss(tmp_path):
@@ -527,7 +528,7 @@ def test_dropped_and_counted(tmp_path):
     made = renderer(10, 1 + 10)  # one token of prompt, ten of a response
     pairs, labels, _, said = load_source(write_folder(tmp_path / "s", rows), made=made)
     assert pairs.counts == {"rows": 10, "empty response": 4, "equal responses": 2, "pairs": 4, "repeated": 2,
-                            "contradicting": 1, data.RESPONSE_CUT: 1}
+                            "contradicting": 1, rendering.RESPONSE_CUT: 1}
     assert said == ("train: 10 rows read, 4 dropped for an empty response, 2 dropped for equal responses, 4 pairs, "
                     "2 of them repeated, 1 outvoted (the label of most of a pair's rows counts, in a draw the first), "
                     "1 with a response cut to max_length")

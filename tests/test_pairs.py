@@ -29,10 +29,10 @@ from helpers import (
 from test_generate import greedy, lines, one_line, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data import Renderer
 from labels.endpoint import Endpoint
 from runtime import toy
 from runtime.formats import parse_prompt, parse_row
+from runtime.rendering import Renderer
 from tools import generate, pairs
 
 SHORT = ("--max_new_tokens", "12")

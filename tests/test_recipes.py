@@ -12,8 +12,8 @@ import torch
 import transformers
 from helpers import OFFICIAL_BETA, OFFICIAL_GEMMA, ROOT, reply, user
 
-import data
 from runtime.parse import parse_config, wants_empty_system
+from runtime.rendering import Renderer
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_what_the_zephyr_models_read(model, template, prompt, response, zephyr):
     """One BOS, one end, an empty system message where the recipes rely on it and the template has one, and no byte lost."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     tokenizer.chat_template = template or tokenizer.chat_template
-    prompt_ids, responses = data.Renderer(tokenizer, 512, 1024, wants_empty_system(model))(
+    prompt_ids, responses = Renderer(tokenizer, 512, 1024, wants_empty_system(model))(
         [user("Hi, café 你好")], [[reply("Yes. ")], [reply("No")]])
     assert tokenizer.decode(prompt_ids) == prompt and tokenizer.decode(responses[0]) == response
     assert tokenizer.unk_token_id not in prompt_ids and tokenizer.convert_tokens_to_ids("<0xE4>") in prompt_ids

@@ -28,10 +28,10 @@ from helpers import (
 )
 
 import data
-from data import Renderer
-from runtime import sources
+from runtime import rendering, sources
 from runtime.errors import DataError
 from runtime.formats import parse_row
+from runtime.rendering import Renderer
 
 GOOD = json.dumps(preference(0))
 pytestmark = pytest.mark.usefixtures("cache")
@@ -308,7 +308,7 @@ def test_decontamination(tmp_path, form):
     pairs, labels, _, said = load_source(source, decontaminate_with=str(path), made=renderer(template=ZEPHYR))
     assert [int(p.split()[-1]) for p, *_ in decoded(pairs)] == [4, 5, 6, 7, 8] and len(labels) == 5
     assert pairs.counts["rows"] == 9 and pairs.counts["contaminated"] == 4
-    assert said == f"train: 9 rows read, 4 dropped as contaminated, 5 pairs, 5 {data.UNTEMPLATED}"
+    assert said == f"train: 9 rows read, 4 dropped as contaminated, 5 pairs, 5 {rendering.UNTEMPLATED}"
 
 
 def test_decontamination_by_other_data(tmp_path):

@@ -14,10 +14,10 @@ hold, and where the answers go unless --output says otherwise:
     mt_bench       {"question_id", "category", "turns"}, as FastChat has them      DIR/data/mt_bench/model_answer/NAME.jsonl
 
 A jsonl row may also have what goes with a prompt in training: `system`, `tools`, or the user's turn in another column
-(runtime/formats.py, parse_prompt). Instructions and turns go through the chat template as in training (data.Renderer, with
-the empty system message that the config.yaml beside the model asks for). Without a template they are plain text; a later
-turn follows the earlier ones and their answers, separated by blank lines. An answer ends at EOS or where the template ends a
-turn, and is stripped.
+(runtime/formats.py, parse_prompt). Instructions and turns go through the chat template as in training
+(runtime/rendering.py, with the empty system message that the config.yaml beside the model asks for). Without a template they
+are plain text; a later turn follows the earlier ones and their answers, separated by blank lines. An answer ends at EOS or
+where the template ends a turn, and is stripped.
 
 The temperature is 0 (greedy), or for MT-Bench that of the category in FastChat's common.py; --temperature overrides both. A
 draw depends only on --seed, the question and the turn, so in fp32 neither --batch_size nor resuming changes an answer. In
@@ -46,12 +46,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 import torch  # noqa: E402
 from transformers import AutoConfig, GenerationConfig, LogitsProcessor, TopKLogitsWarper, TopPLogitsWarper  # noqa: E402
 
-import data  # noqa: E402
 from runtime.config import Config  # noqa: E402
 from runtime.errors import DataError, Stopped, UsageError, one_line  # noqa: E402
 from runtime.formats import checked_text, parse_prompt  # noqa: E402
 from runtime.parse import convert, load_yaml, wants_empty_system  # noqa: E402
 from runtime.ranks import bar, say  # noqa: E402
+from runtime.rendering import Renderer  # noqa: E402
 from runtime.sources import hash_of, reading  # noqa: E402
 from tools import compare  # noqa: E402
 from tools.compare import rows_of  # noqa: E402
@@ -240,12 +240,12 @@ class Prompts:
     """Turns conversations into token ids, the way the model saw prompts in training.
 
     tokenizer: with or without a chat template.  room: most tokens of a prompt; it is cut on the left.
-    empty_system: as in data.Renderer.  cut: what had to be cut so far.
+    empty_system: as in Renderer.  cut: what had to be cut so far.
     """
 
     def __init__(self, tokenizer, room, empty_system):
         self.tokenizer, self.room, self.cut = tokenizer, room, set()
-        self.renderer = data.Renderer(tokenizer, ALL, ALL, empty_system)
+        self.renderer = Renderer(tokenizer, ALL, ALL, empty_system)
 
     def __call__(self, question, answers):
         """Token ids of the question's next turn, after its answers so far."""
@@ -458,12 +458,10 @@ def model_config(name, options, device):
 
 def lengths(config, wanted):
     """(most tokens of a prompt and its answer, most tokens of an answer).  wanted: the latter, or None."""
-    from runtime.model import cannot_load
-    try:
+    from runtime.model import loading
+    with loading("model", config.model_name_or_path):
         shape = AutoConfig.from_pretrained(
             config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # a damaged file may raise anything
-        raise cannot_load("model", config.model_name_or_path, error)
     longest = getattr(shape.get_text_config(), "max_position_embeddings", None) or ALL
     if wanted and wanted >= longest:
         raise UsageError(f"--max_new_tokens {wanted:,}: the model has {longest:,} positions; leave some for the prompt")
