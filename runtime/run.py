@@ -254,6 +254,7 @@ class Run:
 
     def finish(self, engine, tokenizer, summary):
         """After the last step: the model, its card, the summary, and the hub if asked for."""
+        self.interrupt.install()  # a signal must not cost the steps since the last checkpoint: the model is saved first
         try:
             names = save_model(engine, tokenizer, self.output, self.config)
         except NotSaved as error:
@@ -267,4 +268,5 @@ class Run:
         if rank() == 0 and self.toy_prompts:
             summary |= toy.gold_rewards(self.toy_prompts, before=self.config.model_name_or_path, after=self.output)
         seconds = self.seconds_before + time.monotonic() - self.started
+        self.interrupt.remove()
         report.finish(self.config, summary, self.output, names, self.command_line, seconds)
