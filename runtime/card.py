@@ -163,7 +163,7 @@ def push(config, output, names):
         if branch != "main":
             api.create_branch(name, branch=branch, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=str(output), revision=branch, allow_patterns=names)
-    except Exception as error:  # the network's, the hub's, or a full disk's
+    except (Exception, KeyboardInterrupt) as error:  # the network's, the hub's, a full disk's, or Ctrl-C
         error = (type(error) is RuntimeError and error.__cause__) or error  # "Error while uploading …" hides it there
         why = one_line(getattr(error, "server_message", None) or error)[:400]
         return (f"{output} is complete, but not uploaded to {name} at {api.endpoint} ({type(error).__name__}: {why}); "

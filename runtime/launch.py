@@ -83,6 +83,9 @@ def command(argv, main):
         newest = " --resume_from_checkpoint=null" if config.resume_from_checkpoint is not None else ""
         say(f"stopped: {stopped}.{answers} Resume with\n    {same_command(argv)}{newest}")
         return 75
+    except KeyboardInterrupt:  # before the first step or after the last; in between, Run asks for a stop
+        say("stopped: interrupted; the same command goes on")
+        return 75
     except sqlite3.Error as error:
         what = in_words(Path(config.output_dir) / "labels.sqlite", error)
         tqdm.write(f"error: {what}; then the same command goes on from the last checkpoint", file=sys.stderr)

@@ -68,7 +68,7 @@ class Run:
     """
 
     def __init__(self, config, command_line=None):
-        self.config, self.command_line, self.started = config, command_line, time.time()
+        self.config, self.command_line, self.started = config, command_line, time.monotonic()
         self.output, self.interrupt, self.finished = Path(config.output_dir), Interrupt(), False
         self.step, self.skipped, self.seconds_before, self.evaluation = 0, 0, 0.0, None
         self.step_start = 0.0  # a committee asks before the first step
@@ -168,7 +168,7 @@ class Run:
         self.in_step = False
         while self.step < self.total_steps:
             self.stop_if_asked()
-            self.step_start = time.time()
+            self.step_start = time.monotonic()
             yield self.step
             self.progress.update()
 
@@ -187,7 +187,7 @@ class Run:
         was not finite. Raises FloatingPointError at the third such step in a row."""
         self.skipped = skipped_in_a_row(self.skipped, engine, norm, self.step, ids)
         self.step += 1
-        self.step_end = time.time()
+        self.step_end = time.monotonic()
         self.seconds += self.step_end - self.step_start
         self.in_step = False
 
@@ -205,7 +205,7 @@ class Run:
         """(the metric sums since the last log, over all ranks, as a list; the seconds that its steps took, without
         evaluations, checkpoints and, on rank 0, waiting for answers). Both begin at 0 again."""
         sums = reduced(self.sums)  # waits for what a GPU has still to do of the last step
-        seconds = self.seconds + time.time() - self.step_end
+        seconds = self.seconds + time.monotonic() - self.step_end
         self.sums.zero_()
         self.seconds = 0.0
         return sums, seconds
@@ -213,11 +213,11 @@ class Run:
     @contextlib.contextmanager
     def untimed(self):
         """Around what is not training, such as waiting for answers, whose seconds `take_sums` does not count."""
-        begun = time.time()
+        begun = time.monotonic()
         try:
             yield
         finally:
-            self.step_start += time.time() - begun
+            self.step_start += time.monotonic() - begun
 
     def log(self, split, row):
         """Write a row of metrics.jsonl.  split: "train" or "eval"."""
@@ -226,7 +226,7 @@ class Run:
     def save(self, engine):
         """Write a checkpoint."""
         state = {"step": self.step, "start": self.start, "skipped": self.skipped, "evaluation": self.evaluation,
-                 "wall_seconds": self.seconds_before + time.time() - self.started, "sums": reduced(self.sums),
+                 "wall_seconds": self.seconds_before + time.monotonic() - self.started, "sums": reduced(self.sums),
                  "seconds": self.seconds, **{name: part.state for name, part in self.parts.items()}}
         checkpoint.save(engine, self.output, state, self.config.save_total_limit)
 
@@ -254,6 +254,7 @@ class Run:
 
     def finish(self, engine, tokenizer, summary):
         """After the last step: the model, its card, the summary, and the hub if asked for."""
+        self.interrupt.install()  # a signal must not cost the steps since the last checkpoint: the model is saved first
         try:
             names = save_model(engine, tokenizer, self.output, self.config)
         except NotSaved as error:
@@ -267,5 +268,6 @@ class Run:
         if rank() == 0 and self.toy_prompts:
             for when, folder in (("before", self.config.model_name_or_path), ("after", self.output)):
                 summary[f"gold_reward_{when}"] = toy.mean_gold_reward(folder, self.toy_prompts)
-        seconds = self.seconds_before + time.time() - self.started
+        seconds = self.seconds_before + time.monotonic() - self.started
+        self.interrupt.remove()
         report.finish(self.config, summary, self.output, names, self.command_line, seconds)

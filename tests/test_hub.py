@@ -180,7 +180,12 @@ def no_space(*args, **kwargs):
     raise OSError(errno.ENOSPC, "No space left on device", "/cache")
 
 
+def pressed(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("harm, problem", [
+    (lambda hub, patch: patch.setattr(huggingface_hub.HfApi, "upload_folder", pressed), "KeyboardInterrupt"),
     (lambda hub, patch: patch.setenv("HF_TOKEN", "hf_wrong"), "Invalid user token."),
     (lambda hub, patch: patch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}"), "Connection refused"),
     (lambda hub, patch: setattr(hub, "full", True), "storage limit reached"),

@@ -13,7 +13,7 @@ import transformers
 
 import data
 from labels.annotators import Waiting
-from runtime import checkpoint, launch, reference
+from runtime import checkpoint, launch, reference, report
 from runtime import run as module
 from runtime.config import Config
 from runtime.errors import Stopped, UsageError
@@ -59,7 +59,7 @@ def test_the_seconds_since_the_last_log_are_those_of_all_its_steps_and_of_nothin
     """An evaluation or a checkpoint between two logs neither counts nor makes the steps before it count as no time. Nor does
     waiting for answers count."""
     run, clock = make(tmp_path, total_steps=4), [0.0]
-    monkeypatch.setattr(module.time, "time", lambda: clock[0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])  # unlike `time`, it is never set back
     monkeypatch.setattr(module, "reduced", lambda sums: sums.tolist())
     monkeypatch.setattr(checkpoint, "save", lambda engine, output, state, limit: kept.append(state["seconds"]))
     run.metrics, run.start, run.parts, kept = types.SimpleNamespace(write=lambda row: None), {}, {}, []
@@ -155,6 +155,17 @@ def test_a_signal_that_comes_twice_interrupts_once_and_does_not_cut_the_stop_sho
     assert raised == [signal.SIGINT] and interrupt.asked and signal.getsignal(signal.SIGTERM) is interrupt
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_model_is_saved_waits_until_all_is_there(number, tmp_path, engine, monkeypatch, handlers):
+    """Without a checkpoint of the last step, the whole run would be lost."""
+    run, done = make(tmp_path, save_strategy="no"), []
+    monkeypatch.setattr(module, "save_model", lambda *args: [os.kill(os.getpid(), number), done.append("model")])
+    monkeypatch.setattr(Run, "check_saved", lambda *args: None)
+    monkeypatch.setattr(report, "finish", lambda *args: done.append("summary"))
+    run.finish(types.SimpleNamespace(destroy=lambda: None), None, {})
+    assert done == ["model", "summary"] and run.interrupt.asked
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # How the command ends
 
@@ -207,6 +218,11 @@ def test_a_stopped_run_says_how_to_go_on(ending, capsys):
         "Resume with\n    python train.py --config c.yaml\n")
     ending(raising(Stopped("interrupted")), resume_from_checkpoint="o/checkpoint-1")  # which the run has left behind
     assert capsys.readouterr().out.endswith("python train.py --config c.yaml --resume_from_checkpoint=null\n")
+
+
+def test_ctrl_c_before_the_first_step_is_no_traceback(ending, capsys):
+    assert ending(raising(KeyboardInterrupt())) == [("destroy",), ("exit", 75)]
+    assert capsys.readouterr().out == "stopped: interrupted; the same command goes on\n"
 
 
 @pytest.mark.parametrize("error, code, said", [
