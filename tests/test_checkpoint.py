@@ -300,3 +300,23 @@ def test_a_run_that_waited_for_the_end_of_another_finds_it_finished(train, whole
         os.close(other)
     threading.Timer(2, end).start()
     assert "is finished" in train("ending", output_dir=copy, **SAVING).stdout
+
+
+@pytest.mark.parametrize("name", ["model_name_or_path", "ref_model_name_or_path"])
+def test_a_run_does_not_write_over_a_model_that_it_reads(name, train, tiny, tmp_path):
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    run = train("in-place", output_dir=tmp_path / "link", check=2, **{name: tmp_path / "model"})
+    assert errors(run) == [f"error: output_dir {run.output}: is the folder of {name}, whose weights would be written over: "
+                           "choose another one"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == sorted(
+        path.name for path in (tiny / "model").iterdir())
+
+
+@pytest.mark.parametrize("output", ["link", "link/run"])
+def test_an_output_dir_behind_a_broken_link_is_refused_before_anything_is_read(output, train, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "disk-that-is-not-mounted")
+    run = train("nowhere", output_dir=tmp_path / output, check=2)
+    assert errors(run) == [f"error: output_dir {run.output}: nothing can be written in {tmp_path}/link: make it writable, "
+                           "or choose another one"]
+    assert run.stdout == ""
