@@ -12,7 +12,7 @@ import zlib
 
 import pytest
 import torch
-from helpers import assert_same_run, assert_same_weights, copy_without, errors, flip_byte
+from helpers import as_jsonl, assert_same_run, assert_same_weights, copy_without, errors, flip_byte
 from transformers import AutoTokenizer
 
 from runtime import checkpoint
@@ -137,6 +137,9 @@ def test_the_pairs_of_a_step_the_engine_and_the_data_may_not_change(train, tiny,
     lines = train_file.read_text().splitlines(keepends=True)
     train_file.write_text("".join(lines[1:] + lines[:1]))  # the same pairs in another order
     refused("checkpoint-6/trainer_state.json: the run in there has pairs ")
+    other = {"a": "b", "b": "a"}
+    train_file.write_text(as_jsonl(row | {"label": other[row["label"]]} for row in map(json.loads, lines)))
+    refused("labels.sqlite: ", " answers are not the labels that the data set has now (")
     train_file.write_text("".join(lines))
     refused("config.yaml: the run in there has 8 pairs a step, this one 24 (", gradient_accumulation_steps=3)
     train("as-it-was", **keys)
