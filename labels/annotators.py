@@ -17,6 +17,7 @@ import shlex
 import time
 from pathlib import Path
 
+from labels.ledger import LedgerError
 from runtime.errors import Stopped
 
 
@@ -71,6 +72,14 @@ class DatasetAnnotator(Annotator):
     @classmethod
     def from_config(cls, config, pairs, labels, truths):
         return cls(labels, truths)
+
+    def check(self, ledger):
+        """Refuse to go on from labels that the data set no longer has: it would be a run on both."""
+        bought = ledger.labels(self.name)
+        if changed := [pair for pair, label in bought.items() if self.labels.get(pair, label) != label]:
+            raise LedgerError(f"{ledger.path}: {len(changed):,} of its {len(bought):,} answers are not the labels that the "
+                              f"data set has now ({changed[0]} is the first): put the data set back as it was, or choose "
+                              "another output_dir")
 
     def answer(self, questions, ledger):
         """Raises LookupError, naming the pair, if one has no label."""

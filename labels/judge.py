@@ -28,6 +28,7 @@ import math
 import os
 import random
 import re
+import shlex
 import time
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
@@ -133,7 +134,7 @@ class Judge(Annotator):
             say(f"{first}: settled without a preference (judge_unanswerable: skip)")
             self.show(0)
         else:
-            say(f"{first}: waiting for people: python tools/label.py {Path(ledger.path).parent}")
+            say(f"{first}: waiting for people: python tools/label.py {shlex.quote(str(Path(ledger.path).parent))}")
             self.people.show = self.show
             self.people.answer(list(pairs), ledger)
 

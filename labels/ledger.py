@@ -349,6 +349,10 @@ class Ledger:
                 "tools/ledger.py NEW --reuse OLD` takes over the labels of the pairs that both runs have")
         return len(reused), len(ids.intersection(reused))
 
+    def labels(self, source):
+        """{pair: label} of the answers from a source."""
+        return dict(self.db.execute("SELECT pair, label FROM answers WHERE source = ?", (source,)))
+
     def count(self, step=EVER):
         """Answers bought up to and including an optimiser step. Counting by step makes a run that resumes from an earlier
         step report the same numbers again."""

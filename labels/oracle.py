@@ -171,6 +171,8 @@ class Oracle:
             if self.interrupt:  # for an annotator who answers at once, Ctrl-C can wait until the step is done
                 self.interrupt.inside = self.asks_together
             try:
+                if self.interrupt and self.interrupt.inside and self.interrupt.asked:  # while the step was scored
+                    raise KeyboardInterrupt
                 with self.untimed():
                     self.annotator.answer(questions, self.ledger)
             finally:

@@ -49,11 +49,17 @@ def versions():
             ("torch", "transformers", "datasets", "deepspeed", "tqdm", "pyyaml")}
 
 
-def check_writable(output):
-    """Refuse an output_dir where nothing can be written, before hours are spent."""
-    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+def check_writable(config, output):
+    """Refuse an output_dir where nothing can be written, or where a model that the run reads would be written over, before
+    hours are spent."""
+    there = next(path for path in (output.absolute(), *output.absolute().parents) if os.path.lexists(path))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UsageError(f"output_dir {output}: nothing can be written in {there}: make it writable, or choose another one")
+    for name in ("model_name_or_path", "ref_model_name_or_path", "judge_model"):
+        model = getattr(config, name)
+        if model and Path(model).is_dir() and output.is_dir() and output.samefile(model):
+            raise UsageError(f"output_dir {output}: is the folder of {name}, whose weights would be written over: choose "
+                             "another one")
 
 
 def lock(output):

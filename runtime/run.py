@@ -88,7 +88,7 @@ class Run:
             say("to train again, choose another --output_dir or move that one away")
             run.finished = True
             return run
-        checkpoint.check_writable(output)
+        checkpoint.check_writable(config, output)
         if not shared_output and config.save_strategy != "no":
             raise UsageError(f"output_dir {output}: is not the same folder on all hosts, and each rank writes its part of a "
                              "checkpoint there: put it on a file system that all share, or say --save_strategy=no")

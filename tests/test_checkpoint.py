@@ -12,7 +12,7 @@ import zlib
 
 import pytest
 import torch
-from helpers import assert_same_run, assert_same_weights, copy_without, errors, flip_byte
+from helpers import as_jsonl, assert_same_run, assert_same_weights, copy_without, errors, flip_byte
 from transformers import AutoTokenizer
 
 from runtime import checkpoint
@@ -137,6 +137,9 @@ def test_the_pairs_of_a_step_the_engine_and_the_data_may_not_change(train, tiny,
     lines = train_file.read_text().splitlines(keepends=True)
     train_file.write_text("".join(lines[1:] + lines[:1]))  # the same pairs in another order
     refused("checkpoint-6/trainer_state.json: the run in there has pairs ")
+    other = {"a": "b", "b": "a"}
+    train_file.write_text(as_jsonl(row | {"label": other[row["label"]]} for row in map(json.loads, lines)))
+    refused("labels.sqlite: ", " answers are not the labels that the data set has now (")
     train_file.write_text("".join(lines))
     refused("config.yaml: the run in there has 8 pairs a step, this one 24 (", gradient_accumulation_steps=3)
     train("as-it-was", **keys)
@@ -300,3 +303,23 @@ def test_a_run_that_waited_for_the_end_of_another_finds_it_finished(train, whole
         os.close(other)
     threading.Timer(2, end).start()
     assert "is finished" in train("ending", output_dir=copy, **SAVING).stdout
+
+
+@pytest.mark.parametrize("name", ["model_name_or_path", "ref_model_name_or_path"])
+def test_a_run_does_not_write_over_a_model_that_it_reads(name, train, tiny, tmp_path):
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    run = train("in-place", output_dir=tmp_path / "link", check=2, **{name: tmp_path / "model"})
+    assert errors(run) == [f"error: output_dir {run.output}: is the folder of {name}, whose weights would be written over: "
+                           "choose another one"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == sorted(
+        path.name for path in (tiny / "model").iterdir())
+
+
+@pytest.mark.parametrize("output", ["link", "link/run"])
+def test_an_output_dir_behind_a_broken_link_is_refused_before_anything_is_read(output, train, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "disk-that-is-not-mounted")
+    run = train("nowhere", output_dir=tmp_path / output, check=2)
+    assert errors(run) == [f"error: output_dir {run.output}: nothing can be written in {tmp_path}/link: make it writable, "
+                           "or choose another one"]
+    assert run.stdout == ""

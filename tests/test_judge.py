@@ -487,10 +487,11 @@ def test_a_refused_pair_stops_the_run_only_once_the_others_are_judged(serve, led
 
 def test_a_refused_pair_waits_for_people_and_is_paid_for_once(serve, ledger, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(HumanAnnotator, "poll_seconds", 0.02)
+    monkeypatch.setattr(ledger, "path", tmp_path / "my run" / "labels.sqlite")  # for the messages alone
     server = serve(refusing("p3"))
     with pytest.raises(Waiting, match="no answer for 0 minutes, 1 of 1 are missing"):
         chat(server, unanswerable="human", wait_minutes=0).answer(QUESTIONS, ledger)
-    assert "waiting for people: python tools/label.py" in capsys.readouterr().out
+    assert f"waiting for people: python tools/label.py '{tmp_path}/my run'\n" in capsys.readouterr().out
     assert len(answers(ledger)) == 5 and [row[0] for row in ledger.open_questions()] == ["p3"]
     before = len(server.bodies)
 

@@ -287,6 +287,16 @@ def test_ctrl_c_just_before_or_after_an_annotators_work_stops_the_run_like_one_w
     assert ask(oracle, ["a"], [0.1], [False]) == [int(after)]  # what was answered is kept, and free
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_came_while_the_step_was_scored_does_not_wait_for_people(number, run, tmp_path, handlers):
+    oracle = make(annotator := DatasetAnnotator(LABELS), tmp_path, run, oracle="human")
+    run.interrupt.install()
+    os.kill(os.getpid(), number)
+    with pytest.raises(Stopped, match="^interrupted$"):
+        ask(oracle, ["a"], [0.1], [True])
+    assert annotator.calls == 0 and not run.interrupt.inside
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # People
 
