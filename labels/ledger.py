@@ -161,10 +161,10 @@ AFTER_TABLES = """
 """
 
 
-# How many opinions on the question `asked` are given, or about to be given by others than `me`.
+# How many opinions on the question `asked` are given, or about to be given.
 SEATS = """SELECT COUNT(*) FROM (
     SELECT annotator FROM verdicts WHERE pair = asked.pair AND person
-    UNION SELECT annotator FROM leases WHERE pair = asked.pair AND until >= :now AND annotator != :me)"""
+    UNION SELECT annotator FROM leases WHERE pair = asked.pair AND until >= :now)"""
 
 
 def statements(script):
@@ -425,8 +425,7 @@ class Ledger:
         """Yield the pairs that an annotator may look at, in the order in which they should."""
         values = {"me": annotator, "now": time.time(), "needed": panel.needed}
         yield from (pair for pair, in self.db.execute(
-            "SELECT pair FROM leases WHERE annotator = :me AND until >= :now AND pair IN (SELECT pair FROM questions "
-            "WHERE pair = leases.pair AND open)", values))
+            "SELECT pair FROM leases WHERE annotator = :me AND until >= :now", values))
         if annotator == panel.adjudicator:
             yield from (pair for pair, in self.db.execute(
                 "SELECT pair FROM questions AS asked WHERE open AND (SELECT COUNT(DISTINCT annotator) FROM verdicts "
@@ -445,7 +444,7 @@ class Ledger:
         now = time.time()
         return self.db.execute(
             "UPDATE leases SET until = :until WHERE pair = :pair AND annotator = :me AND EXISTS (SELECT 1 FROM questions AS "
-            f"asked WHERE pair = :pair AND open AND (leases.until >= :now OR ({SEATS}) < :needed))",
+            f"asked WHERE pair = :pair AND (leases.until >= :now OR ({SEATS}) < :needed))",
             {"until": now + seconds, "pair": pair, "me": annotator, "now": now, "needed": panel.needed}).rowcount == 1
 
     def release(self, annotator, pair=None):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import fields
 
+import datasets
 import pytest
 from helpers import (
     CHATML,
@@ -95,6 +96,13 @@ def test_the_id_depends_on_the_content():
     assert len({data.canonical(p)[0] for p in (base, *others)}) == 5
     id, order = data.canonical(base)
     assert data.canonical({"prompt": "p", "responses": ["y", "x"]}) == (id, [1 - k for k in order])
+
+
+def test_ids_and_orders_are_those_that_ledgers_hold():
+    """With another id, a label that was paid for would be lost; with another order, it would mean the other response."""
+    text, chat = {"prompt": "p", "responses": ["x", "y"]}, {"prompt": [user("p")], "responses": [[reply("x")], [reply("y")]]}
+    assert data.canonical(text) == ("93098ea27acfbbc13e88dcf0f3314c5f", [1, 0])
+    assert data.canonical(chat) == ("a19994b052d67ee42169005ea0a0f45c", [0, 1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -188,6 +196,7 @@ def test_the_majority_of_a_pairs_labels_counts(tmp_path):
     [(_, first, _)] = pairs.token_ids([0])
     assert "1 outvoted" in said and pairs.counts["contradicting"] == 1
     assert (renderer().tokenizer.decode(first).strip().startswith("good")) == (labels[pairs.ids[0]] == 1)
+    assert data.majority("aabbbcd", [-1, 1, 1, -1, -1, 0, 1]) == {"a": -1, "b": -1, "d": 1}
 
 
 def test_hh_with_another_turn_inside_a_response():
@@ -208,7 +217,8 @@ def test_system_message_where_the_template_forbids_one():
 
 @pytest.mark.parametrize("options, bos", [
     (dict(), None), (dict(add_bos=True), "<s>"), (dict(add_bos=True, template=LLAMA_BOS), "<s>"),
-    (dict(template=LLAMA_BOS), "<s>")])  # here only the template adds a BOS
+    (dict(template=LLAMA_BOS), "<s>"),  # here only the template adds a BOS
+    (dict(eos="<|im_end|>", bos="<|im_start|>", template=CHATML), None)])  # it begins a turn, and this is not the first
 def test_truncation(options, bos):
     """A prompt loses its beginning but not its BOS; a response loses its end, with the EOS."""
     prompt, responses = "0123456789", ["abcdefghij", "klm"]
@@ -224,7 +234,7 @@ def test_truncation(options, bos):
     assert long == whole[0][:room] and made.eos not in long
     assert short == whole[1] and short[-1] == made.eos
     exact = renderer(len(whole_prompt), len(whole_prompt) + len(whole[0]), **options)
-    assert exact(prompt, responses) == (whole_prompt, whole)
+    assert exact.render([(prompt, responses)]) == [(whole_prompt, whole, [])]
     assert renderer(limit, limit, **options)(prompt, responses) == (prompt_ids, [[], []])
     assert renderer(limit, limit - 2, **options)(prompt, responses)[1] == [[], []]  # nor the end of the response
 
@@ -430,7 +440,10 @@ def test_tools_and_reasoning():
         f'<|im_start|>assistant\n{shown}\n<|im_start|>tool\n1<|im_end|>\n<|im_start|>assistant\n')
     assert [decode(ids) for ids in responses] == [shown, "[so]x<|im_end|>"]
     assert sorted(notes) == sorted([rendering.SHORTENED, rendering.KEPT_AS_TEXT])
+    both = decode(renderer(**BARE, template=THINKING).prompt_ids(past))  # the empty system message is not the tools' place
+    assert both == decode(prompt_ids).replace("<|im_start|>", "<|im_start|>system\n<|im_end|>\n<|im_start|>", 1)
     assert sum(id in made.tokenizer.all_special_ids for id in responses[0]) == 1
+    assert rendering.left_out(reply("a\n\nb"), "<|im_start|>a b") == []  # white space does not count
     for part, lost in (
             (TOOLS, "the tools"), ({**reply("b"), "tool_calls": [CALL]}, "the tool_calls of a message of role assistant"),
             (system("be kind"), "the content of a message of role system")):
@@ -439,17 +452,19 @@ def test_tools_and_reasoning():
             renderer(**BARE, template=template, empty_system=False)([part, user("Hi")], [[reply("x")], [reply("y")]])
     for response, lost in ((answers[0], "tool_calls"), (answers[1], "reasoning_content")):
         with pytest.raises(DataError, match=f"leaves out the {lost} of a response"):
-            renderer(**BARE, template=CHATML)([user("Hi")], [response, [reply("y")]])
+            renderer(**BARE, template=CHATML)([user("look so")], [response, [reply("y")]])  # the prompt's own does not count
 
 
 def test_special_tokens_that_an_assistant_may_write():
     """Those of the template that do not begin or end a turn: in a reply they are tokens, in a question they are text."""
-    made = tokenizer(eos="<|im_end|>", bos=None, template=CHATML + "{# reasoning goes into <think> and </think> #}")
-    made.add_tokens([AddedToken(text, special=True, normalized=False) for text in ("<think>", "</think>", "<other>")],
-                    special_tokens=True)
+    made = tokenizer(eos="<|im_end|>", bos=None, template=CHATML + "{# reason in <think> and </think>, not <unk> <pad> #}")
+    made.add_tokens([AddedToken(text, special=True, normalized=False)
+                     for text in ("<think>", "</think>", "<other>", "<pad>")], special_tokens=True)
+    made.pad_token = "<pad>"
     made = Renderer(made, 200, 400)
     think = made.tokenizer.convert_tokens_to_ids("<think>")
-    prompt_ids, (first, second) = made([user("<think>")], [[reply("<think>a</think>")], [reply("<other><|im_start|>")]])
+    prompt_ids, (first, second) = made([user("<think>")], [[reply("<think>a</think>")],
+                                                            [reply("<other><unk><pad><|im_start|>")]])
     assert think not in prompt_ids and first[0] == think
     assert [id for id in second if id in made.tokenizer.all_special_ids] == [made.eos]
 
@@ -627,3 +642,13 @@ def test_a_template_that_prints_the_date_changes_the_fingerprint(tmp_path, monke
     assert plain[0].fingerprint == plain[1].fingerprint
     today, tomorrow = loaded("c", 1, dated), loaded("d", 2, dated)
     assert today.ids == tomorrow.ids == plain[0].ids and today.fingerprint != tomorrow.fingerprint
+
+
+def test_the_fingerprint_changes_with_every_id_and_token(tmp_path):
+    columns = {"prompt_ids": [[1, 2], [3]], "first_ids": [[4], [5]], "second_ids": [[6], [7]]}
+    changes = ({}, {"prompt_ids": [[1], [2, 3]]}, {"first_ids": [[4], [6]]}, {"second_ids": [[6], [8]]})
+    assert len({data.hash_of_tokens(datasets.Dataset.from_dict(columns | change)) for change in changes}) == 4
+    rows = [{"prompt": prompt, "chosen": "x", "rejected": "y"} for prompt in ([user("t")], "\n\nHuman: t\n\nAssistant:")]
+    chat, dialogue = (load_source(write_folder(tmp_path / str(n), [row]), made=renderer(template=CHATML))[0]
+                      for n, row in enumerate(rows))
+    assert decoded(chat) == decoded(dialogue) and chat.ids != dialogue.ids and chat.fingerprint != dialogue.fingerprint

@@ -112,6 +112,7 @@ def test_sides_do_not_depend_on_which_response_is_y1():
     drawn = [drawn_sides(f"pair{n}") for n in range(1000)]
     assert 440 < drawn.count((1, -1)) < 560  # 500 ± 3.8 standard deviations
     assert set(drawn) == {(1, -1), (-1, 1)}
+    assert [side for side, _ in drawn[:6]] == [-1, 1, 1, -1, -1, -1]  # files that are out now come back with these sides
 
 
 @pytest.mark.parametrize("swap", [False, True])

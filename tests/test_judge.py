@@ -927,14 +927,19 @@ def test_a_config_that_cannot_work_is_an_error_of_the_user(keys, message, monkey
         ChatJudge.from_config(config, types.SimpleNamespace(text_by_id=lambda: texts), {}, {})
 
 
-def test_the_config_reaches_the_judge(monkeypatch):
+def test_the_config_reaches_the_judge(monkeypatch, tmp_path):
     monkeypatch.setenv("MY_KEY", "sk-1")
+    rubric = write_rubric(tmp_path / "mine.yaml", Rubric().template + "!", Rubric().verdicts)
     config = Config(judge_url="http://127.0.0.1/v1", judge_model="m", judge_api_key_env="MY_KEY", judge_concurrency=3,
-                    judge_timeout=7.0, judge_prompt_price=2.0, judge_completion_price=3.0, seed=9)
+                    judge_timeout=7.0, judge_prompt_price=2.0, judge_completion_price=3.0, seed=9, judge_prompt=str(rubric),
+                    judge_disagreement="again", judge_unanswerable="human", oracle_wait_minutes=5.0, judge_max_tokens=77,
+                    judge_extra_body={"top_k": 1})
     made = ChatJudge.from_config(config, types.SimpleNamespace(text_by_id=lambda: texts), {}, {})
     assert made.texts is texts and made.endpoint.url == "http://127.0.0.1/v1/chat/completions"
-    assert (made.endpoint.key, made.endpoint.timeout) == ("sk-1", 7.0)
+    assert (made.endpoint.key, made.endpoint.timeout, made.endpoint.max_tokens) == ("sk-1", 7.0, 77)
     assert (made.concurrency, made.seed, made.price) == (3, 9, (2e-6, 3e-6))
+    assert (made.disagreement, made.unanswerable, made.people.wait_seconds) == ("again", "human", 300.0)
+    assert made.rubric.path == rubric and made.endpoint.extra == {"top_k": 1}
 
 
 def test_it_answers_the_oracle(serve, tmp_path):

@@ -251,11 +251,31 @@ def test_a_clock_that_is_set_back_locks_no_question(ledger, monkeypatch):
     assert ledger.lease("ben", 60)[0] == "a" and ledger.lease("ann", 60) is None
 
 
+def test_a_question_that_is_asked_again_stays_as_it_is(ledger):
+    """And one whose pair has an answer is not open."""
+    ask(ledger, "a")
+    ledger.add("judge", answers(b=1))
+    ledger.put_questions([Question(pair, 0.9, 5) for pair in "ab"], TEXTS)
+    assert ledger.db.execute("SELECT pair, margin, step, open FROM questions ORDER BY pair").fetchall() == [
+        ("a", 0.1, 0, 1), ("b", 0.9, 5, 0)]
+
+
+def test_the_oldest_question_comes_first_and_progress_is_that_of_the_open_steps(ledger):
+    ledger.put_questions([Question(pair, 0.1, step) for pair, step in (("d", 0), ("c", 1), ("b", 1), ("a", 2))], TEXTS)
+    for pair, progress in (("d", (3, 3)), ("b", (2, 3)), ("c", (1, 1))):
+        assert ledger.lease("ann", 60)[0] == ledger.open_questions()[0][0] == pair
+        ledger.answer_question(pair, 1, "ann")
+        assert ledger.progress() == progress
+    assert ledger.given_by("ann") == (3, "c") and ledger.given_by("ben") == (0, None)
+
+
 def test_what_an_annotator_skipped_comes_last(ledger):
     ask(ledger, "a", "b")
     ledger.lease("ann", 60)
     ledger.release("ann", "a")
-    assert ledger.lease("ann", 60, not_these=["a"])[0] == "b"
+    assert ledger.lease("ann", 60, not_these=["a"])[0] == "b" == ledger.lease("ann", 60)[0]  # also after a reload
+    ledger.release("ann")
+    assert ledger.lease("ann", 60, not_these=["b", "a"])[0] == "a"
     ledger.answer_question("b", 1, "ann")
     assert ledger.lease("ann", 60, not_these=["a", "b"])[0] == "a"
 
@@ -263,9 +283,10 @@ def test_what_an_annotator_skipped_comes_last(ledger):
 def test_a_second_opinion_counts_until_the_run_has_used_the_answer(ledger):
     ask(ledger, "a", "b")
     assert ledger.answer_question("a", -1, "ann", seconds=3.5) is True
-    assert ledger.answer_question("a", 1, "ben") is False  # it does not settle anything, but now nobody has more than half
+    # It does not settle anything, but now nobody has more than half.
+    assert ledger.answer_question("a", 1, "ben", seconds=2.0) is False
     assert ledger.db.execute("SELECT label, annotator, seconds, detail FROM answers").fetchall() == [
-        (0, "ann, ben", 3.5, '{"split": true}')]
+        (0, "ann, ben", 5.5, '{"split": true}')]
     assert ledger.take(["a"]) == {"a": 0}
     assert ledger.answer_question("a", 1, "cat") is False and ledger.take(["a"]) == {"a": 0}
     assert ledger.db.execute("SELECT annotator, verdict FROM verdicts ORDER BY id").fetchall() == [
@@ -274,13 +295,31 @@ def test_a_second_opinion_counts_until_the_run_has_used_the_answer(ledger):
         ledger.answer_question("z", 1, "ann")
 
 
+def test_an_answer_from_elsewhere_ends_the_leases_of_its_question(ledger):
+    ask(ledger, "a", "b")
+    assert ledger.lease("ann", 60)[0] == "a"
+    ledger.add("judge", answers(a=1))
+    assert not ledger.renew("ann", "a", 60) and ledger.lease("ann", 60)[0] == "b"
+
+
+def test_the_last_verdicts_come_newest_first(ledger):
+    for detail in ("1", "2", None, "3"):
+        ledger.add_verdict("a", "model", 0, detail=detail)
+    ledger.add_verdict("a", "other", 0, detail="4")
+    assert ledger.last_verdicts("model", 2) == ["3", "2"]
+    assert ledger.verdicts("a", "model") == [(0, "1"), (0, "2"), (0, "3")]
+
+
 def test_a_judges_verdicts_are_no_opinions_and_its_answer_stays(ledger):
     ask(ledger, "a", "b")
     for _ in range(2):
-        ledger.add_verdict("a", "model", -1, detail="{}")
+        ledger.add_verdict("a", "model", -1, 9.0, 0.5, detail="{}")
         ledger.add_verdict("b", "model", -1, detail="{}")
     ledger.add("judge", [(Question("b", 0.1, 0), -1, "model", None, None)])
+    assert ledger.lease("ann", 60)[0] == "a"  # where the judge had no answer, a person is asked
     assert ledger.answer_question("a", 1, "ann") and not ledger.answer_question("b", 1, "ann")
+    assert ledger.db.execute("SELECT seconds, cost FROM answers WHERE pair = 'a'").fetchall() == [(None, None)]
+    assert not ledger.retract("b", "ann") and list(ledger.opinions("b")) == ["ann"]
     assert ledger.take(["a", "b"]) == {"a": 1, "b": -1}
 
 
@@ -298,6 +337,11 @@ def test_what_more_than_half_say_is_the_label(said, plain, adjudicated):
         assert (decided and decided[0]) == expected
     decided = Panel(3, "eve").decide({**opinions, "eve": Opinion(-1, adjudicates=True)})
     assert decided == (-1, "eve", {"adjudicated": True})
+
+
+def test_of_several_kinds_of_no_preference_the_most_common_is_kept():
+    opinions = {who: Opinion(0, said) for who, said in zip("abc", ("equal", "both bad", "both bad"))}
+    assert Panel(3).decide(opinions) == (0, "a, b, c", {"opinions": 3, "agree": 3, "no_preference": "both bad"})
 
 
 def test_two_people_for_each_question_and_nobody_twice(ledger):
@@ -318,19 +362,28 @@ def test_two_people_for_each_question_and_nobody_twice(ledger):
     ledger.db.execute("UPDATE leases SET until = 0")
     assert ledger.renew("cat", "b", 60, panel)  # run out, but nobody has taken the place
     assert lease("ann") == "b" and not ledger.renew("dan", "b", 60, panel)  # somebody has
+    ledger.answer_question("b", 1, "ann", panel=panel)
+    ledger.release("cat")
+    assert lease("ann") is None and lease("dan") == "b"
 
 
 def test_an_adjudicator_decides_where_people_split(ledger):
     ask(ledger, "a", "b")
     panel = Panel(2, "eve")
-    ledger.answer_question("b", 1, "ann", panel=panel)
-    assert not ledger.is_split("b", panel)
+    for label in (-1, 1):  # ann changes her mind, and is still one person
+        ledger.answer_question("b", label, "ann", panel=panel)
+    assert not ledger.is_split("b", panel) and ledger.lease("eve", 60, panel=panel)[0] == "a"
+    ledger.release("eve")
     assert not ledger.answer_question("b", -1, "ben", panel=panel) and ledger.is_split("b", panel)
     assert ledger.lease("cat", 60, panel=panel)[0] == "a" and ledger.lease("eve", 60, panel=panel)[0] == "b"
     assert ledger.answer_question("b", 0, "eve", panel=panel, detail={"said": "equal", "adjudicates": True})
     assert ledger.db.execute("SELECT pair, label, annotator, detail FROM answers").fetchall() == [
         ("b", 0, "eve", '{"adjudicated": true, "no_preference": "equal"}')]
+    before = ledger.db.execute("SELECT * FROM answers").fetchall()
+    ledger.answer_question("b", 1, "cat", panel=panel)  # too late, it changes nothing
+    assert ledger.db.execute("SELECT * FROM answers").fetchall() == before and ledger.retract("b", "cat", panel)
     assert ledger.retract("b", "eve", panel) and ledger.is_split("b", panel)
+    ledger.answer_question("a", 1, "ann", panel=panel)  # one opinion, which settles nothing
     assert ledger.settle_all(Panel(2)) == 1 and ledger.take(["b"]) == {"b": 0}  # without an adjudicator
 
 
@@ -339,6 +392,8 @@ def test_undo_works_until_the_run_has_used_the_answer(ledger):
     ledger.answer_question("a", 1, "ann")
     assert ledger.retract("a", "ben") is False  # not theirs
     assert ledger.retract("a", "ann") is True and [row[0] for row in ledger.open_questions()] == ["a"]
-    ledger.answer_question("a", -1, "ann")
+    for label in (-1, 1):
+        ledger.answer_question("a", label, "ann")
+    assert ledger.retract("a", "ann") is True  # what ann said last
     assert ledger.take(["a"]) == {"a": -1}
     assert ledger.retract("a", "ann") is False and ledger.take(["a"]) == {"a": -1}

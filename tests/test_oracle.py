@@ -140,8 +140,9 @@ def test_a_pair_that_can_never_be_answered_is_an_error_of_the_user_and_is_named(
 
 def test_pseudo_labels_are_graded_by_the_truth_and_nothing_comes_back(tmp_path):
     oracle = make(DatasetAnnotator(LABELS, truths={"a": 1, "b": 1}), tmp_path)
-    labels, answers = torch.tensor([1.0, -1.0, 0.0, 1.0, 1.0]), torch.tensor([0, 0, 0, 0, 1])  # d has been asked
-    assert oracle.count_pseudo_labels(["a", "b", None, "c", "d"], labels, answers) is None
+    # d has been asked, e too, without a preference, and f has no label, because the budget is spent.
+    labels, answers = torch.tensor([1.0, -1.0, 0.0, 1.0, 1.0, 0.0, 0.0]), torch.tensor([0, 0, 0, 0, 1, math.nan, 0])
+    assert oracle.count_pseudo_labels(["a", "b", None, "c", "d", "e", "f"], labels, answers) is None
     assert oracle.state["pseudo_labels"] == 0  # before the step has ended
     assert oracle.end_step() is None
     assert (oracle.state["pseudo_labels"], oracle.state["pseudo_right"], oracle.state["pseudo_known"]) == (3, 1, 2)
@@ -368,6 +369,7 @@ def test_an_opinion_that_settles_nothing_yet_restarts_the_wait_too(tmp_path, mon
         if minutes[0] % 40 == 0 and opinions:
             pair, who = opinions.pop(0)
             oracle.ledger.answer_question(pair, 1, who, panel=Panel(3))
+        elif minutes[0] % 40 == 20 and minutes[0] < 400:
             oracle.ledger.add_verdict("c", "model", 1)  # a judge's verdict is nobody's answer
 
     monkeypatch.setattr(annotators, "time", types.SimpleNamespace(monotonic=lambda: 60 * minutes[0], sleep=sleep))
@@ -383,9 +385,10 @@ def test_the_budget_goes_to_the_least_sure_and_is_never_passed(tmp_path):
     oracle = make(DatasetAnnotator(LABELS), tmp_path, max_queries=3)
     assert ask(oracle, ["a", "b"], [0.9, 0.1], [True, True]) == [1, -1]
     assert oracle.state["budget_spent_at_step"] is None
-    assert ask(oracle, ["c", "d"], [0.9, -0.1], [True, True], step=1) == [0, -1]
+    assert ask(oracle, ["c", "d"], [-0.9, 0.1], [True, True], step=1) == [0, -1]
     assert oracle.state["budget_spent_at_step"] == 1
     assert ask(oracle, ["c", "a"], [0.0, 0.0], [True, True], step=2) == [0, 1]  # a label once bought is free
+    assert ask(oracle, ["a"], [0.0], [True], step=3) == [1] and oracle.state["budget_spent_at_step"] == 1
     assert oracle.queries() == oracle.annotator.calls == 3
 
     again = make(oracle.annotator, tmp_path, max_queries=5)

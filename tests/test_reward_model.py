@@ -134,8 +134,11 @@ def test_a_model_without_a_padding_token_scores_the_same(reward_model, reviews, 
 
 def test_it_runs_where_the_key_says(reward_model, reviews, monkeypatch):
     """On the device "meta", which is there on any machine."""
-    config = Config(judge_model=str(reward_model), judge_device="meta")
-    assert RewardModelJudge.configured(config, as_json(reviews)).lm.device.type == "meta"
+    config = Config(judge_model=str(reward_model), judge_device="meta", seed=7, judge_disagreement="coin",
+                    judge_unanswerable="stop", oracle_wait_minutes=5.0)
+    made = RewardModelJudge.configured(config, as_json(reviews))
+    assert made.lm.device.type == "meta"
+    assert (made.seed, made.disagreement, made.unanswerable, made.people.wait_seconds) == (7, "coin", "stop", 300.0)
     with pytest.raises(ValueError, match="^judge_device gpu: Expected one of cpu, cuda"):
         RewardModelJudge.configured(dataclasses.replace(config, judge_device="gpu"), as_json(reviews))
     with pytest.raises(ValueError, match="^judge_device xpu: "):

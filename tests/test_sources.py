@@ -23,12 +23,14 @@ from helpers import (
     preference,
     renderer,
     reply,
+    tokenizer,
     user,
     write_folder,
 )
 
 import data
 from runtime import rendering, sources
+from runtime.config import Config
 from runtime.errors import DataError
 from runtime.formats import parse_row
 from runtime.rendering import Renderer
@@ -152,6 +154,27 @@ def test_hub_source(monkeypatch):
     assert load_source("someone/prefs", kind="test") == (None, {}, {}, "")
     with pytest.raises(DataError, match="someone/prefs: has no split train_prefs"):
         load_source("someone/prefs", splits=["train_prefs"])
+
+
+@pytest.fixture
+def load_split(monkeypatch):
+    """load_split(kind, **keys): the pairs of a run with these keys, as its only process loads them."""
+    monkeypatch.setattr(data, "all_gather", lambda value: [value])
+    monkeypatch.setattr(data, "rank_0_first", lambda work: work())
+
+    def load(kind, **keys):
+        config = Config(model_name_or_path="m", output_dir="o", **{"dataset_splits": ["train", "test"], **keys})
+        return data.load_split(config, tokenizer(), kind, None)[0]
+    return load
+
+
+def test_dataset_configs_are_in_the_order_of_the_sources(monkeypatch, load_split):
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: asked.append((name, config)) or ROWS)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["train"])
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, config: SimpleNamespace(hash="1"))
+    load_split("train", dataset_mixer={"b/one": 1.0, "a/two": 1.0}, dataset_configs=["x", "y"])
+    assert asked == [("b/one", "x"), ("a/two", "y")]
 
 
 @pytest.mark.parametrize("form", ("one file", "Dataset"))
@@ -327,6 +350,15 @@ def test_decontamination_by_other_data(tmp_path):
         load_source(source, decontaminate_with=write_folder(tmp_path / "empty", [{"question": "x"}], "validation"))
 
 
+def test_only_training_pairs_are_decontaminated(tmp_path, load_split):
+    (tmp_path / "bench.txt").write_text("a question that is asked in the exam of the year")
+    rows = [preference(1), preference(2, chosen="A question that is asked in the exam of the year")]
+    for split in ("train", "test"):
+        source = write_folder(tmp_path / "s", rows, split)
+    keys = dict(dataset_mixer={source: 1.0}, decontaminate_with=str(tmp_path / "bench.txt"))
+    assert [len(load_split(kind, **keys)) for kind in ("train", "test")] == [1, 2]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Processes and the cache
 
@@ -393,6 +425,13 @@ def test_cache(tmp_path, monkeypatch):
     assert out[0].fingerprint not in fingerprints
     monkeypatch.setattr(data, "VERSION", data.VERSION + 1)
     assert again()[1:] == (20, 20)
+
+
+def test_pairs_and_examples_of_one_file_have_caches_of_their_own(tmp_path):
+    """UltraFeedback's rows are both."""
+    source, made = write_folder(tmp_path / "s", [ULTRAFEEDBACK]), renderer(template=CHATML)
+    pairs, examples = (load_source(source, made=made, examples=examples)[0] for examples in (False, True))
+    assert pairs.table["second_ids"][0] and examples.table["second_ids"][:] == [[]]
 
 
 @pytest.mark.parametrize("form", ("parquet", "DatasetDict", "Dataset"))
