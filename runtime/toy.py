@@ -90,18 +90,18 @@ PROMPT = "review of the {place} in {city} :"
 SPECIALS = ["<pad>", "<unk>", "<s>", "</s>"]
 
 
-def gold_reward(response: str) -> float:
+def gold_reward(response):
     """The sum of the values of the opinion words of `response`, each in [-1, 1]. Other words count nothing. The sum is
     taken in whole hundredths, so that equal rewards compare equal."""
     return sum(HUNDREDTHS.get(word, 0) for word in response.split()) / 100
 
 
-def rewards_differ(a: str, b: str) -> bool:
+def rewards_differ(a, b):
     """Whether one of two responses is better."""
     return gold_reward(a) != gold_reward(b)
 
 
-def write_response(rng: random.Random) -> str:
+def write_response(rng):
     """A sentence of the grammar: 2 to 4 clauses with one opinion word each, all words equally likely."""
     text = ""
     for i in range(rng.randint(2, 4)):
@@ -110,15 +110,15 @@ def write_response(rng: random.Random) -> str:
     return text + " ."
 
 
-def split_prompts(seed: int) -> tuple[list[str], list[str]]:
-    """All prompts in a seeded order: five sixths for training, the others for the test split."""
+def split_prompts(seed):
+    """(prompts for training, prompts of the test split): five sixths of all, in a seeded order, and the others."""
     prompts = [PROMPT.format(place=place, city=city) for place in PLACES for city in CITIES]
     random.Random(f"prompts {seed}").shuffle(prompts)
     cut = len(prompts) * 5 // 6
     return prompts[:cut], prompts[cut:]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer():
     """One token a word of the grammar. Adds BOS by itself, as Llama's tokenizer does, and no EOS."""
     texts = [*PLACES, *CITIES, *ASPECTS, *OPINIONS, *JOINS, *CLAUSES, PROMPT, "."]
     words = {word for text in texts for word in text.split() if "{" not in word}
@@ -132,7 +132,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left", model_max_length=128, clean_up_tokenization_spaces=False)
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+def make_model(tokenizer):
     """A random Llama of about 0.2 M parameters."""
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=80, intermediate_size=240, num_hidden_layers=2, num_attention_heads=4,
@@ -140,8 +140,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
 
 
-def train_sft(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path, prompts: list[str],
-              rng: random.Random, seed: int, quiet: bool) -> None:
+def train_sft(model, tokenizer, folder, prompts, rng, seed, quiet):
     """Fine-tune `model` on fresh sentences (objective: sft), and write it and its tokenizer into `folder`. Raises ValueError
     if that fails."""
     work = folder / ".sft"
@@ -158,7 +157,7 @@ def train_sft(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folde
     shutil.rmtree(work)
 
 
-def run_train(keys: dict, config: Path, what: str, quiet: bool) -> None:
+def run_train(keys, config, what, quiet):
     """Run train.py with these keys, which are written to the file `config`.
 
     It runs in a process of its own, because this one may be one rank of many, and on the CPU even if there is a GPU.
@@ -173,8 +172,7 @@ def run_train(keys: dict, config: Path, what: str, quiet: bool) -> None:
 
 
 @torch.no_grad()
-def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str],
-           max_new_tokens: int = MAX_NEW_TOKENS) -> tuple[list[str], list[bool]]:
+def sample(model, tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS):
     """One response per prompt from the policy itself (temperature 1, nothing cut off), with the global random state.
     Returns the texts, with what separates them from the prompt, and whether each came to its EOS within `max_new_tokens`."""
     texts, finished = [], []
@@ -193,13 +191,12 @@ def sample(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts:
     return texts, finished
 
 
-def sample_pairs(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompts: list[str], quiet: bool,
-                 usable=rewards_differ, max_new_tokens: int = MAX_NEW_TOKENS) -> list[dict]:
+def sample_pairs(model, tokenizer, prompts, quiet, usable=rewards_differ, max_new_tokens=MAX_NEW_TOKENS):
     """Rows {prompt, response_a, response_b}. A pair with an unfinished response is drawn again, and so is one that is not
     `usable`, a function of two responses: by default if their rewards are equal (so also if they are).
 
     Raises RuntimeError if 100 draws do not give a usable pair."""
-    rows: list[dict | None] = [None] * len(prompts)
+    rows = [None] * len(prompts)
     bar = tqdm(total=len(prompts), desc="pairs (sampling)", disable=quiet)
     todo = list(range(len(prompts)))
     for _ in range(100):
@@ -218,7 +215,7 @@ def sample_pairs(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, pr
     raise RuntimeError(f"the model gave no usable pair in 100 draws for the prompt {prompts[todo[0]]!r}")
 
 
-def find_scale(gaps: torch.Tensor, label_noise: float) -> float:
+def find_scale(gaps, label_noise):
     """The Bradley-Terry scale at which the expected share of wrong labels, mean of sigmoid(-scale * |gap|), is
     `label_noise`: bisection on the logarithm of the scale, since that share falls from 1/2 to 0 as the scale grows."""
     low, high = 1e-9, 1e9
@@ -229,13 +226,13 @@ def find_scale(gaps: torch.Tensor, label_noise: float) -> float:
     return scale
 
 
-def reward_gaps(rows: list[dict]) -> torch.Tensor:
+def reward_gaps(rows):
     """Gold reward of a minus that of b: (rows,) fp64."""
     return torch.tensor([gold_reward(row["response_a"]) - gold_reward(row["response_b"]) for row in rows],
                         dtype=torch.float64)
 
 
-def label_rows(rows: list[dict], gaps: torch.Tensor, label_noise: float, seed: int, flips: bool = False) -> list[dict]:
+def label_rows(rows, gaps, label_noise, seed, flips=False):
     """Add "truth", the noiseless label, and "label", drawn with P(a preferred) = sigmoid(scale * gap); with `flips`, an
     annotator who errs as often on each pair.  gaps: (rows,) fp64, none is 0.
 
@@ -252,16 +249,16 @@ def label_rows(rows: list[dict], gaps: torch.Tensor, label_noise: float, seed: i
     return labelled
 
 
-def read_jsonl(path: Path) -> list[dict]:
+def read_jsonl(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def write_jsonl(path: Path, rows: list[dict]) -> None:
+def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 @contextmanager
-def seeded_and_silent(seed: int):
+def seeded_and_silent(seed):
     """A separate CPU random state, and no progress bars of transformers; afterwards the caller's settings are restored."""
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -274,7 +271,7 @@ def seeded_and_silent(seed: int):
             logging.enable_progress_bar()
 
 
-def build_folder(target: Path, settings: dict, fill) -> Path:
+def build_folder(target, settings, fill):
     """Make `target` with `fill(folder)`, or reuse it if its toy.json holds the same `settings`. The work is done in a
     temporary folder that is renamed at the end: a killed build never looks finished, and if two processes build at
     once, the first to finish wins and the other takes its result.
@@ -302,29 +299,26 @@ def build_folder(target: Path, settings: dict, fill) -> Path:
     return target
 
 
-def build(directory: str | os.PathLike, label_noise: float = 0.05, train_pairs: int = 16384, test_pairs: int = 512,
-          seed: int = 0, flips: bool = False, quiet: bool = False) -> tuple[Path, Path]:
+def build(directory, label_noise=0.05, train_pairs=16384, test_pairs=512, seed=0, flips=False, quiet=False):
     """Build the task under `directory`, or reuse what is there. Returns the folders of the model and of the pairs.
 
-    label_noise  expected share of wrong labels among the training pairs, 0 <= label_noise < 0.5
-    train_pairs, test_pairs  rows of train.jsonl and test.jsonl, {prompt, response_a, response_b, label, truth}; no
-                 prompt is in both files, and test labels are noiseless
-    flips        labels are wrong at random, not where the rewards are close
-    quiet        no progress bars
-
-    The caller's random state does not change. Raises ValueError for a number out of range, or a folder that was
-    built with other settings."""
+    label_noise: expected share of wrong labels among the training pairs, at least 0 and less than 0.5.  train_pairs,
+    test_pairs: rows of train.jsonl and test.jsonl, {prompt, response_a, response_b, label, truth}; no prompt is in both, and
+    test labels are noiseless.  flips: labels are wrong at random, not where the rewards are close.  quiet: no progress bars.
+    The caller's random state does not change.
+    Raises ValueError for a noise out of range, or a folder that was built with other settings.
+    """
     if not 0 <= label_noise < 0.5:
         raise ValueError(f"label_noise is {label_noise}, expected at least 0 and less than 0.5")
     root, train_prompts, test_prompts = Path(directory), *split_prompts(seed)
     of_model = {"version": VERSION, "seed": seed}
     sizes = of_model | {"train_pairs": train_pairs, "test_pairs": test_pairs}
 
-    def fill_model(folder: Path) -> None:
+    def fill_model(folder):
         tokenizer = make_tokenizer()
         train_sft(make_model(tokenizer), tokenizer, folder, train_prompts, random.Random(f"sentences {seed}"), seed, quiet)
 
-    def fill_responses(folder: Path) -> None:
+    def fill_responses(folder):
         model, tokenizer = load(model_dir)
         prompts = [train_prompts[i % len(train_prompts)] for i in range(train_pairs)]
         prompts += [test_prompts[i % len(test_prompts)] for i in range(test_pairs)]
@@ -332,7 +326,7 @@ def build(directory: str | os.PathLike, label_noise: float = 0.05, train_pairs: 
         write_jsonl(folder / "train.jsonl", rows[:train_pairs])
         write_jsonl(folder / "test.jsonl", rows[train_pairs:])
 
-    def fill_pairs(folder: Path) -> None:
+    def fill_pairs(folder):
         for name, noise in (("train.jsonl", label_noise), ("test.jsonl", 0)):
             rows = read_jsonl(responses_dir / name)
             write_jsonl(folder / name, label_rows(rows, reward_gaps(rows), noise, seed, flips))
@@ -346,7 +340,7 @@ def build(directory: str | os.PathLike, label_noise: float = 0.05, train_pairs: 
     return model_dir, pairs_dir
 
 
-def write_untrained(folder: Path, sizes: dict[str, int]) -> None:
+def write_untrained(folder, sizes):
     """A small task without training, for tests and benchmarks: folder/model with random weights, and for each file of
     `sizes` {path in folder: number of pairs} sentences of the grammar, labelled by the gold reward."""
     torch.manual_seed(0)
@@ -364,7 +358,7 @@ def write_untrained(folder: Path, sizes: dict[str, int]) -> None:
         write_jsonl(folder / name, rows)
 
 
-def put_in_place(config) -> list[str] | None:
+def put_in_place(config):
     """Build the task if the config names `toy`, and put its folders in place of that name.
 
     Returns the prompts of its test split, to generate from, or None. Raises UsageError."""
@@ -381,18 +375,17 @@ def put_in_place(config) -> list[str] | None:
     return [row["prompt"] for _, row in read_rows(str(pairs), "test")]
 
 
-def load(model_dir: str | os.PathLike) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
-    """The model in fp32, ready to sample from, and its tokenizer."""
+def load(model_dir):
+    """(the model in fp32, ready to sample from, its tokenizer)."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(model_dir)
 
 
-def gold_rewards_of(prompts: list[str], responses: list[str]) -> list[float]:
+def gold_rewards_of(prompts, responses):
     return [gold_reward(response) for response in responses]
 
 
-def mean_gold_reward(model_dir: str | os.PathLike, prompts: list[str], samples: int = 1,
-                     max_new_tokens: int = MAX_NEW_TOKENS, seed: int = 0, rewards=gold_rewards_of) -> float:
+def mean_gold_reward(model_dir, prompts, samples=1, max_new_tokens=MAX_NEW_TOKENS, seed=0, rewards=gold_rewards_of):
     """Mean gold reward of `samples` responses a prompt, sampled at temperature 1 from the model saved in `model_dir`.
     A response that does not end within `max_new_tokens` counts as it is. The same seed gives the same samples; the
     caller's random state is left as it was.  rewards: of lists of prompts and responses."""
