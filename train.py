@@ -209,8 +209,7 @@ def metric_sums(losses, rewards, logps, labels, weights, tokens):
 
 
 def means(sums):
-    """({metric: mean}, tokens) from metric sums over all ranks. The mean of the loss is over all pairs, the others are over
-    those with a label."""
+    """({metric: mean}, tokens) from sums over all ranks: the loss over all pairs, the others over those with a label."""
     pairs, labelled, tokens, loss, *rest = sums
     return {"loss": loss / max(pairs, 1)} | {k: v / max(labelled, 1) for k, v in zip(METRICS[1:], rest)}, tokens
 

@@ -50,8 +50,7 @@ class Annotator(abc.ABC):
         question that can never be answered."""
 
     def grade(self, labelled):
-        """(right, known) for [(pair id, label)]: how many labels are right, and for how many pairs the true label is known.
-        Most annotators know none."""
+        """(right, known) of [(pair id, label)]: labels that are right, pairs whose true label is known. Most know none."""
         return 0, 0
 
 

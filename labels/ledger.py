@@ -168,8 +168,7 @@ SEATS = """SELECT COUNT(*) FROM (
 
 
 def statements(script):
-    """Yield the statements of a script, each of which ends its line: sqlite3's own executescript would commit the
-    transaction that it is called in."""
+    """Yield the statements of a script, each of which ends its line: sqlite3's executescript would commit a transaction."""
     statement = ""
     for line in script.splitlines(keepends=True):
         statement += line
@@ -255,8 +254,7 @@ class Ledger:
         return self.db.execute("PRAGMA user_version").fetchone()[0]
 
     def _make_tables(self):
-        """Make what is missing, or bring a file of version 2 up to date, all or nothing. Two processes may get here at once;
-        the second changes nothing."""
+        """Make what is missing, or bring version 2 up to date, all or nothing. A second process here changes nothing."""
         with self.transaction():
             old = self._version() == 2
             for script in (old * BEFORE_TABLES, TABLES, old * AFTER_TABLES, TOTALS, f"PRAGMA user_version = {VERSION};"):
@@ -366,8 +364,7 @@ class Ledger:
                                "GROUP BY detail", (first, step)).fetchall()
 
     def audits(self, step=EVER):
-        """[(margin, label)] of the audited pairs up to and including an optimiser step, without answers that have no
-        preference."""
+        """[(margin, label)] of the audited pairs up to and including an optimiser step, where there is a preference."""
         return self.db.execute("SELECT margin, label FROM answers WHERE audit AND label != 0 AND step BETWEEN 0 AND ?",
                                (step,)).fetchall()
 

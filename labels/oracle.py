@@ -116,8 +116,7 @@ class Oracle:
         return 0 < from_rank_0(self.budget_left() if self.ledger else None) < pairs
 
     def budget_left(self):
-        """How many labels max_queries still allows. Those bought at steps after the checkpoint that a run resumed from count
-        too. On rank 0."""
+        """How many labels max_queries still allows, on rank 0. Those bought after a resumed run's checkpoint count too."""
         return max(0, self.config.max_queries - self.ledger.count())
 
     def answer(self, ids, margin, ask, step):
@@ -205,8 +204,7 @@ class Oracle:
         return self.ledger.without_preference(step) if self.ledger else 0
 
     def judge_metrics(self, step=EVER):
-        """What the answers that `queries` counts say about the judge (judge.judge_metrics). Empty without a judge, and on
-        ranks other than 0."""
+        """judge.judge_metrics of the answers that `queries` counts. Empty without a judge, and on ranks other than 0."""
         return judge_metrics(self.ledger.details(step)) if self.ledger and self.config.oracle == "judge" else {}
 
     def audit(self, step=EVER):

@@ -97,8 +97,7 @@ def audit_metrics(oracle, step, config):
 
 
 def warn_of_wrong_pseudo_labels(oracle, step, config):
-    """Warn once if audited pseudo-labels are wrong more often than the policy's own confidence predicts, beyond the 95 %
-    interval."""
+    """Warn once if audited pseudo-labels are wrong more often than the policy predicts, beyond the 95 % interval."""
     if not config.audit_fraction or oracle.state["warned_of_audit"]:
         return
     audit = oracle.audit(step)
@@ -128,8 +127,7 @@ def warn_of_judge(oracle, row):
 
 
 def bar_text(row, evaluation, cost):
-    """The text after the training bar.  row: of the metrics.  evaluation: the last one's metrics, or None.  cost: what the
-    function `cost` returns."""
+    """The text after the training bar.  row: of the metrics.  evaluation: the last, or None.  cost: what `cost` returns."""
     held_out = f", held-out {evaluation['rewards/accuracies']:.3f}" if evaluation else ""
     price = f", {card.money(*cost)} spent" if cost[0] is not None else ""
     neither = row["queries_without_preference"]

@@ -141,8 +141,7 @@ def make_model(tokenizer):
 
 
 def train_sft(model, tokenizer, folder, prompts, rng, seed, quiet):
-    """Fine-tune `model` on fresh sentences (objective: sft), and write it and its tokenizer into `folder`. Raises ValueError
-    if that fails."""
+    """Fine-tune `model` on fresh sentences and write it and its tokenizer into `folder`. Raises ValueError if that fails."""
     work = folder / ".sft"
     for part in (model, tokenizer):
         part.save_pretrained(work / "start")
@@ -236,8 +235,7 @@ def label_rows(rows, gaps, label_noise, seed, flips=False):
     """Add "truth", the noiseless label, and "label", drawn with P(a preferred) = sigmoid(scale * gap); with `flips`, an
     annotator who errs as often on each pair.  gaps: (rows,) fp64, none is 0.
 
-    The random numbers depend only on the seed, so a label that is wrong at a low noise level is wrong at each higher one
-    too."""
+    The random numbers depend only on the seed: a label that is wrong at a low noise is wrong at each higher one too."""
     right = torch.sigmoid(find_scale(gaps, label_noise) * gaps.abs())  # probability of the true label
     if flips:
         right = torch.full_like(gaps, 1 - label_noise)
