@@ -86,8 +86,8 @@ class Oracle:
         """Report answers that came from other runs; raise LedgerError where the ledger belongs to a run on other pairs, or
         to an annotator that was asked something else, or has lost answers since the checkpoint.
         ids: all pairs that the run can ask for."""
-        if self.ledger and self.run.checkpoint:
-            self.check_nothing_is_lost(self.run.state_before())
+        if self.ledger and self.run.before:
+            self.check_nothing_is_lost(self.run.before)
         reused, of_ours = self.ledger.check_pairs(ids) if self.ledger else (0, 0)
         if reused:
             say(f"{reused:,} answers of other runs are in the ledger, {of_ours:,} of them of pairs of this run")
