@@ -69,7 +69,7 @@ class Judge(Annotator):
     name = "judge"
     patience = 20  # stop asking the judge after this many useless replies in a row
 
-    def __init__(self, texts, model, seed, disagreement="tie", unanswerable="skip", wait_minutes=60.0):
+    def __init__(self, texts, model, seed=0, disagreement="tie", unanswerable="skip", wait_minutes=60.0):
         self.texts, self.model, self.seed = texts, model, seed
         self.disagreement, self.unanswerable = disagreement, unanswerable
         self.people = HumanAnnotator(texts, wait_minutes)
@@ -94,7 +94,7 @@ class Judge(Annotator):
 
     def past_verdicts(self, pair, ledger):
         """[detail] of this model's verdicts on a pair, oldest first."""
-        return [json.loads(detail) for _, detail in ledger.verdicts(pair, self.model)]
+        return [json.loads(detail) for detail in ledger.verdicts(pair, self.model)]
 
     def settle(self, question, verdict, ledger, **detail):
         """Commit an answer: the verdict, or what a pair without one gets. It cost what the pair's verdicts cost.

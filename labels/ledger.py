@@ -537,9 +537,10 @@ class Ledger:
                         (pair, annotator, verdict, seconds, cost, detail, time.time(), person))
 
     def verdicts(self, pair, annotator):
-        """[(verdict, detail)] of an annotator's verdicts on a pair that have a detail, oldest first."""
-        return self.db.execute("SELECT verdict, detail FROM verdicts WHERE pair = ? AND annotator = ? "
-                               "AND detail IS NOT NULL ORDER BY id", (pair, annotator)).fetchall()
+        """[detail] of an annotator's verdicts on a pair that have one, oldest first."""
+        return [detail for detail, in self.db.execute(
+            "SELECT detail FROM verdicts WHERE pair = ? AND annotator = ? AND detail IS NOT NULL ORDER BY id",
+            (pair, annotator))]
 
     def last_verdicts(self, annotator, count):
         """[detail] of an annotator's last verdicts that have one, newest first."""

@@ -32,16 +32,15 @@ class RewardModelJudge(Judge):
     """Prefers the response with the higher score.
 
     name_or_path: a model that AutoModelForSequenceClassification loads.  batch_size: pairs at once.  device: by default the
-    current GPU, or the CPU if there is none.  max_length: in tokens; a longer text loses its beginning.
+    current GPU, or the CPU if there is none.  max_length: in tokens; a longer text loses its beginning.  rest: as in Judge.
     Raises ValueError, in one line, if the model is not a reward model.
     """
 
     needs = ("judge_model",)
     useless = 0  # how many pairs in a row could not be scored
 
-    def __init__(self, texts, name_or_path, batch_size=8, device=None, max_length=2048, seed=0, disagreement="tie",
-                 unanswerable="skip", wait_minutes=60.0):
-        super().__init__(texts, str(name_or_path), seed, disagreement, unanswerable, wait_minutes)
+    def __init__(self, texts, name_or_path, batch_size=8, device=None, max_length=2048, **rest):
+        super().__init__(texts, str(name_or_path), **rest)
         self.batch_size = batch_size
         try:
             self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
