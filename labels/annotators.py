@@ -8,8 +8,6 @@ An annotator is a subclass of Annotator; labels/oracle.py lists them by the name
 
     deepspeed train.py --config … --oracle dataset
     deepspeed train.py --config … --oracle human --oracle_wait_minutes 60      people answer through tools/label.py
-
-Departure from the official code: there every batch carries its labels, and nobody is asked.
 """
 
 import abc

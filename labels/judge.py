@@ -17,8 +17,7 @@ soon as its pair is settled. A run that is killed pays again only for the reques
 and the ledger keeps with the answer which of these it was. An endpoint that is down, or that talks nonsense about
 everything, stops the run, and the same command resumes it: answer() raises Waiting.
 
-Departures: the official code asks nobody; its labels come with the data. Asking in both orders, against position bias, and
-calling a disagreement a tie are from Zheng et al. 2023 (arXiv 2306.05685).
+Asking in both orders, against position bias, and calling a disagreement a tie are from Zheng et al. 2023 (arXiv 2306.05685).
 """
 
 import abc

@@ -8,9 +8,6 @@
 The run, the labelling page and the tools share this file and nothing else. The run uses a label only after the ledger
 has committed it, so the number of queries it reports is the number of rows here, and a crash never loses a paid label.
 
-Departure from the paper and the official code: they keep no answers. Here a pair is asked once; later epochs use the
-answer from the ledger for free.
-
 An answer may have no preference (label 0: a tie, both bad, cannot be judged). It settles its pair like any other: it was
 paid for, counts as a query, and the pair is never asked again. But it is not a label: nothing trains on it, and no audit
 counts it.

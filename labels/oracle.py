@@ -4,16 +4,14 @@
         annotator.answer(questions, ledger)   the annotator gets the answers into the ledger, or raises Waiting
         Ledger                                SQLite: one row an answer, unique by pair, committed before it is used
 
-A label that is not in the ledger does not exist for the loop: the number of queries that a run reports is the number of
-rows there. The oracle draws the audits and keeps the budget `max_queries`, so the loop knows of neither.
+A label that is not in the ledger does not exist for the loop. The oracle draws the audits and keeps the budget
+`max_queries`, so the loop knows of neither.
 
 A new annotator is a class like those in annotators.py and a name in ANNOTATORS (for a judge, in JUDGES).
 
 Departures from the official code: there, each batch carries its labels and nobody is asked. Departures from the paper: an
 answer is remembered, so in a second epoch no pair is asked twice; a share of the confident pairs can be asked as well
 (audit_fraction), so that the error of the pseudo-labels is known.
-
-Look at a ledger with `python tools/ledger.py OUTPUT_DIR`.
 """
 
 import contextlib

@@ -6,7 +6,6 @@
 
 The response with the higher score is preferred. Equal scores are a tie, or whatever else the key judge_disagreement says,
 and a pair that cannot be scored is left to judge_unanswerable, as with any judge (labels/judge.py).
-Departure: the official code asks nobody; its labels come with the data.
 """
 
 import inspect
