@@ -76,15 +76,17 @@ class Judge(Annotator):
 
     @classmethod
     def from_config(cls, config, pairs, labels, truths):
+        shared = {"seed": config.seed, "disagreement": config.judge_disagreement, "unanswerable": config.judge_unanswerable,
+                  "wait_minutes": config.oracle_wait_minutes}
         try:
-            return cls.configured(config, pairs.text_by_id())
+            return cls.configured(config, pairs.text_by_id(), **shared)
         except (OSError, ValueError) as error:
             raise UsageError(f"oracle judge: {one_line(error)}")
 
     @classmethod
     @abc.abstractmethod
-    def configured(cls, config, texts):
-        """Make the judge that the config describes. Raises OSError or ValueError if it does not work."""
+    def configured(cls, config, texts, **shared):
+        """Make the judge that the config describes. shared: arguments of Judge. Raises OSError or ValueError if it fails."""
 
     def unanswered(self, questions, ledger):
         """{pair: Question} for the questions without an answer in the ledger."""
@@ -289,14 +291,13 @@ class ChatJudge(Judge):
         self.useless = None  # the last replies, as long as none was usable: [(text, finish)]; None: not read back yet
 
     @classmethod
-    def configured(cls, config, texts):
+    def configured(cls, config, texts, **shared):
         price = None
         if config.judge_prompt_price is not None:  # the config's prices are for a million tokens
             price = config.judge_prompt_price / 1e6, config.judge_completion_price / 1e6
         return cls(texts, config.judge_url, config.judge_model, Rubric(config.judge_prompt), config.judge_concurrency,
-                   config.seed, price, config.judge_disagreement, config.judge_unanswerable, config.oracle_wait_minutes,
-                   api_key=os.environ.get(config.judge_api_key_env), timeout=config.judge_timeout,
-                   max_tokens=config.judge_max_tokens, extra=config.judge_extra_body)
+                   price=price, api_key=os.environ.get(config.judge_api_key_env), timeout=config.judge_timeout,
+                   max_tokens=config.judge_max_tokens, extra=config.judge_extra_body, **shared)
 
     def check(self, ledger):
         """Refuse to mix rubrics: raises LedgerError if this run's labels were bought under another one. Says so if those of

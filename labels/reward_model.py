@@ -53,10 +53,8 @@ class RewardModelJudge(Judge):
         self.max_length = min(max_length, self.tokenizer.model_max_length, self._positions() or max_length)
 
     @classmethod
-    def configured(cls, config, texts):
-        return cls(texts, config.judge_model, device=config.judge_device, seed=config.seed,
-                   disagreement=config.judge_disagreement, unanswerable=config.judge_unanswerable,
-                   wait_minutes=config.oracle_wait_minutes)
+    def configured(cls, config, texts, **shared):
+        return cls(texts, config.judge_model, device=config.judge_device, **shared)
 
     def _load(self, name_or_path):
         """(tokenizer, model on the device)."""
