@@ -429,8 +429,7 @@ def for_any_length(function):
 
 
 def recomputed(function):
-    """`function`, whose activations are computed again in the backward pass instead of kept. It must not draw random
-    numbers, because their state is not saved."""
+    """`function`, whose activations are computed again in backward. It must draw no random numbers: their state is lost."""
     def call(*arguments, **keywords):
         return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False, **keywords)
     return call

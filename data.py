@@ -366,8 +366,7 @@ class PairBatch:
 
 
 def to_device(tensor, device):
-    """A tensor of the host on `device`. On its way to a GPU it is pinned first, so that the copy does not wait for the work
-    that is queued there."""
+    """A tensor of the host on `device`. For a GPU it is pinned first, so that the copy does not wait for the work queued."""
     pin = torch.device(device).type == "cuda" and tensor.device.type == "cpu"
     return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True)
 

@@ -52,7 +52,7 @@ def main(config, command_line=None):
     schedule = Schedule(config, train, test)
     ds = run.engine_config | schedule.engine_batches()  # DeepSpeed's config
     if config.label_budget:  # buys all labels, and gives every pair a soft label, or keeps only the pairs with a label
-        add_soft_labels(config, run, annotator, schedule, ds)
+        add_soft_labels(run, annotator, schedule, ds)
 
     # The reference is the policy before its first step, unless the config names another model.
     scoring = schedule.scoring_batches()
@@ -209,8 +209,7 @@ def metric_sums(losses, rewards, logps, labels, weights, tokens):
 
 
 def means(sums):
-    """({metric: mean}, tokens) from metric sums over all ranks. The mean of the loss is over all pairs, the others are over
-    those with a label."""
+    """({metric: mean}, tokens) from sums over all ranks: the loss over all pairs, the others over those with a label."""
     pairs, labelled, tokens, loss, *rest = sums
     return {"loss": loss / max(pairs, 1)} | {k: v / max(labelled, 1) for k, v in zip(METRICS[1:], rest)}, tokens
 
@@ -220,11 +219,10 @@ def log_training(run, engine, schedule, oracle, lr, norm):
     sums, seconds = run.take_sums()
     metrics, tokens = means(sums)
     row = {**metrics, "learning_rate": lr, "grad_norm": norm_to_log(engine, norm),
-           **report.label_metrics(oracle, schedule, run.step, run.config),
-           "tokens_per_second": tokens / seconds}
-    report.warn_of_wrong_pseudo_labels(oracle, run.step - 1, run.config)
+           **report.label_metrics(oracle, schedule, run.step), "tokens_per_second": tokens / seconds}
+    report.warn_of_wrong_pseudo_labels(oracle, run.step - 1)
     report.warn_of_judge(oracle, row)
-    run.progress.set_postfix_str(report.bar_text(row, run.evaluation, report.cost(oracle, run.config)), refresh=False)
+    run.progress.set_postfix_str(report.bar_text(row, run.evaluation, report.cost(oracle)), refresh=False)
     run.log("train", row)
 
 
@@ -238,7 +236,7 @@ def evaluate(engine, run, schedule, oracle):
             sums += metric_sums(losses, rewards, logps, batch.labels, batch.weights, batch.tokens)
             progress.update()
         run.evaluation = means(reduced(sums))[0]
-    labels = report.label_metrics(oracle, schedule, run.step, config)
+    labels = report.label_metrics(oracle, schedule, run.step)
     run.log("eval", {**run.evaluation, **labels})
     say(f"step {run.step:,}: held-out accuracy {run.evaluation['rewards/accuracies']:.3f}, "
         f"loss {run.evaluation['loss']:.4f}, {labels['queries']:,} labels bought")

@@ -8,8 +8,6 @@ An annotator is a subclass of Annotator; labels/oracle.py lists them by the name
 
     deepspeed train.py --config … --oracle dataset
     deepspeed train.py --config … --oracle human --oracle_wait_minutes 60      people answer through tools/label.py
-
-Departure from the official code: there every batch carries its labels, and nobody is asked.
 """
 
 import abc
@@ -51,8 +49,7 @@ class Annotator(abc.ABC):
         question that can never be answered."""
 
     def grade(self, labelled):
-        """(right, known) for [(pair id, label)]: how many labels are right, and for how many pairs the true label is known.
-        Most annotators know none."""
+        """(right, known) of [(pair id, label)]: labels that are right, pairs whose true label is known. Most know none."""
         return 0, 0
 
 

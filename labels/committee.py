@@ -31,7 +31,7 @@ from runtime.reference import cached, in_engine, kernels, score
 from runtime.schedule import my_batches, set_learning_rate
 
 
-def add_soft_labels(config, run, annotator, schedule, ds):
+def add_soft_labels(run, annotator, schedule, ds):
     """Buy the labels of a run and fill `.soft_labels` of its training pairs, (pairs,) between −1 and 1: 2p − 1, where p is
     the mean probability of the members that y1 is preferred, σ(m). First, one member learns from half of the labels. If it
     does not know the other half better than a coin, the run trains only on the pairs whose labels it has bought.
@@ -39,18 +39,18 @@ def add_soft_labels(config, run, annotator, schedule, ds):
     All ranks call it together, before the policy is loaded, because each member takes as much memory.
     annotator: on rank 0.  ds: the engine's config.  Raises UsageError, and FloatingPointError where a margin is not finite.
     """
-    pairs, rows = schedule.pairs, schedule.rows_seen()
-    about = what_counts(config, run, schedule, ds)
+    config, pairs, rows = run.config, schedule.pairs, schedule.rows_seen()
+    about = what_counts(run, schedule, ds)
     run.write_config()
     oracle = Oracle(annotator, run.output / "labels.sqlite", config, run)
     oracle.check_ledger(pairs.ids)
     with run.interruptible(1 + config.committee_size, "committee"):
-        labels = buy(oracle, schedule, config)  # (pairs,)
+        labels = buy(oracle, schedule)  # (pairs,)
         held_out = torch.tensor([drawn(f"half {config.seed} {id}") % 2 == 1 for id in pairs.ids])  # (pairs,)
         held_out_rows = [row for row in rows if held_out[row] and labels[row] != 0]
-        graded = member_margins(config, run, schedule, ds, labels.masked_fill(held_out, 0.0), 0, held_out_rows, about)
+        graded = member_margins(run, schedule, ds, labels.masked_fill(held_out, 0.0), 0, held_out_rows, about)
         if knows_something(graded[held_out_rows], labels[held_out_rows]):
-            margins = torch.stack([member_margins(config, run, schedule, ds, labels, n, rows, about)
+            margins = torch.stack([member_margins(run, schedule, ds, labels, n, rows, about)
                                    for n in range(config.committee_size)])  # (members, pairs)
             pairs.soft_labels = 2 * margins.sigmoid().mean(0) - 1
         else:
@@ -59,13 +59,13 @@ def add_soft_labels(config, run, annotator, schedule, ds):
     oracle.close()
 
 
-def buy(oracle, schedule, config):
+def buy(oracle, schedule):
     """Ask about random pairs until as many have an answer as label_budget says. Answers from other runs count.
 
     Returns the labels of all pairs, (pairs,): +1, −1, NaN for no preference, 0 where nobody has been asked. A resumed run
     draws the same pairs again.  Raises UsageError where no answer prefers a response.
     """
-    pairs = schedule.pairs
+    config, pairs = oracle.config, schedule.pairs
     ids = sorted(schedule.ids_seen(), key=lambda id: drawn(f"committee {config.seed} {id}"))
     new = from_rank_0(oracle.ledger.unanswered(ids, before=0) if oracle.ledger else None)  # without another run's answer
     left = labels_to_have(config.label_budget, len(ids)) - (len(ids) - len(new))
@@ -98,28 +98,28 @@ def knows_something(margin, labels):
     return knows
 
 
-def in_member(use, config, schedule, ds):
+def in_member(use, run, schedule, ds):
     """What `use(engine)` returns, with the engine of a member before its first step."""
-    return in_engine(use, config, ds, [(schedule.pairs, None)], kind=adpo.PairRewards)
+    return in_engine(use, run.config, ds, [(schedule.pairs, None)], kind=adpo.PairRewards)
 
 
-def what_counts(config, run, schedule, ds):
+def what_counts(run, schedule, ds):
     """All that decides what a member learns from the labels that it is given, for JSON.
 
     Loads a member, so that a model that cannot be trained is refused before a label is paid for.
     """
     others = {"beta", "label_budget", "committee_size", "max_steps", "num_train_epochs"}
-    if config.committee_learning_rate is not None:
+    if run.config.committee_learning_rate is not None:
         others.add("learning_rate")
-    keys = {name: value for name, value in vars(config).items() if name not in FREE_ON_RESUME | others}
+    keys = {name: value for name, value in vars(run.config).items() if name not in FREE_ON_RESUME | others}
 
     def look(engine):
         return [data.VERSION, engine.module.fingerprint, schedule.pairs.fingerprint, schedule.pairs.shared, *kernels(engine),
                 settings_that_count(run.engine_config), keys]
-    return in_member(look, config, schedule, ds)
+    return in_member(look, run, schedule, ds)
 
 
-def member_margins(config, run, schedule, ds, labels, n, rows, about):
+def member_margins(run, schedule, ds, labels, n, rows, about):
     """m = r(x, y1) − r(x, y2) of the pairs in these rows by member n, trained on these labels: (pairs,) on the CPU, NaN for
     the other pairs. Raises FloatingPointError where a margin is not finite.
 
@@ -128,20 +128,20 @@ def member_margins(config, run, schedule, ds, labels, n, rows, about):
     n: which member, from 0.  about: what `what_counts` returns.
     """
     def learn(engine):
-        train(engine, config, run, schedule, labels, n)
-        batches = my_batches(rows, schedule.pairs, config.per_device_eval_batch_size, config)
+        train(engine, run, schedule, labels, n)
+        batches = my_batches(rows, schedule.pairs, run.config.per_device_eval_batch_size, run.config)
         return adpo.margins(score(engine, schedule.pairs, batches, f"rewards by member {n + 1}"))
 
     run.stop_if_asked()
-    margins = cached("committee", [n, labels.tolist(), rows, about], lambda: in_member(learn, config, schedule, ds))
+    margins = cached("committee", [n, labels.tolist(), rows, about], lambda: in_member(learn, run, schedule, ds))
     run.progress.update()
     adpo.gate(margins[rows], math.inf, [schedule.pairs.ids[row] for row in rows])  # raises where a margin is not finite
     return margins
 
 
-def train(engine, config, run, schedule, labels, n):
+def train(engine, run, schedule, labels, n):
     """Train a member: DPO's loss −log σ(o·m) on the pairs that have a label.  labels: (pairs,).  n: which member."""
-    pairs, rows, rate = schedule.pairs, labels.nonzero().flatten(), config.committee_learning_rate
+    config, pairs, rows = run.config, schedule.pairs, labels.nonzero().flatten()
     labels = adpo.choose_labels(torch.zeros(len(pairs)), labels, pseudo_labels=False, ties=config.ties)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + n)
     epoch_steps = math.ceil(len(rows) / config.committee_batch_size)
@@ -153,7 +153,7 @@ def train(engine, config, run, schedule, labels, n):
         start = step % epoch_steps * config.committee_batch_size
         chosen = order[start:start + config.committee_batch_size]
         engine.train()
-        set_learning_rate(engine, step, total, config, rate)
+        set_learning_rate(engine, step, total, config, config.committee_learning_rate)
         micro_batches = schedule.micro_batches(chosen)
         for k, micro_batch in enumerate(micro_batches, 1):
             batch = pairs.batch(micro_batch, engine.device)

@@ -202,8 +202,7 @@ class Endpoint:
                     raise GaveUp(f"{failed} ({attempt + 1} attempts)", started)
 
     def last_try(self, text, temperature, failed, started):
-        """After all retries: is it the endpoint that fails, or this text? If it answers a short question, the text gets one
-        more try."""
+        """After all retries: does the endpoint fail, or the text? If a short question gets an answer, try the text again."""
         try:
             self.check_works()
         except Retry:
@@ -216,8 +215,7 @@ class Endpoint:
             raise TextRefused(f"{again} ({self.retries + 2} attempts, while another question got an answer)")
 
     def post(self, text, temperature=0):
-        """Send a text once, or again with other fields as long as the server objects to one. Raises Retry, Refused or
-        TextRefused."""
+        """Send a text once, or again while the server objects to a field of ours. Raises Retry, Refused or TextRefused."""
         while True:
             body = self.body(text, temperature)
             try:

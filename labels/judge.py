@@ -17,8 +17,7 @@ soon as its pair is settled. A run that is killed pays again only for the reques
 and the ledger keeps with the answer which of these it was. An endpoint that is down, or that talks nonsense about
 everything, stops the run, and the same command resumes it: answer() raises Waiting.
 
-Departures: the official code asks nobody; its labels come with the data. Asking in both orders, against position bias, and
-calling a disagreement a tie are from Zheng et al. 2023 (arXiv 2306.05685).
+Asking in both orders, against position bias, and calling a disagreement a tie are from Zheng et al. 2023 (arXiv 2306.05685).
 """
 
 import abc
@@ -70,7 +69,7 @@ class Judge(Annotator):
     name = "judge"
     patience = 20  # stop asking the judge after this many useless replies in a row
 
-    def __init__(self, texts, model, seed, disagreement="tie", unanswerable="skip", wait_minutes=60.0):
+    def __init__(self, texts, model, seed=0, disagreement="tie", unanswerable="skip", wait_minutes=60.0):
         self.texts, self.model, self.seed = texts, model, seed
         self.disagreement, self.unanswerable = disagreement, unanswerable
         self.people = HumanAnnotator(texts, wait_minutes)
@@ -78,15 +77,17 @@ class Judge(Annotator):
 
     @classmethod
     def from_config(cls, config, pairs, labels, truths):
+        shared = {"seed": config.seed, "disagreement": config.judge_disagreement, "unanswerable": config.judge_unanswerable,
+                  "wait_minutes": config.oracle_wait_minutes}
         try:
-            return cls.configured(config, pairs.text_by_id())
+            return cls.configured(config, pairs.text_by_id(), **shared)
         except (OSError, ValueError) as error:
             raise UsageError(f"oracle judge: {one_line(error)}")
 
     @classmethod
     @abc.abstractmethod
-    def configured(cls, config, texts):
-        """Make the judge that the config describes. Raises OSError or ValueError if it does not work."""
+    def configured(cls, config, texts, **shared):
+        """Make the judge that the config describes. shared: arguments of Judge. Raises OSError or ValueError if it fails."""
 
     def unanswered(self, questions, ledger):
         """{pair: Question} for the questions without an answer in the ledger."""
@@ -95,7 +96,7 @@ class Judge(Annotator):
 
     def past_verdicts(self, pair, ledger):
         """[detail] of this model's verdicts on a pair, oldest first."""
-        return [json.loads(detail) for _, detail in ledger.verdicts(pair, self.model)]
+        return [json.loads(detail) for detail in ledger.verdicts(pair, self.model)]
 
     def settle(self, question, verdict, ledger, **detail):
         """Commit an answer: the verdict, or what a pair without one gets. It cost what the pair's verdicts cost.
@@ -291,14 +292,13 @@ class ChatJudge(Judge):
         self.useless = None  # the last replies, as long as none was usable: [(text, finish)]; None: not read back yet
 
     @classmethod
-    def configured(cls, config, texts):
+    def configured(cls, config, texts, **shared):
         price = None
         if config.judge_prompt_price is not None:  # the config's prices are for a million tokens
             price = config.judge_prompt_price / 1e6, config.judge_completion_price / 1e6
         return cls(texts, config.judge_url, config.judge_model, Rubric(config.judge_prompt), config.judge_concurrency,
-                   config.seed, price, config.judge_disagreement, config.judge_unanswerable, config.oracle_wait_minutes,
-                   api_key=os.environ.get(config.judge_api_key_env), timeout=config.judge_timeout,
-                   max_tokens=config.judge_max_tokens, extra=config.judge_extra_body)
+                   price=price, api_key=os.environ.get(config.judge_api_key_env), timeout=config.judge_timeout,
+                   max_tokens=config.judge_max_tokens, extra=config.judge_extra_body, **shared)
 
     def check(self, ledger):
         """Refuse to mix rubrics: raises LedgerError if this run's labels were bought under another one. Says so if those of

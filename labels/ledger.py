@@ -8,9 +8,6 @@
 The run, the labelling page and the tools share this file and nothing else. The run uses a label only after the ledger
 has committed it, so the number of queries it reports is the number of rows here, and a crash never loses a paid label.
 
-Departure from the paper and the official code: they keep no answers. Here a pair is asked once; later epochs use the
-answer from the ledger for free.
-
 An answer may have no preference (label 0: a tie, both bad, cannot be judged). It settles its pair like any other: it was
 paid for, counts as a query, and the pair is never asked again. But it is not a label: nothing trains on it, and no audit
 counts it.
@@ -168,8 +165,7 @@ SEATS = """SELECT COUNT(*) FROM (
 
 
 def statements(script):
-    """Yield the statements of a script, each of which ends its line: sqlite3's own executescript would commit the
-    transaction that it is called in."""
+    """Yield the statements of a script, each of which ends its line: sqlite3's executescript would commit a transaction."""
     statement = ""
     for line in script.splitlines(keepends=True):
         statement += line
@@ -255,8 +251,7 @@ class Ledger:
         return self.db.execute("PRAGMA user_version").fetchone()[0]
 
     def _make_tables(self):
-        """Make what is missing, or bring a file of version 2 up to date, all or nothing. Two processes may get here at once;
-        the second changes nothing."""
+        """Make what is missing, or bring version 2 up to date, all or nothing. A second process here changes nothing."""
         with self.transaction():
             old = self._version() == 2
             for script in (old * BEFORE_TABLES, TABLES, old * AFTER_TABLES, TOTALS, f"PRAGMA user_version = {VERSION};"):
@@ -370,8 +365,7 @@ class Ledger:
                                "GROUP BY detail", (first, step)).fetchall()
 
     def audits(self, step=EVER):
-        """[(margin, label)] of the audited pairs up to and including an optimiser step, without answers that have no
-        preference."""
+        """[(margin, label)] of the audited pairs up to and including an optimiser step, where there is a preference."""
         return self.db.execute("SELECT margin, label FROM answers WHERE audit AND label != 0 AND step BETWEEN 0 AND ?",
                                (step,)).fetchall()
 
@@ -543,9 +537,10 @@ class Ledger:
                         (pair, annotator, verdict, seconds, cost, detail, time.time(), person))
 
     def verdicts(self, pair, annotator):
-        """[(verdict, detail)] of an annotator's verdicts on a pair that have a detail, oldest first."""
-        return self.db.execute("SELECT verdict, detail FROM verdicts WHERE pair = ? AND annotator = ? "
-                               "AND detail IS NOT NULL ORDER BY id", (pair, annotator)).fetchall()
+        """[detail] of an annotator's verdicts on a pair that have one, oldest first."""
+        return [detail for detail, in self.db.execute(
+            "SELECT detail FROM verdicts WHERE pair = ? AND annotator = ? AND detail IS NOT NULL ORDER BY id",
+            (pair, annotator))]
 
     def last_verdicts(self, annotator, count):
         """[detail] of an annotator's last verdicts that have one, newest first."""

@@ -4,16 +4,14 @@
         annotator.answer(questions, ledger)   the annotator gets the answers into the ledger, or raises Waiting
         Ledger                                SQLite: one row an answer, unique by pair, committed before it is used
 
-A label that is not in the ledger does not exist for the loop: the number of queries that a run reports is the number of
-rows there. The oracle draws the audits and keeps the budget `max_queries`, so the loop knows of neither.
+A label that is not in the ledger does not exist for the loop. The oracle draws the audits and keeps the budget
+`max_queries`, so the loop knows of neither.
 
 A new annotator is a class like those in annotators.py and a name in ANNOTATORS (for a judge, in JUDGES).
 
 Departures from the official code: there, each batch carries its labels and nobody is asked. Departures from the paper: an
 answer is remembered, so in a second epoch no pair is asked twice; a share of the confident pairs can be asked as well
 (audit_fraction), so that the error of the pseudo-labels is known.
-
-Look at a ledger with `python tools/ledger.py OUTPUT_DIR`.
 """
 
 import contextlib
@@ -86,8 +84,8 @@ class Oracle:
         """Report answers that came from other runs; raise LedgerError where the ledger belongs to a run on other pairs, or
         to an annotator that was asked something else, or has lost answers since the checkpoint.
         ids: all pairs that the run can ask for."""
-        if self.ledger and self.run.checkpoint:
-            self.check_nothing_is_lost(self.run.state_before())
+        if self.ledger and self.run.before:
+            self.check_nothing_is_lost(self.run.before)
         reused, of_ours = self.ledger.check_pairs(ids) if self.ledger else (0, 0)
         if reused:
             say(f"{reused:,} answers of other runs are in the ledger, {of_ours:,} of them of pairs of this run")
@@ -116,8 +114,7 @@ class Oracle:
         return 0 < from_rank_0(self.budget_left() if self.ledger else None) < pairs
 
     def budget_left(self):
-        """How many labels max_queries still allows. Those bought at steps after the checkpoint that a run resumed from count
-        too. On rank 0."""
+        """How many labels max_queries still allows, on rank 0. Those bought after a resumed run's checkpoint count too."""
         return max(0, self.config.max_queries - self.ledger.count())
 
     def answer(self, ids, margin, ask, step):
@@ -207,8 +204,7 @@ class Oracle:
         return self.ledger.without_preference(step) if self.ledger else 0
 
     def judge_metrics(self, step=EVER):
-        """What the answers that `queries` counts say about the judge (judge.judge_metrics). Empty without a judge, and on
-        ranks other than 0."""
+        """judge.judge_metrics of the answers that `queries` counts. Empty without a judge, and on ranks other than 0."""
         return judge_metrics(self.ledger.details(step)) if self.ledger and self.config.oracle == "judge" else {}
 
     def audit(self, step=EVER):

@@ -6,7 +6,6 @@
 
 The response with the higher score is preferred. Equal scores are a tie, or whatever else the key judge_disagreement says,
 and a pair that cannot be scored is left to judge_unanswerable, as with any judge (labels/judge.py).
-Departure: the official code asks nobody; its labels come with the data.
 """
 
 import inspect
@@ -32,16 +31,15 @@ class RewardModelJudge(Judge):
     """Prefers the response with the higher score.
 
     name_or_path: a model that AutoModelForSequenceClassification loads.  batch_size: pairs at once.  device: by default the
-    current GPU, or the CPU if there is none.  max_length: in tokens; a longer text loses its beginning.
+    current GPU, or the CPU if there is none.  max_length: in tokens; a longer text loses its beginning.  rest: as in Judge.
     Raises ValueError, in one line, if the model is not a reward model.
     """
 
     needs = ("judge_model",)
     useless = 0  # how many pairs in a row could not be scored
 
-    def __init__(self, texts, name_or_path, batch_size=8, device=None, max_length=2048, seed=0, disagreement="tie",
-                 unanswerable="skip", wait_minutes=60.0):
-        super().__init__(texts, str(name_or_path), seed, disagreement, unanswerable, wait_minutes)
+    def __init__(self, texts, name_or_path, batch_size=8, device=None, max_length=2048, **rest):
+        super().__init__(texts, str(name_or_path), **rest)
         self.batch_size = batch_size
         try:
             self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -55,10 +53,8 @@ class RewardModelJudge(Judge):
         self.max_length = min(max_length, self.tokenizer.model_max_length, self._positions() or max_length)
 
     @classmethod
-    def configured(cls, config, texts):
-        return cls(texts, config.judge_model, device=config.judge_device, seed=config.seed,
-                   disagreement=config.judge_disagreement, unanswerable=config.judge_unanswerable,
-                   wait_minutes=config.oracle_wait_minutes)
+    def configured(cls, config, texts, **shared):
+        return cls(texts, config.judge_model, device=config.judge_device, **shared)
 
     def _load(self, name_or_path):
         """(tokenizer, model on the device)."""

@@ -123,18 +123,16 @@ def check_same_run(config, output, step_pairs):
                          "choose another output_dir")
 
 
-def restore(engine, folder, start):
-    """Put a checkpoint into the engine. Returns the loop's state.
+def restore(engine, folder, before, now):
+    """Put a checkpoint into the engine.
 
-    start: {what: value}, all that the result depends on besides the config. Raises UsageError where it has changed.
+    before, now: {what: value}, all that the result depends on besides the config. Raises UsageError where it has changed.
     """
-    state = read_state(folder)
-    for name, now in start.items():
-        if state["start"].get(name) != now:
-            raise UsageError(f"{folder}/trainer_state.json: the run in there has {name} {state['start'][name]}, this one "
-                             f"{now}: put that back as it was, or choose another output_dir")
+    for name in now:
+        if before.get(name) != now[name]:
+            raise UsageError(f"{folder}/trainer_state.json: the run in there has {name} {before[name]}, this one "
+                             f"{now[name]}: put that back as it was, or choose another output_dir")
     shards.load(engine, folder)
-    return state
 
 
 def find(config, output):

@@ -160,8 +160,9 @@ class Config:
     toy_label_noise: float = key(0.05, "share of the built-in task's labels that are wrong", low=0, high=0.5)
 
 
-# Keys that may differ between a checkpoint and the run that resumes it, because they do not change what is computed. How a
-# step is cut into micro-batches changes only rounding, as long as the step has as many pairs (checkpoint.check_same_run).
+# Keys that may differ between a checkpoint and the run that resumes it, because what was computed stays the same: also under
+# a larger max_queries, and with another way to ask a judge, whose rubric has to stay (ChatJudge.check). How a step is cut
+# into micro-batches changes only rounding, as long as the step has as many pairs (checkpoint.check_same_run).
 FREE_ON_RESUME = {"logging_steps", "logging_first_step", "log_level", "eval_strategy", "eval_steps", "eval_on_start",
                   "do_eval", "max_eval_samples", "per_device_eval_batch_size", "save_strategy", "save_steps",
                   "save_total_limit", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id",
@@ -170,9 +171,7 @@ FREE_ON_RESUME = {"logging_steps", "logging_first_step", "log_level", "eval_stra
                   "judge_concurrency", "judge_timeout", "judge_prompt", "judge_max_tokens", "judge_extra_body",
                   "judge_disagreement", "judge_unanswerable", "judge_prompt_price", "judge_completion_price",
                   "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_tokens",
-                  "gradient_checkpointing", "deepspeed",
-                  "max_queries"}  # a larger budget does not change what was computed under the old one, nor does another way
-#                                    to ask a judge; its rubric's content must stay (ChatJudge.check)
+                  "gradient_checkpointing", "deepspeed", "max_queries"}
 
 
 def hub_name(config):

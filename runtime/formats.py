@@ -230,8 +230,7 @@ def _check_verdict_is_read(row, place):
 
 
 def _no_prompt(fields, others, place):
-    """The DataError for responses that share no beginning, where one of the `others`, columns that are not read, may be the
-    prompt."""
+    """The DataError for responses that share no beginning.  others: columns that are not read; one may be the prompt."""
     return DataError(f"{place}: has no prompt: no column has that name, and {fields[0]} and {fields[1]} share no beginning; "
                      f"call the column that holds it prompt ({one_line(', '.join(map(repr, others)), 80)}?), or say that "
                      'there is none with "prompt": ""')
@@ -464,8 +463,7 @@ def message_text(message):
 
 
 def template_input(messages):
-    """(messages, tools) as a chat template takes them. Templates call the reasoning by different names: it goes under all
-    of them."""
+    """(messages, tools) as a chat template takes them. The reasoning goes under all the names that templates have for it."""
     tools = None
     if messages and messages[0]["role"] == "tools":
         tools, messages = json.loads(messages[0]["content"]), messages[1:]

@@ -141,8 +141,7 @@ def load_weights(config, name, revision, in_4bit=False):
 
 def add_adapter(config, lm, base, revision):
     """Put LoRA weights into the layers of `lm`, in place, and freeze all others. The adapter's output is 0 until it is
-    trained, so the policy before its first step is the model that was loaded.  base, revision: that model's name and
-    revision, which are saved with the adapter."""
+    trained, so the policy before its first step is the model that was loaded: `base`, at `revision`. Both are saved."""
     import peft
     targets = config.lora_target_modules
     settings = peft.LoraConfig(

@@ -323,8 +323,7 @@ def describe(hint):
 # All values together
 
 def check_accepted(values, places, config):
-    """Refuse keys of Accepted that ask for something else than what is done. places: {key: where it is set}. Raises
-    UsageError."""
+    """Refuse keys of Accepted that ask for something that is not done. places: {key: where it is set}. Raises UsageError."""
     for name, value in values.items():
         if name in UNSUPPORTED and value not in (None, FIELDS[name].default) and (name != "lora_dropout" or config.use_peft):
             value = str(value).lower() if isinstance(value, bool) else one_line(value, 80)

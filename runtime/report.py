@@ -63,14 +63,14 @@ class Log:
                 self.monitor.write_events(self.events(row))
 
 
-def cost(oracle, config):
+def cost(oracle):
     """(money spent on labels, whether some of it is unknown), on rank 0; the money is None if no price is known."""
     if not oracle.ledger:
         return None, False
-    known, unpriced = oracle.ledger.cost()
-    if config.price_per_label is None:
+    (known, unpriced), price = oracle.ledger.cost(), oracle.config.price_per_label
+    if price is None:
         return (known, unpriced > 0) if known else (None, False)
-    return known + unpriced * config.price_per_label, False
+    return known + unpriced * price, False
 
 
 def pseudo_label_accuracy(state):
@@ -78,28 +78,27 @@ def pseudo_label_accuracy(state):
     return state["pseudo_right"] / state["pseudo_known"] if state["pseudo_known"] else None
 
 
-def label_metrics(oracle, schedule, step, config):
+def label_metrics(oracle, schedule, step):
     """What a row of metrics says about labels after `step` optimiser steps. Only on rank 0 are its counts right."""
-    last = EVER if config.label_budget else step - 1  # a committee has bought all before the first step
+    last = EVER if oracle.config.label_budget else step - 1  # a committee has bought all before the first step
     return {"pairs_seen": schedule.pairs_seen(step), "queries": oracle.queries(last),
             "queries_without_preference": oracle.without_preference(last),
             "pseudo_labels": oracle.state["pseudo_labels"], "pseudo_label_accuracy": pseudo_label_accuracy(oracle.state),
-            **oracle.judge_metrics(last), **audit_metrics(oracle, step - 1, config)}
+            **oracle.judge_metrics(last), **audit_metrics(oracle, step - 1)}
 
 
-def audit_metrics(oracle, step, config):
+def audit_metrics(oracle, step):
     """What the audit says so far, for a row of metrics; empty without an audit."""
-    if not config.audit_fraction:
+    if not oracle.config.audit_fraction:
         return {}
     audit = oracle.audit(step) or {"audited": 0, "accuracy": None, "interval": (0.0, 1.0)}
     return {"audited": audit["audited"], "audit_accuracy": audit["accuracy"], "audit_low": audit["interval"][0],
             "audit_high": audit["interval"][1]}
 
 
-def warn_of_wrong_pseudo_labels(oracle, step, config):
-    """Warn once if audited pseudo-labels are wrong more often than the policy's own confidence predicts, beyond the 95 %
-    interval."""
-    if not config.audit_fraction or oracle.state["warned_of_audit"]:
+def warn_of_wrong_pseudo_labels(oracle, step):
+    """Warn once if audited pseudo-labels are wrong more often than the policy predicts, beyond the 95 % interval."""
+    if not oracle.config.audit_fraction or oracle.state["warned_of_audit"]:
         return
     audit = oracle.audit(step)
     if audit and audit["interval"][1] < audit["predicted"]:
@@ -128,8 +127,7 @@ def warn_of_judge(oracle, row):
 
 
 def bar_text(row, evaluation, cost):
-    """The text after the training bar.  row: of the metrics.  evaluation: the last one's metrics, or None.  cost: what the
-    function `cost` returns."""
+    """The text after the training bar.  row: of the metrics.  evaluation: the last, or None.  cost: what `cost` returns."""
     held_out = f", held-out {evaluation['rewards/accuracies']:.3f}" if evaluation else ""
     price = f", {card.money(*cost)} spent" if cost[0] is not None else ""
     neither = row["queries_without_preference"]
@@ -144,7 +142,7 @@ def summarise(schedule, oracle, run, engine):
     config, evaluation = run.config, run.evaluation
     pairs = schedule.considered or len(schedule.ids_seen())
     queries, state, audit = oracle.queries(), oracle.state, oracle.audit()
-    spent, incomplete = cost(oracle, config)
+    spent, incomplete = cost(oracle)
     return {"pairs": pairs, "queries": queries, "query_fraction": queries / pairs,
             "queries_without_preference": oracle.without_preference(), "pseudo_labels": state["pseudo_labels"],
             "pseudo_label_accuracy": pseudo_label_accuracy(state),

@@ -63,6 +63,7 @@ class Run:
     """Where a run stands. All ranks make one and call its methods together.
 
     step: optimiser steps done.  evaluation: the last one's result.  finished: whether there is nothing left to do.
+    checkpoint, before: the folder that it goes on from, and the state in there; None: from the beginning.
     From `resume` on: sums: (columns,) fp64, metric sums since the last log.  seconds: that its steps took.
     parts: objects whose state checkpoints keep.  start: what a checkpoint and the run that resumes it must have in common.
     """
@@ -94,15 +95,12 @@ class Run:
                              "checkpoint there: put it on a file system that all share, or say --save_strategy=no")
         run.can_save = shared_output
         run.checkpoint = checkpoint.find(config, output) if shared_output else None
+        run.before = checkpoint.read_state(run.checkpoint) if run.checkpoint else None
         return run
 
     def write_config(self):
         """Make the folder and its config.yaml. All ranks call it together."""
         checkpoint.write_config(self.config, self.output, pairs_a_step(self.config))
-
-    def state_before(self):
-        """What the checkpoint keeps that this run goes on from."""
-        return checkpoint.read_state(self.checkpoint)
 
     def resume(self, engine, schedule, columns, unit="pairs", **parts):
         """Open the log and, if there is a checkpoint, put it into the engine and the parts.
@@ -116,7 +114,8 @@ class Run:
                       "model": engine.module.fingerprint, "engine settings": settings_that_count(self.engine_config)}
         sums, self.seconds = [0.0] * columns, 0.0
         if self.checkpoint:
-            state = checkpoint.restore(engine, self.checkpoint, self.start)
+            state = self.before
+            checkpoint.restore(engine, self.checkpoint, state["start"], self.start)
             self.step, self.skipped, self.seconds_before, self.evaluation, sums = (
                 state[name] for name in ("step", "skipped", "wall_seconds", "evaluation", "sums"))
             self.seconds = state.get("seconds", 0.0)  # checkpoints of earlier versions have none

@@ -37,8 +37,7 @@ csv.field_size_limit(2**31 - 1)  # the library's default is 128 KB, and a respon
 # ----------------------------------------------------------------------------------------------------------------------
 # Rows from files, folders and the hub
 
-TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
-SUFFIXES = tuple(s + z for s in TEXT_SUFFIXES for z in ("", ".gz")) + (".parquet",)
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
 
 
 @contextlib.contextmanager

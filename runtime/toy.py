@@ -141,8 +141,7 @@ def make_model(tokenizer):
 
 
 def train_sft(model, tokenizer, folder, prompts, rng, seed, quiet):
-    """Fine-tune `model` on fresh sentences (objective: sft), and write it and its tokenizer into `folder`. Raises ValueError
-    if that fails."""
+    """Fine-tune `model` on fresh sentences and write it and its tokenizer into `folder`. Raises ValueError if that fails."""
     work = folder / ".sft"
     for part in (model, tokenizer):
         part.save_pretrained(work / "start")
@@ -236,8 +235,7 @@ def label_rows(rows, gaps, label_noise, seed, flips=False):
     """Add "truth", the noiseless label, and "label", drawn with P(a preferred) = sigmoid(scale * gap); with `flips`, an
     annotator who errs as often on each pair.  gaps: (rows,) fp64, none is 0.
 
-    The random numbers depend only on the seed, so a label that is wrong at a low noise level is wrong at each higher one
-    too."""
+    The random numbers depend only on the seed: a label that is wrong at a low noise is wrong at each higher one too."""
     right = torch.sigmoid(find_scale(gaps, label_noise) * gaps.abs())  # probability of the true label
     if flips:
         right = torch.full_like(gaps, 1 - label_noise)
@@ -303,9 +301,9 @@ def build(directory, label_noise=0.05, train_pairs=16384, test_pairs=512, seed=0
     """Build the task under `directory`, or reuse what is there. Returns the folders of the model and of the pairs.
 
     label_noise: expected share of wrong labels among the training pairs, at least 0 and less than 0.5.  train_pairs,
-    test_pairs: rows of train.jsonl and test.jsonl, {prompt, response_a, response_b, label, truth}; no prompt is in both
-    files, and test labels are noiseless.  flips: labels are wrong at random, not where the rewards are close.  quiet: no
-    progress bars. The caller's random state does not change.
+    test_pairs: rows of train.jsonl and test.jsonl, {prompt, response_a, response_b, label, truth}; no prompt is in both, and
+    test labels are noiseless.  flips: labels are wrong at random, not where the rewards are close.  quiet: no progress bars.
+    The caller's random state does not change.
     Raises ValueError for a noise out of range, or a folder that was built with other settings.
     """
     if not 0 <= label_noise < 0.5:

@@ -98,7 +98,7 @@ def test_a_member_takes_steps_of_committee_batch_size_over_the_labelled_pairs(co
     engine = load_policy(config, kind=adpo.PairRewards)
     engine.device = torch.device("cpu")
     labels = torch.zeros(len(pairs)).index_fill(0, torch.arange(40), 1.0)
-    committee.train(engine, config, SimpleNamespace(stop_if_asked=lambda: None), Schedule(config, pairs), labels, 0)
+    committee.train(engine, SimpleNamespace(config=config, stop_if_asked=lambda: None), Schedule(config, pairs), labels, 0)
     assert [whole for whole, last in steps if last] == [16, 16, 8, 16, 16]
     assert rates == [(step, 5, config, 0.25) for step in range(5)]
 

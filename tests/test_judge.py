@@ -140,8 +140,10 @@ def test_a_pair_with_a_reply_of_unknown_cost_has_no_known_cost(serve, ledger):
     ledger.add_verdict("p1", "m", 0, detail='{"unanswerable": "HTTP 400", "settings": "old"}')
     chat(serve(right), price=(0.01, 0.1)).answer([question("p1")], ledger)
     assert ledger.spent("p1", "m")[1] == pytest.approx(3) and ledger.cost() == (pytest.approx(4.5), 1)
-    assert report.cost(types.SimpleNamespace(ledger=ledger), Config()) == (pytest.approx(4.5), True)
-    assert report.cost(types.SimpleNamespace(ledger=ledger), Config(price_per_label=2.0)) == (pytest.approx(6.5), False)
+    oracle = types.SimpleNamespace(ledger=ledger, config=Config())
+    assert report.cost(oracle) == (pytest.approx(4.5), True)
+    oracle.config.price_per_label = 2.0
+    assert report.cost(oracle) == (pytest.approx(6.5), False)
 
 
 def test_of_a_long_reply_the_beginning_is_kept(serve, ledger):
