@@ -307,7 +307,7 @@ def test_the_last_verdicts_come_newest_first(ledger):
         ledger.add_verdict("a", "model", 0, detail=detail)
     ledger.add_verdict("a", "other", 0, detail="4")
     assert ledger.last_verdicts("model", 2) == ["3", "2"]
-    assert ledger.verdicts("a", "model") == [(0, "1"), (0, "2"), (0, "3")]
+    assert ledger.verdicts("a", "model") == ["1", "2", "3"]
 
 
 def test_a_judges_verdicts_are_no_opinions_and_its_answer_stays(ledger):
