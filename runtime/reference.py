@@ -31,11 +31,15 @@ from runtime.ranks import all_gather, bar, from_rank_0, rank, say
 
 
 def add_other_reference(config, ds, scoring):
-    """Fill `.ref_logps` of the splits from the model ref_model_name_or_path.  ds: the engine's config."""
+    """Fill `.ref_logps` of the splits from the model ref_model_name_or_path.  ds: the engine's config.  Returns the hash of
+    its weights."""
+    def use(engine):
+        add_reference(engine, scoring)
+        return engine.module.fingerprint
+
     stage = 3 if ds["zero_optimization"].get("stage") == 3 else 0  # without an optimiser, stages 1 and 2 make no sense
     ds = {**ds, "zero_optimization": {"stage": stage}}
-    in_engine(lambda engine: add_reference(engine, scoring), config, ds, scoring, name=config.ref_model_name_or_path,
-              trained=False)
+    return in_engine(use, config, ds, scoring, name=config.ref_model_name_or_path, trained=False)
 
 
 def in_engine(use, config, ds, scoring, trained=True, **model):
