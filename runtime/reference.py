@@ -8,6 +8,7 @@ import gc
 import hashlib
 import json
 import os
+import tempfile
 import zlib
 from functools import partial
 from inspect import getclosurevars
@@ -105,12 +106,14 @@ def cached(kind, depends, compute):
     path = cache / f"{kind}-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:32]}.safetensors"
     found = from_rank_0(read(path) if rank() == 0 else None)  # rank 0's disk decides for all hosts
     if found is None:
+        if rank() == 0:
+            with writing(path):  # what cannot be written is refused now, before hours are spent
+                cache.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=cache).close()
         found = compute()
         if rank() == 0:
-            with writing(path):
-                cache.mkdir(parents=True, exist_ok=True)
-                with replacing(path) as temporary:
-                    save_file({"values": found, "crc": crc(found)}, temporary)
+            with writing(path), replacing(path) as temporary:
+                save_file({"values": found, "crc": crc(found)}, temporary)
     return found
 
 
