@@ -57,7 +57,7 @@ def main(config, command_line=None):
     # The reference is the policy before its first step, unless the config names another model.
     scoring = schedule.scoring_batches()
     if config.ref_model_name_or_path:
-        add_other_reference(config, ds, scoring)
+        run.start["reference"] = add_other_reference(config, ds, scoring)
     policy = load_policy(config)  # adpo.PairLogps around a causal LM
     share_prompts(policy, scoring)
     with starting(config, policy, ds):

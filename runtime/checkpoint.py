@@ -129,7 +129,7 @@ def restore(engine, folder, before, now):
     before, now: {what: value}, all that the result depends on besides the config. Raises UsageError where it has changed.
     """
     for name in now:
-        if before.get(name) != now[name]:
+        if before.get(name, now[name]) != now[name]:  # a checkpoint of an earlier version has no reference
             raise UsageError(f"{folder}/trainer_state.json: the run in there has {name} {before[name]}, this one "
                              f"{now[name]}: put that back as it was, or choose another output_dir")
     shards.load(engine, folder)

@@ -8,6 +8,7 @@ import gc
 import hashlib
 import json
 import os
+import tempfile
 import zlib
 from functools import partial
 from inspect import getclosurevars
@@ -31,11 +32,15 @@ from runtime.ranks import all_gather, bar, from_rank_0, rank, say
 
 
 def add_other_reference(config, ds, scoring):
-    """Fill `.ref_logps` of the splits from the model ref_model_name_or_path.  ds: the engine's config."""
+    """Fill `.ref_logps` of the splits from the model ref_model_name_or_path.  ds: the engine's config.  Returns the hash of
+    its weights."""
+    def use(engine):
+        add_reference(engine, scoring)
+        return engine.module.fingerprint
+
     stage = 3 if ds["zero_optimization"].get("stage") == 3 else 0  # without an optimiser, stages 1 and 2 make no sense
     ds = {**ds, "zero_optimization": {"stage": stage}}
-    in_engine(lambda engine: add_reference(engine, scoring), config, ds, scoring, name=config.ref_model_name_or_path,
-              trained=False)
+    return in_engine(use, config, ds, scoring, name=config.ref_model_name_or_path, trained=False)
 
 
 def in_engine(use, config, ds, scoring, trained=True, **model):
@@ -101,12 +106,14 @@ def cached(kind, depends, compute):
     path = cache / f"{kind}-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:32]}.safetensors"
     found = from_rank_0(read(path) if rank() == 0 else None)  # rank 0's disk decides for all hosts
     if found is None:
+        if rank() == 0:
+            with writing(path):  # what cannot be written is refused now, before hours are spent
+                cache.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=cache).close()
         found = compute()
         if rank() == 0:
-            with writing(path):
-                cache.mkdir(parents=True, exist_ok=True)
-                with replacing(path) as temporary:
-                    save_file({"values": found, "crc": crc(found)}, temporary)
+            with writing(path), replacing(path) as temporary:
+                save_file({"values": found, "crc": crc(found)}, temporary)
     return found
 
 

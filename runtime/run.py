@@ -64,8 +64,9 @@ class Run:
 
     step: optimiser steps done.  evaluation: the last one's result.  finished: whether there is nothing left to do.
     checkpoint, before: the folder that it goes on from, and the state in there; None: from the beginning.
+    start: what a checkpoint and the run that resumes it must have in common; `resume` completes it.
     From `resume` on: sums: (columns,) fp64, metric sums since the last log.  seconds: that its steps took.
-    parts: objects whose state checkpoints keep.  start: what a checkpoint and the run that resumes it must have in common.
+    parts: objects whose state checkpoints keep.
     """
 
     def __init__(self, config, command_line=None):
@@ -73,6 +74,7 @@ class Run:
         self.output, self.interrupt, self.finished = Path(config.output_dir), Interrupt(), False
         self.step, self.skipped, self.seconds_before, self.evaluation = 0, 0, 0.0, None
         self.step_start = 0.0  # a committee asks before the first step
+        self.start = {}
         self.toy_prompts = toy.put_in_place(config)
         self.engine_config = engine_config(config)
 
@@ -110,8 +112,8 @@ class Run:
         """
         self.pairs = schedule.pairs
         self.total_steps, self.epoch_steps, self.parts = schedule.total_steps, schedule.epoch_steps, parts
-        self.start = {f"{unit} a step": schedule.step_pairs, unit: schedule.pairs.fingerprint,
-                      "model": engine.module.fingerprint, "engine settings": settings_that_count(self.engine_config)}
+        self.start |= {f"{unit} a step": schedule.step_pairs, unit: schedule.pairs.fingerprint,
+                       "model": engine.module.fingerprint, "engine settings": settings_that_count(self.engine_config)}
         sums, self.seconds = [0.0] * columns, 0.0
         if self.checkpoint:
             state = self.before

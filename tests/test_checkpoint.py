@@ -13,6 +13,7 @@ import zlib
 import pytest
 import torch
 from helpers import as_jsonl, assert_same_run, assert_same_weights, copy_without, errors, flip_byte
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from runtime import checkpoint
@@ -229,6 +230,18 @@ def test_a_checkpoint_of_another_model_is_refused(train, whole, stopped):
     write_as_whole(held | {"flats": held["flats"][1:]}, stopped / "checkpoint-4")
     run = train("another-model", output_dir=stopped, check=2, **SAVING)
     assert len(errors(run)) == 1 and f"{stopped}/checkpoint-4: its files rank-*.pt hold 0 of the " in errors(run)[0]
+
+
+def test_another_reference_under_the_same_name_is_refused(train, tiny, tmp_path):
+    shutil.copytree(tiny / "model", tmp_path / "reference")
+    keys = SAVING | dict(ref_model_name_or_path=tmp_path / "reference", output_dir=tmp_path / "run")
+    train("start", **keys)
+    (tmp_path / "run" / "summary.json").unlink()
+    weights = load_file(tmp_path / "reference" / "model.safetensors")
+    weights["model.norm.weight"] *= 1.1
+    save_file(weights, tmp_path / "reference" / "model.safetensors", metadata={"format": "pt"})
+    run = train("other-reference", check=2, **keys)
+    assert len(errors(run)) == 1 and "checkpoint-6/trainer_state.json: the run in there has reference " in errors(run)[0]
 
 
 def test_nothing_that_is_hidden_in_a_checkpoint_is_run(train, stopped, tmp_path):

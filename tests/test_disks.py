@@ -99,9 +99,10 @@ def test_a_full_disk_under_the_caches_is_reported_too(train, disk, monkeypatch):
     assert run.code == 2 and len(errors(run)) == 1 and f"$HF_HOME ({disk.folder})" in errors(run)[0]
 
 
-def test_a_reference_cache_that_cannot_be_written_is_named(train, disk, monkeypatch):
+def test_a_reference_cache_that_cannot_be_written_is_named_before_anything_is_scored(train, disk, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(disk.folder))
     disk.remount("ro")
     run = train("no-cache", check=2, seed=7)
     assert len(errors(run)) == 1 and f"{disk.folder}/adpo/reference-" in errors(run)[0]
     assert "Read-only file system" in errors(run)[0] and not run.output.exists()
+    assert "reference log-probs" not in run.stderr  # the pass over the pairs, which may take hours
