@@ -222,7 +222,7 @@ def _conversion(row):
 def _check_verdict_is_read(row, place):
     """Refuse a row without a label in which another column says which response is better: that column would go unread."""
     name = next((name for name in filter(row.__contains__, VERDICTS) if row[name] not in (None, "", [])), None)
-    if name is None or "label" in row or "truth" in row:
+    if name is None or "label" in row:
         return
     line = _conversion(row)
     raise DataError(f"{place}, field {name}: says which response is better, and is not read; " + (

@@ -293,6 +293,9 @@ def test_one_person_has_one_name_and_impossible_times_are_unknown(store, tmp_pat
     import_answers(store, path, "jsonl")
     assert store.db.execute("SELECT annotator, seconds FROM answers ORDER BY pair").fetchall() == [
         ("Zoë Ann", 30), ("Zoë Ann", None), ("Zoë Ann", None), ("Zoe Ann", None)]  # the question is an hour old
+    path.write_text(json.dumps({"pair": "pair0", "label": "a", "annotator": "ZOË ANN"}))
+    assert import_answers(store, path, "jsonl")["already_there"] == 1  # in another file she is the same person
+    assert exchange.fold("\u0390") == exchange.fold("\u0390".upper())  # which has three characters
 
 
 @pytest.mark.parametrize("format, words", [("label-studio", 'export from Label Studio as "JSON"'),
@@ -317,7 +320,8 @@ def test_the_labelling_configuration_shows_what_the_tasks_have(store, tmp_path):
 def test_a_line_without_texts_means_the_exported_sides(store, tmp_path):
     ask(store, simple(6))
     path = tmp_path / "in.jsonl"
-    path.write_text("\n".join(json.dumps({"pair": pair, "label": "a"}) for pair in simple(6)) + "\r\n \n")
+    path.write_text("\n".join(json.dumps({"pair": pair, "label": "a"}) for pair in simple(6)) + "\r\n \n",
+                    encoding="utf-8-sig")
     assert import_answers(store, path, "jsonl")["answered"] == 6
     assert answers(store) == {pair: drawn_sides(pair)[0] for pair in simple(6)}
     assert store.db.execute("SELECT DISTINCT annotator, seconds FROM answers").fetchall() == [("import", None)]

@@ -8,7 +8,7 @@ from helpers import HH_PROMPT, ROOT, ULTRAFEEDBACK, preference, reply, system, u
 import data
 from runtime import sources
 from runtime.errors import DataError
-from runtime.formats import hh_messages, message_text, parse_example, parse_row
+from runtime.formats import SENTINEL, hh_messages, message_text, parse_example, parse_row
 
 HH = ROOT / ".." / "shared" / "data" / "hh-harmless-test.jsonl.gz"
 PLACE = "f.jsonl, row 7"
@@ -24,6 +24,7 @@ def calling(name, arguments, content="", **more):
 # ----------------------------------------------------------------------------------------------------------------------
 # Formats
 
+DEVELOPER = {"role": "developer", "content": "s"}
 DPO_MIX = {
     "dataset": "argilla/x", "chosen": [user("a"), reply("b"), user("c"), reply("d")],
     "rejected": [user("a"), reply("b"), user("c"), reply("e")], "chosen_rating": 5.0, "rejected_rating": 1.0}
@@ -43,10 +44,14 @@ DPO_MIX = {
     ({"chosen": "The sky is blue", "rejected": "The sky is black"}, "The sky is", [" blue", " black"], 0, 0),
     ({"chosen": "blue", "rejected": "black"}, "", ["blue", "black"], 0, 0),
     ({"chosen": "one two", "rejected": "three"}, "", ["one two", "three"], 0, 0),
+    ({"chosen": "one\ntwo", "rejected": "one\nten"}, "one", ["\ntwo", "\nten"], 0, 0),
     ({"chosen": [user("u"), reply("c")], "rejected": [user("u"), reply("r")]}, [user("u")],
      [[reply("c")], [reply("r")]], 0, 0),
     ({"chosen": [system("s"), user("u"), reply("same")], "rejected": [system("s"), user("u"), reply("same")]},
      [system("s"), user("u")], [[reply("same")]] * 2, 0, 0),
+    # whole conversations that begin with a greeting
+    *(({"prompt": prompt, "chosen": [reply("Hi"), user("q"), reply("c")], "rejected": [reply("Hi"), user("q"), reply("r")]},
+       [reply("Hi"), user("q")], [[reply("c")], [reply("r")]], 0, 0) for prompt in ("q", [reply("Hi"), user("q")])),
     (ULTRAFEEDBACK, [user("Why?")], [[reply("Since.")], [reply("No.")]], 0, 0),
     (DPO_MIX, [user("a"), reply("b"), user("c")], [[reply("d")], [reply("e")]], 0, 0),
     # what says nothing in a message is dropped
@@ -84,8 +89,10 @@ DPO_MIX = {
      [system("s"), user("one"), reply("two"), user("three")], [[reply("four")], [reply("five")]], 0, 0),
     ({"system": "s", "chosen": [system("s"), user("q"), reply("c")], "rejected": [system("s"), user("q"), reply("r")]},
      [system("s"), user("q")], [[reply("c")], [reply("r")]], 0, 0),
+    ({"system": "s", "prompt": [DEVELOPER, user("q")], "chosen": "c", "rejected": "r"},
+     [DEVELOPER, user("q")], [[reply("c")], [reply("r")]], 0, 0),
     ({"instruction": "q", "input": "", "chosen": "c", "rejected": "r"}, [user("q")], [[reply("c")], [reply("r")]], 0, 0),
-    ({"input": "q", "chosen": "c", "rejected": "r"}, [user("q")], [[reply("c")], [reply("r")]], 0, 0),
+    ({"question": "", "input": "q", "chosen": "c", "rejected": "r"}, [user("q")], [[reply("c")], [reply("r")]], 0, 0),
     # a number asks for nothing, and messages may be the chosen conversation once more
     ({"prompt": "p", "context": 3, "chosen": "c", "rejected": "r"}, "p", ["c", "r"], 0, 0),
     ({"prompt": "p", "messages": [user("p"), reply("c")], "chosen": "c", "rejected": "r"}, "p", ["c", "r"], 0, 0),
@@ -105,6 +112,8 @@ DPO_MIX = {
       "tools": json.dumps([TOOL])},
      [{"role": "tools", "content": json.dumps([TOOL])}, user("q")],
      [[calling("f", {"a": 1})], [{**reply("r"), "reasoning_content": "t"}]], 0, 0),
+    ({"prompt": [user("q")], "chosen": [calling("f", "")], "rejected": [reply("r")]},
+     [user("q")], [[calling("f", {})], [reply("r")]], 0, 0),
     ({"prompt": [{**user("q"), "tool_calls": None}], "chosen": [calling("f", {"a": 1, "b": None}, content=None)],
       "rejected": [{**reply("r"), "tool_calls": None, "reasoning_content": None}]},
      [user("q")], [[calling("f", {"a": 1})], [reply("r")]], 0, 0),
@@ -139,16 +148,15 @@ CONVERTED = [
       "conversation_b": [user("p"), reply("y"), user("q"), reply("z")]}, [user("p")], [[reply("x")], [reply("y")]], 0),
     ({"prompt": "p", "response_1": "x", "response_2": "y", "preference_strength": 2},
      [user("p")], [[reply("x")], [reply("y")]], 1),
-    ({"prompt": "p", "response_1": "x", "response_2": "y", "preference_strength": 0},
-     [user("p")], [[reply("x")], [reply("y")]], None),
-    ({"question": {"dataset": "eli5", "full_text": "p"}, "answer_0": "x", "answer_1": "y", "score_0": -0.5, "score_1": 0.5},
-     [user("p")], [[reply("x")], [reply("y")]], 1),
+    *(({"prompt": "p", "response_1": "x", "response_2": "y", "preference_strength": strength},
+       [user("p")], [[reply("x")], [reply("y")]], label) for strength, label in ((0, None), (-1, 0))),
+    *(({"question": {"dataset": "eli5", "full_text": "p"}, "answer_0": "x", "answer_1": "y", "score_0": -score,
+        "score_1": score}, [user("p")], [[reply("x")], [reply("y")]], label)
+      for score, label in ((0.5, 1), (-0.5, 0), (0, None))),
     ({"info": {"post": "p", "article": None}, "summaries": [{"text": " x"}, {"text": " y"}], "choice": 1},
      "p\n\nTL;DR:", [" x", " y"], 1),
-    ({"context": [user("p")], "response1": "x", "response2": "y", "overall_preference": 0},
-     [user("p")], [[reply("x")], [reply("y")]], None),
-    ({"context": [user("p")], "response1": "x", "response2": "y", "overall_preference": -2},
-     [user("p")], [[reply("x")], [reply("y")]], 0),
+    *(({"context": [user("p")], "response1": "x", "response2": "y", "overall_preference": preference},
+       [user("p")], [[reply("x")], [reply("y")]], label) for preference, label in ((0, None), (-2, 0), (1, 1))),
     ({"input": {"messages": [user("p")]}, "preferred_output": [reply("x")], "non_preferred_output": [reply("y")]},
      [user("p")], [[reply("x")], [reply("y")]], 0),
     ({"instruction": "p", "chosen_response": "x", "rejected_response": "y"}, [user("p")], [[reply("x")], [reply("y")]], 0),
@@ -227,6 +235,7 @@ CONVERSATION = [user("u"), reply("c")]
     ({"prompt": "p", "chosen": "c\ud800", "rejected": "r"}, r"field chosen: not valid Unicode \(.*at character 1\b"),
     ({"prompt": "\ud800", "chosen": "c", "rejected": "r"}, r"field prompt: not valid Unicode"),
     ({"chosen": CONVERSATION, "rejected": [user("u"), reply("r\udfff")]}, r"field rejected, message 2: not valid"),
+    ({"prompt": "p", "chosen": f"c{SENTINEL}", "rejected": "r"}, r"field chosen: holds the characters U\+E0F7"),
     # the prompts differ
     ({"chosen": CONVERSATION, "rejected": [user("v"), reply("r")]}, r"chosen and rejected differ at message 1"),
     ({"chosen": [system("s"), *CONVERSATION], "rejected": [user("u"), reply("r")]},
@@ -286,9 +295,11 @@ CONVERSATION = [user("u"), reply("c")]
     ({"post": "q", "chosen": [reply("c")], "rejected": [reply("r")]}, r"has no prompt: chosen and rejected begin with"),
     ({"prompt": "p", "article": "a long text", "chosen": "c", "rejected": "r"}, r"field article: would be left out"),
     ({"prompt": "p", "document": "a long text", "chosen": "c", "rejected": "r"}, r"field document: would be left out"),
-    ({"prompt": "one", "chosen": HH_PROMPT + " c", "rejected": HH_PROMPT + " r"}, r"field prompt: is not how .* dialogues"),
+    *(({"prompt": prompt, "chosen": HH_PROMPT + " c", "rejected": HH_PROMPT + " r"}, r"field prompt: is not how .* dialog")
+      for prompt in ("one", "\n\nHuman: one")),
     ({"prompt": "p", "response_a": "c", "response_b": "d", "winner": "model_b"}, r"field winner: .* is not read; write"),
     ({"prompt": "p", "response_a": "c", "response_b": "d", "preference": 1}, r"field preference: says which response"),
+    ({"prompt": "p", "response_a": "c", "response_b": "d", "truth": "a", "winner": "model_b"}, r"field winner: .* not read"),
     ({"messages": json.dumps([user("u")]), "chosen": "c", "rejected": "r"}, r"field messages: is a list of messages"),
     ({"prompt": "p", "response_a": "c", "response_b": "d", "chosen": "response_b", "rejected": "response_a"}, r"keep one"),
     ({"chosen": json.dumps(CONVERSATION), "rejected": json.dumps(CONVERSATION)}, r"field chosen: is a list of messages wri"),

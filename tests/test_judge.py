@@ -495,7 +495,14 @@ def test_a_refused_pair_waits_for_people_and_is_paid_for_once(serve, ledger, tmp
         chat(server, unanswerable="human", wait_minutes=0).answer(QUESTIONS, ledger)
     assert f"waiting for people: python tools/label.py '{tmp_path}/my run'\n" in capsys.readouterr().out
     assert len(answers(ledger)) == 5 and [row[0] for row in ledger.open_questions()] == ["p3"]
-    before = len(server.bodies)
+    sent = [len(server.bodies)]
+    for _ in range(3):  # with other settings it is asked about once more
+        with pytest.raises(Waiting, match="no answer for 0 minutes"):
+            chat(server, unanswerable="human", wait_minutes=0, max_tokens=99).answer(QUESTIONS, ledger)
+        sent.append(len(server.bodies))
+    before = sent[1]
+    assert sent[0] < before and sent[1:] == [before] * 3
+    assert sum("unanswerable" in detail for _, detail in ledger.verdicts("p3", "m")) == 2
 
     def person():
         other = Ledger(tmp_path / "labels.sqlite")

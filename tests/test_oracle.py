@@ -97,6 +97,9 @@ def test_queries_are_counted_up_to_a_step(oracle):
     ask(oracle, ["a", "b"], [0, 0], [True, True])
     ask(oracle, ["c"], [0], [True], step=3)
     assert [oracle.queries(step) for step in (0, 2, 3)] == [2, 2, 3]
+    ask(oracle, ["a", "b"], [0, 0], [True, True])  # by a run that has gone back: c is not an answer that it has used
+    oracle.end_step()
+    assert oracle.state["answers"] == 2
 
 
 def test_the_ledger_outlives_the_process_and_is_used_for_free(tmp_path):
@@ -135,6 +138,9 @@ def test_a_question_that_is_answered_at_once_costs_one_commit(oracle, tmp_path):
 def test_a_pair_that_can_never_be_answered_is_an_error_of_the_user_and_is_named(oracle):
     with pytest.raises(UsageError, match="^pair e has no label in the data set"):
         ask(oracle, ["a", "e"], [0, 0], [True, True])
+    oracle.annotator.answer = lambda *_: int("a judge raises ValueError")
+    with pytest.raises(UsageError, match="a judge raises ValueError"):
+        ask(oracle, ["a"], [0], [True])
     assert oracle.queries() == 0
 
 
