@@ -550,6 +550,33 @@ def test_a_pair_that_the_judge_talks_nonsense_about_is_paid_for_once(serve, ledg
     assert answers(ledger) == TRUTHS | {"p3": 0}
 
 
+def test_replies_of_an_earlier_run_are_among_the_three(serve, ledger):
+    """The endpoint went down after one useless reply in each order."""
+    down = [True]
+    server = serve(lambda prompt, n: (503, {}, b"") if down and "An earlier reply" in prompt else completion("turtles"))
+    with pytest.raises(Waiting, match="HTTP 503"):
+        chat(server, retries=0, concurrency=1).answer([question("p0")], ledger)
+    assert verdicts(ledger) == 2
+    down.clear()
+    before = len(server.bodies)
+    chat(server, concurrency=1).answer([question("p0")], ledger)
+    assert answers(ledger) == {"p0": 0} and len(server.bodies) == before + 2 * 2
+
+
+def test_a_reply_that_a_filter_cut_off_is_not_asked_for_again(serve, ledger):
+    server = serve(lambda prompt, n: completion("", "content_filter"))
+    chat(server).answer([question("p0")], ledger)
+    assert answers(ledger) == {"p0": 0} and len(server.bodies) == 2  # one in each order
+
+
+def test_nonsense_now_and_then_does_not_stop_the_run(serve, ledger):
+    """Forty useless replies, but never twenty in a row."""
+    server = serve(lambda prompt, n: completion("turtles") if re.search(r"of p\d*[02468]\b", prompt)
+                   and "An earlier reply" not in prompt else right(prompt, n))
+    chat(server, concurrency=1).answer([question(f"p{n}") for n in range(40)], ledger)
+    assert answers(ledger) == {f"p{n}": truth(f"p{n}") for n in range(40)} and verdicts(ledger) == 120
+
+
 def test_nonsense_about_everything_stops_after_some_twenty_replies_and_costs_one_at_each_resume(serve, ledger):
     talk, healed = itertools.cycle(["I like turtles", "I like turtles", "[[A]] or [[B]]"]), []
     server = serve(lambda prompt, n: right(prompt, n) if healed else completion(next(talk), "length"))
@@ -563,10 +590,13 @@ def test_nonsense_about_everything_stops_after_some_twenty_replies_and_costs_one
         with pytest.raises(Waiting, match="the last 20 replies"):
             chat(server, concurrency=4).answer(questions, ledger)
         assert verdicts(ledger) == paid + resumed
-    healed.append(True)
-    chat(server, concurrency=4).answer(questions, ledger)
+    with pytest.raises(Waiting, match="the last 20 replies"):  # with other settings it may be of use, and gets twenty again
+        chat(server, concurrency=4, max_tokens=4000).answer(questions, ledger)
+    assert verdicts(ledger) >= paid + 2 + 20
+    healed.append(verdicts(ledger))
+    chat(server, concurrency=4, max_tokens=4000).answer(questions, ledger)
     assert answers(ledger) == {f"p{n}": truth(f"p{n}") for n in range(64)}
-    assert verdicts(ledger) == paid + 2 + 2 * 64
+    assert verdicts(ledger) == healed[0] + 2 * 64
 
 
 def test_what_was_cut_off_is_asked_again_with_more_room(serve, ledger):
