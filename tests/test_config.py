@@ -352,6 +352,12 @@ def test_pairs_that_are_not_kept_do_not_come_and_the_run_is_as_long():
     assert schedule.rows_seen() == sorted(kept)
 
 
+def test_pairs_that_are_kept_are_grouped_by_their_own_lengths():
+    schedule = Schedule(Config(per_device_train_batch_size=6, group_by_length=True), FakePairs())
+    schedule.keep_only([n for n in range(42) if n % 7 in (0, 3, 6)])  # six of each of three lengths
+    assert all(len({FakePairs.lengths[row] for row in schedule.rows(step)}) == 1 for step in range(3))
+
+
 def test_no_without_quotes_is_a_choice_where_there_is_one(write):
     text = '{model_name_or_path: m, dataset_mixer: {d: 1.0}, output_dir: o, save_strategy: no, eval_strategy: No}'
     assert parse_config(write(text=text)).save_strategy == parse_config(write(text=text)).eval_strategy == "no"

@@ -446,7 +446,8 @@ def test_an_error_about_one_text_alone_is_that_pairs_own(serve, ledger, answer):
     assert answers(ledger) == TRUTHS | {"p3": 0}
 
 
-@pytest.mark.parametrize("reply", [(429, {}, b"later"), (200, {}, {"error": {"code": 429, "message": "later"}})])
+@pytest.mark.parametrize("reply", [(429, {}, b"later"), (200, {}, {"error": {"code": 429, "message": "later"}}),
+                                   (500, {"Retry-After": "0"}, b"429 further up")])
 def test_a_server_that_is_too_busy_for_a_pair_is_asked_again_later(reply, serve, ledger):
     server = serve(lambda prompt, n: reply if "of p3" in prompt else right(prompt, n))
     with pytest.raises(Waiting, match="1 of 6 answers are missing; pair p3: .*429"):
@@ -783,6 +784,11 @@ def test_verdicts_under_another_rubric_are_not_mixed_in(serve, ledger, tmp_path,
     chat(server, rubric=other).check(ledger)
     with pytest.raises(LedgerError, match=rf"1 of its answers were given under another rubric \({other.hash}\) than"):
         chat(server).check(ledger)
+    with contextlib.closing(Ledger(tmp_path / "old.sqlite")) as old:  # from before there was a choice
+        old.add("judge", [(QUESTIONS[0], 1, "m", None, None)], detail='{"rubric": null}')
+        chat(server).check(old)
+        with pytest.raises(LedgerError, match=rf"another rubric \({Rubric().hash}\) than"):
+            chat(server, rubric=other).check(old)
     (tmp_path / "new").mkdir()
     reuse(tmp_path / "new", tmp_path)
     with contextlib.closing(Ledger(tmp_path / "new" / "labels.sqlite")) as new:
