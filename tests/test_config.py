@@ -340,6 +340,9 @@ def test_schedule_sees_each_pair_once_an_epoch(write, monkeypatch):
     assert [len(ours.rows(step)) for step in range(6)] == [8, 8, 8, 8, 8, 2]
     assert ours.rows(6) != first[:8]  # the second epoch has its own order
     assert Schedule(config, FakePairs()).rows(7) == ours.rows(7)  # a resumed run computes the same
+    assert [ours.pairs_seen(steps) for steps in (0, 5, 6, 9)] == [0, 40, 42, 42]
+    short = Schedule(dataclasses.replace(config, max_steps=2), FakePairs())
+    assert short.rows_seen() == sorted(short.rows(0) + short.rows(1))  # not the whole epoch
 
 
 def test_pairs_that_are_not_kept_do_not_come_and_the_run_is_as_long():
