@@ -102,7 +102,7 @@ def learning_rate(step, total, config, peak=None):
     warmup = math.ceil(total * config.warmup_ratio) if config.lr_scheduler_type != "constant" else 0
     if step < warmup:
         return peak * step / warmup
-    progress = (step - warmup) / max(1, total - warmup)
+    progress = (step - warmup) / (total - warmup)
     factor = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress}.get(config.lr_scheduler_type, 1.0)
     return peak * factor
 

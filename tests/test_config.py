@@ -341,6 +341,9 @@ def test_schedule_sees_each_pair_once_an_epoch(write, monkeypatch):
     assert [len(ours.rows(step)) for step in range(6)] == [8, 8, 8, 8, 8, 2]
     assert ours.rows(6) != first[:8]  # the second epoch has its own order
     assert Schedule(config, FakePairs()).rows(7) == ours.rows(7)  # a resumed run computes the same
+    assert [ours.pairs_seen(steps) for steps in (0, 5, 6, 9)] == [0, 40, 42, 42]
+    short = Schedule(dataclasses.replace(config, max_steps=2), FakePairs())
+    assert short.rows_seen() == sorted(short.rows(0) + short.rows(1))  # not the whole epoch
 
 
 def test_pairs_that_are_not_kept_do_not_come_and_the_run_is_as_long():
@@ -351,6 +354,12 @@ def test_pairs_that_are_not_kept_do_not_come_and_the_run_is_as_long():
     for epoch in range(6):
         assert sorted(schedule.rows(2 * epoch) + schedule.rows(2 * epoch + 1)) == sorted(kept)
     assert schedule.rows_seen() == sorted(kept)
+
+
+def test_pairs_that_are_kept_are_grouped_by_their_own_lengths():
+    schedule = Schedule(Config(per_device_train_batch_size=6, group_by_length=True), FakePairs())
+    schedule.keep_only([n for n in range(42) if n % 7 in (0, 3, 6)])  # six of each of three lengths
+    assert all(len({FakePairs.lengths[row] for row in schedule.rows(step)}) == 1 for step in range(3))
 
 
 def test_no_without_quotes_is_a_choice_where_there_is_one(write):

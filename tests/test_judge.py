@@ -448,7 +448,8 @@ def test_an_error_about_one_text_alone_is_that_pairs_own(serve, ledger, answer):
     assert answers(ledger) == TRUTHS | {"p3": 0}
 
 
-@pytest.mark.parametrize("reply", [(429, {}, b"later"), (200, {}, {"error": {"code": 429, "message": "later"}})])
+@pytest.mark.parametrize("reply", [(429, {}, b"later"), (200, {}, {"error": {"code": 429, "message": "later"}}),
+                                   (500, {"Retry-After": "0"}, b"429 further up")])
 def test_a_server_that_is_too_busy_for_a_pair_is_asked_again_later(reply, serve, ledger):
     server = serve(lambda prompt, n: reply if "of p3" in prompt else right(prompt, n))
     with pytest.raises(Waiting, match="1 of 6 answers are missing; pair p3: .*429"):
@@ -553,6 +554,33 @@ def test_a_pair_that_the_judge_talks_nonsense_about_is_paid_for_once(serve, ledg
     assert answers(ledger) == TRUTHS | {"p3": 0}
 
 
+def test_replies_of_an_earlier_run_are_among_the_three(serve, ledger):
+    """The endpoint went down after one useless reply in each order."""
+    down = [True]
+    server = serve(lambda prompt, n: (503, {}, b"") if down and "An earlier reply" in prompt else completion("turtles"))
+    with pytest.raises(Waiting, match="HTTP 503"):
+        chat(server, retries=0, concurrency=1).answer([question("p0")], ledger)
+    assert verdicts(ledger) == 2
+    down.clear()
+    before = len(server.bodies)
+    chat(server, concurrency=1).answer([question("p0")], ledger)
+    assert answers(ledger) == {"p0": 0} and len(server.bodies) == before + 2 * 2
+
+
+def test_a_reply_that_a_filter_cut_off_is_not_asked_for_again(serve, ledger):
+    server = serve(lambda prompt, n: completion("", "content_filter"))
+    chat(server).answer([question("p0")], ledger)
+    assert answers(ledger) == {"p0": 0} and len(server.bodies) == 2  # one in each order
+
+
+def test_nonsense_now_and_then_does_not_stop_the_run(serve, ledger):
+    """Forty useless replies, but never twenty in a row."""
+    server = serve(lambda prompt, n: completion("turtles") if re.search(r"of p\d*[02468]\b", prompt)
+                   and "An earlier reply" not in prompt else right(prompt, n))
+    chat(server, concurrency=1).answer([question(f"p{n}") for n in range(40)], ledger)
+    assert answers(ledger) == {f"p{n}": truth(f"p{n}") for n in range(40)} and verdicts(ledger) == 120
+
+
 def test_nonsense_about_everything_stops_after_some_twenty_replies_and_costs_one_at_each_resume(serve, ledger):
     talk, healed = itertools.cycle(["I like turtles", "I like turtles", "[[A]] or [[B]]"]), []
     server = serve(lambda prompt, n: right(prompt, n) if healed else completion(next(talk), "length"))
@@ -566,10 +594,13 @@ def test_nonsense_about_everything_stops_after_some_twenty_replies_and_costs_one
         with pytest.raises(Waiting, match="the last 20 replies"):
             chat(server, concurrency=4).answer(questions, ledger)
         assert verdicts(ledger) == paid + resumed
-    healed.append(True)
-    chat(server, concurrency=4).answer(questions, ledger)
+    with pytest.raises(Waiting, match="the last 20 replies"):  # with other settings it may be of use, and gets twenty again
+        chat(server, concurrency=4, max_tokens=4000).answer(questions, ledger)
+    assert verdicts(ledger) >= paid + 2 + 20
+    healed.append(verdicts(ledger))
+    chat(server, concurrency=4, max_tokens=4000).answer(questions, ledger)
     assert answers(ledger) == {f"p{n}": truth(f"p{n}") for n in range(64)}
-    assert verdicts(ledger) == paid + 2 + 2 * 64
+    assert verdicts(ledger) == healed[0] + 2 * 64
 
 
 def test_what_was_cut_off_is_asked_again_with_more_room(serve, ledger):
@@ -756,6 +787,11 @@ def test_verdicts_under_another_rubric_are_not_mixed_in(serve, ledger, tmp_path,
     chat(server, rubric=other).check(ledger)
     with pytest.raises(LedgerError, match=rf"1 of its answers were given under another rubric \({other.hash}\) than"):
         chat(server).check(ledger)
+    with contextlib.closing(Ledger(tmp_path / "old.sqlite")) as old:  # from before there was a choice
+        old.add("judge", [(QUESTIONS[0], 1, "m", None, None)], detail='{"rubric": null}')
+        chat(server).check(old)
+        with pytest.raises(LedgerError, match=rf"another rubric \({Rubric().hash}\) than"):
+            chat(server, rubric=other).check(old)
     (tmp_path / "new").mkdir()
     reuse(tmp_path / "new", tmp_path)
     with contextlib.closing(Ledger(tmp_path / "new" / "labels.sqlite")) as new:

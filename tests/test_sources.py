@@ -149,6 +149,8 @@ def test_hub_source(monkeypatch):
     commit = "2"
     load_source("someone/prefs", configs={"someone/prefs": "small"})
     assert len(asked) == 2  # the owner has changed it
+    load_source("someone/prefs", configs={"someone/prefs": "large"})
+    assert asked[2:] == [("someone/prefs", "large", "train")]
     with pytest.raises(DataError, match=r"someone/prefs \[bad\], row 2, field rejected: .*nothing"):
         load_source("someone/prefs", splits=["bad"])
     assert load_source("someone/prefs", kind="test") == (None, {}, {}, "")
@@ -271,10 +273,10 @@ def test_the_format_that_a_data_set_was_saved_with_hides_nothing(form, tmp_path)
 
 
 def test_long_csv_fields(tmp_path):
-    """The csv module's limit of 131,072 characters a field does not apply to data."""
-    write_csv(tmp_path / "f.csv", [preference(0, chosen=" x" * 70_000)])
+    """The csv module's limit of 131,072 characters a field does not apply to data, and a field keeps its line ends."""
+    write_csv(tmp_path / "f.csv", [preference(0, chosen=" x" * 70_000 + "\r\ny")])
     [parsed] = [parse_row(row, place) for place, row in sources.read_file(tmp_path / "f.csv")]
-    assert parsed["responses"][0] == " x" * 70_000
+    assert parsed["responses"][0] == " x" * 70_000 + "\r\ny"
 
 
 @pytest.mark.parametrize("error", (datasets.exceptions.DatasetNotFoundError, ConnectionError, ValueError))
@@ -432,6 +434,12 @@ def test_pairs_and_examples_of_one_file_have_caches_of_their_own(tmp_path):
     source, made = write_folder(tmp_path / "s", [ULTRAFEEDBACK]), renderer(template=CHATML)
     pairs, examples = (load_source(source, made=made, examples=examples)[0] for examples in (False, True))
     assert pairs.table["second_ids"][0] and examples.table["second_ids"][:] == [[]]
+
+
+def test_the_splits_of_a_saved_data_set_have_caches_of_their_own(tmp_path):
+    splits = {split: datasets.Dataset.from_list([preference(n)]) for n, split in enumerate(("train", "test"))}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    assert [decoded(load_source(tmp_path / "saved", kind)[0])[0][0] for kind in splits] == ["question 0", "question 1"]
 
 
 @pytest.mark.parametrize("form", ("parquet", "DatasetDict", "Dataset"))
