@@ -89,6 +89,14 @@ def test_without_any_whole_checkpoint_the_run_does_not_start_again_unasked(train
     assert "move it away to start from step 0" in errors(run)[0] and (stopped / "checkpoint-4").is_dir()
 
 
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    """As text, checkpoint-9 would be newer than checkpoint-10."""
+    for step in (10, 9, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / STATE).write_text("{}")
+    assert list(checkpoint.complete(tmp_path)) == [9, 10, 100]
+
+
 def test_half_written_checkpoints_are_skipped(train, whole, stopped):
     (stopped / "checkpoint-4" / STATE).unlink()
     shutil.copytree(stopped / "checkpoint-2", stopped / ".checkpoint" / "checkpoint-6")

@@ -101,6 +101,11 @@ def test_the_first_step_is_the_mean_over_all_its_tokens(train, tiny, texts):
     assert run.rows()[0]["grad_norm"] == pytest.approx(gradient(lm).norm().item(), rel=1e-5)
 
 
+def test_as_many_examples_are_taken_as_the_keys_say(train, texts):
+    run = train("few", **SFT, dataset_mixer=f"{{{texts}: 1.0}}", max_steps=1, max_train_samples=10, max_eval_samples=3)
+    assert "train: 10 rows read" in run.stdout and "test: 3 rows read" in run.stdout and run.summary()["examples"] == 10
+
+
 def test_resume_is_exact(train, texts, tmp_path):
     keys = dict(SFT, dataset_mixer=f"{{{texts}: 1.0}}", save_strategy="steps", save_steps=2, logging_steps=3)
     whole = train("whole", **keys)
