@@ -503,7 +503,7 @@ def test_a_refused_pair_waits_for_people_and_is_paid_for_once(serve, ledger, tmp
         sent.append(len(server.bodies))
     before = sent[1]
     assert sent[0] < before and sent[1:] == [before] * 3
-    assert sum("unanswerable" in detail for _, detail in ledger.verdicts("p3", "m")) == 2
+    assert sum("unanswerable" in detail for detail in ledger.verdicts("p3", "m")) == 2
 
     def person():
         other = Ledger(tmp_path / "labels.sqlite")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,7 +137,7 @@ def test_it_runs_where_the_key_says(reward_model, reviews, monkeypatch):
     """On the device "meta", which is there on any machine."""
     config = Config(judge_model=str(reward_model), judge_device="meta", seed=7, judge_disagreement="coin",
                     judge_unanswerable="stop", oracle_wait_minutes=5.0)
-    made = RewardModelJudge.configured(config, as_json(reviews))
+    made = RewardModelJudge.from_config(config, SimpleNamespace(text_by_id=lambda: as_json(reviews)), {}, {})
     assert made.lm.device.type == "meta"
     assert (made.seed, made.disagreement, made.unanswerable, made.people.wait_seconds) == (7, "coin", "stop", 300.0)
     with pytest.raises(ValueError, match="^judge_device gpu: Expected one of cpu, cuda"):
