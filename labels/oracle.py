@@ -69,12 +69,14 @@ class Oracle:
     def __init__(self, annotator, path, config, run=None):
         self.annotator = annotator if rank() == 0 else None
         self.ledger = Ledger(path) if rank() == 0 else None
-        self.config, self.run, self.interrupt = config, run, run and run.interrupt
+        self.config, self.run = config, run
         self.untimed = run.untimed if run else contextlib.nullcontext
         self.about = self.annotator.about if self.annotator else {}  # for the summary
         if run and self.annotator:
             self.annotator.show = run.show_missing
         self.asks_together = annotator_class(config).asks_together
+        # Ctrl-C ends a wait for people or a judge. An annotator who answers at once is left to finish the step.
+        self.waiting = run.interrupt.at_once if run and self.asks_together else contextlib.nullcontext
         self.unasked = []  # (pair id, pseudo-label) of this rank and step
         self.step = -1  # the last one that has asked
         self.state = {"answers": 0, "pseudo_labels": 0, "pseudo_right": 0, "pseudo_known": 0, "budget_spent_at_step": None,
@@ -165,16 +167,8 @@ class Oracle:
             elif questions:  # it was spent once, and the run went on with a larger one
                 self.state["budget_spent_at_step"] = None
         while questions:  # more than once where somebody takes an answer back just before it is used
-            if self.interrupt:  # for an annotator who answers at once, Ctrl-C can wait until the step is done
-                self.interrupt.inside = self.asks_together
-            try:
-                if self.interrupt and self.interrupt.inside and self.interrupt.asked:  # while the step was scored
-                    raise KeyboardInterrupt
-                with self.untimed():
-                    self.annotator.answer(questions, self.ledger)
-            finally:
-                if self.interrupt:
-                    self.interrupt.inside = False
+            with self.untimed(), self.waiting():
+                self.annotator.answer(questions, self.ledger)
             known |= self.ledger.take([q.pair for q in questions])
             questions = [q for q in questions if q.pair not in known]
         return {pair: label or math.nan for pair, label in known.items()}

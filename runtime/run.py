@@ -31,8 +31,7 @@ from runtime.schedule import pairs_a_step
 class Interrupt:
     """Ctrl-C and SIGTERM (which schedulers send) ask the run to stop where it can be resumed; a second Ctrl-C kills it.
 
-    asked: set by the signal; the loop looks at it between steps.  inside: set while the run waits for an annotator who may
-    take hours; then the signal raises KeyboardInterrupt at once.
+    asked: set by the signal; the loop looks at it between steps.  inside: whether the run is in `at_once`.
     """
 
     def __init__(self):
@@ -47,6 +46,17 @@ class Interrupt:
         if not self.asked:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """Around a wait that may take hours: a signal, even one that came earlier, raises KeyboardInterrupt at once."""
+        self.inside = True
+        try:
+            if self.asked:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self.inside = False
 
     def __call__(self, number, frame):
         if number == signal.SIGINT and self.pressed:
