@@ -165,7 +165,10 @@ SEATS = """SELECT COUNT(*) FROM (
 
 
 def statements(script):
-    """Yield the statements of a script, each of which ends its line: sqlite3's executescript would commit a transaction."""
+    """Yield the statements of a script, one at a time; each ends at the end of a line.
+
+    sqlite3 has executescript, but that commits the transaction it is called in.
+    """
     statement = ""
     for line in script.splitlines(keepends=True):
         statement += line
@@ -251,7 +254,7 @@ class Ledger:
         return self.db.execute("PRAGMA user_version").fetchone()[0]
 
     def _make_tables(self):
-        """Make what is missing, or bring version 2 up to date, all or nothing. A second process here changes nothing."""
+        """Make what is missing, or bring version 2 up to date, all or nothing. Doing it twice changes nothing."""
         with self.transaction():
             old = self._version() == 2
             for script in (old * BEFORE_TABLES, TABLES, old * AFTER_TABLES, TOTALS, f"PRAGMA user_version = {VERSION};"):

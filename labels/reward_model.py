@@ -65,7 +65,7 @@ class RewardModelJudge(Judge):
                 name_or_path, output_loading_info=True, use_safetensors=True,
                 dtype="auto" if self.device.type == "cuda" else torch.float32)
         except (OSError, ValueError) as error:
-            where = "" if Path(name_or_path).exists() else "there is no such folder here, and loading from the hub failed: "
+            where = "" if Path(name_or_path).exists() else "there is no such folder here, and the hub could not provide it: "
             raise ValueError(f"reward model {self.model}: cannot be loaded: {where}{one_line(error, 300)}")
         if lm.config.num_labels != 1:
             raise ValueError(f"reward model {self.model}: has {lm.config.num_labels} outputs; take a model with one output")

@@ -160,9 +160,9 @@ class Config:
     toy_label_noise: float = key(0.05, "share of the built-in task's labels that are wrong", low=0, high=0.5)
 
 
-# Keys that may differ between a checkpoint and the run that resumes it, because what was computed stays the same: also under
-# a larger max_queries, and with another way to ask a judge, whose rubric has to stay (ChatJudge.check). How a step is cut
-# into micro-batches changes only rounding, as long as the step has as many pairs (checkpoint.check_same_run).
+# Keys that may differ between a checkpoint and the run that resumes it, because they do not change what has been computed.
+# Neither does a larger max_queries, nor another way to ask a judge, as long as its rubric is the same (ChatJudge.check). How
+# a step is cut into micro-batches changes only rounding, as long as it has as many pairs (checkpoint.check_same_run).
 FREE_ON_RESUME = {"logging_steps", "logging_first_step", "log_level", "eval_strategy", "eval_steps", "eval_on_start",
                   "do_eval", "max_eval_samples", "per_device_eval_batch_size", "save_strategy", "save_steps",
                   "save_total_limit", "resume_from_checkpoint", "report_to", "push_to_hub", "hub_model_id",

@@ -312,8 +312,8 @@ def backward(engine, loss, whole, last):
 
 
 def gradient_norm(engine):
-    """Norm of the step's gradient, before clipping; where it is not finite, the engine is kept from stepping. Under ZeRO the
-    engine sees to both itself: then None, and engine.get_global_grad_norm() has the norm after the step."""
+    """Norm of the step's gradient, before clipping; where it is not finite, the engine is kept from stepping. None under
+    ZeRO, where the engine does both itself; engine.get_global_grad_norm() has the norm after the step."""
     if engine.zero_optimization():
         return None
     norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]).item()

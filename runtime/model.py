@@ -64,7 +64,7 @@ def loading(what, name):
         elif "model.safetensors" in why:
             why += "; weights are read from safetensors alone"
         elif not os.path.exists(name):
-            why = f"there is no such folder here, and loading from the hub failed: {why}"
+            why = f"there is no such folder here, and the hub could not provide it: {why}"
         raise UsageError(f"{what} {name}: cannot be loaded ({type(error).__name__}: {why[:500]})")
 
 
@@ -91,7 +91,7 @@ def check_models(config, tokenizer):
 
 
 def check_same_tokens(config, tokenizer, name, revision):
-    """Refuse a model whose own tokenizer has other tokens for the same ids: it would be given the ids of another text."""
+    """Refuse a model whose own tokenizer gives the same ids to other tokens: the run's ids would be different text to it."""
     try:
         own = transformers.AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
     except Exception:  # it comes without a tokenizer, about which transformers may raise anything: nothing to compare
@@ -103,7 +103,7 @@ def check_same_tokens(config, tokenizer, name, revision):
     if len(other) > len(shared) / 100:  # a few reserved tokens may have been renamed
         raise UsageError(f"model {name}: its own tokenizer differs from the run's in {len(other):,} of {len(shared):,} "
                          f"tokens (id {other[0]} is {theirs[other[0]]!r} there and {ours[other[0]]!r} here), so it would "
-                         "read another text; take a model with the run's tokenizer")
+                         "read different text; take a model with the run's tokenizer")
 
 
 def resolve_model(config, name):
