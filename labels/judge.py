@@ -64,6 +64,7 @@ class Judge(Annotator):
 
     texts: function from a pair id to (prompt, y1, y2), each JSON of a string or of messages.  model: its name in the
     ledger.  seed: of the coin.  disagreement, unanswerable: as the keys judge_…  wait_minutes: how long to wait for people.
+    version: a hash of what else decides its answers, which comes from `source`, named by the key `source_key`.
     """
 
     name = "judge"
@@ -97,6 +98,27 @@ class Judge(Annotator):
     def past_verdicts(self, pair, ledger):
         """[detail] of this model's verdicts on a pair, oldest first."""
         return [json.loads(detail) for detail in ledger.verdicts(pair, self.model)]
+
+    def check(self, ledger):
+        """Refuse to mix two judges: raises LedgerError if this run's labels were given under another rubric, or by a reward
+        model of the same name with other weights. Says so if those of other runs were."""
+        here, reused = Counter(), Counter()
+        for counts, details in ((here, ledger.details()), (reused, ledger.details(-1, -1))):
+            for text, n in details:
+                if version := self.version_in(json.loads(text)):
+                    counts[version] += n
+        if others := here.total() - here.pop(self.version, 0):
+            raise LedgerError(
+                f"{ledger.path}: {others:,} of its answers were given {self.other_version} ({', '.join(here)}) than "
+                f"{self.source} ({self.version}): put {self.source_key} back as it was, or choose another output_dir; "
+                "`python tools/ledger.py NEW --reuse OLD` takes over the labels")
+        if others := reused.total() - reused.pop(self.version, 0):
+            say(f"{others:,} of the answers of other runs were given {self.other_version} ({', '.join(reused)}) than this "
+                f"run's ({self.version})")
+
+    @abc.abstractmethod
+    def version_in(self, detail):
+        """The `version` under which an answer was given, from what the ledger keeps about it; None: it has none."""
 
     def settle(self, question, verdict, ledger, **detail):
         """Commit an answer: the verdict, or what a pair without one gets. It cost what the pair's verdicts cost.
@@ -278,6 +300,7 @@ class ChatJudge(Judge):
     """
 
     needs = ("judge_url", "judge_model")
+    source_key, other_version = "judge_prompt", "under another rubric"
     attempts = 3  # replies to read for one verdict before giving up on the pair
 
     def __init__(self, texts, url, model, rubric=None, concurrency=8, seed=0, price=None, disagreement="tie",
@@ -288,6 +311,7 @@ class ChatJudge(Judge):
         self.endpoint, self.rubric = Endpoint(url, model, **options), rubric or Rubric()
         self.concurrency, self.price = concurrency, price
         self.settings = digest(self.endpoint.where, self.rubric.hash, self.endpoint.max_tokens, self.endpoint.extra)
+        self.version, self.source = self.rubric.hash, self.rubric.path
         self.about = {"judge_rubric": self.rubric.hash, "judge_rubric_file": self.rubric.path.name}
         self.useless = None  # the last replies, as long as none was usable: [(text, finish)]; None: not read back yet
 
@@ -300,24 +324,9 @@ class ChatJudge(Judge):
                    price=price, api_key=os.environ.get(config.judge_api_key_env), timeout=config.judge_timeout,
                    max_tokens=config.judge_max_tokens, extra=config.judge_extra_body, **shared)
 
-    def check(self, ledger):
-        """Refuse to mix rubrics: raises LedgerError if this run's labels were bought under another one. Says so if those of
-        other runs were."""
-        here, reused = Counter(), Counter()
-        for counts, details in ((here, ledger.details()), (reused, ledger.details(-1, -1))):
-            for text, n in details:
-                detail = json.loads(text)
-                if "rubric" in detail:  # null: from before there was a choice
-                    counts[detail["rubric"] or Rubric().hash] += n
-        own = self.rubric.hash
-        if others := here.total() - here.pop(own, 0):
-            raise LedgerError(
-                f"{ledger.path}: {others:,} of its answers were given under another rubric ({', '.join(here)}) than "
-                f"{self.rubric.path} ({own}): put judge_prompt back as it was, or choose another output_dir; `python "
-                "tools/ledger.py NEW --reuse OLD` takes over the labels")
-        if others := reused.total() - reused.pop(own, 0):
-            say(f"{others:,} of the answers of other runs were given under another rubric ({', '.join(reused)}) than this "
-                f"run's ({own})")
+    def version_in(self, detail):
+        if "rubric" in detail:
+            return detail["rubric"] or Rubric().hash  # null: from before there was a choice
 
     def answer(self, questions, ledger):
         """Settle every question, or raise Waiting. What was settled before that is in the ledger."""

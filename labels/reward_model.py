@@ -36,6 +36,7 @@ class RewardModelJudge(Judge):
     """
 
     needs = ("judge_model",)
+    source_key, other_version = "judge_model", "by other weights"
     useless = 0  # how many pairs in a row could not be scored
 
     def __init__(self, texts, name_or_path, batch_size=8, device=None, max_length=2048, **rest):
@@ -47,6 +48,7 @@ class RewardModelJudge(Judge):
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"judge_device {device}: {one_line(error, 100)}")
         self.tokenizer, self.lm = self._load(name_or_path)
+        self.source = f"those of {name_or_path}"
         self.inputs = inspect.signature(self.lm.forward).parameters
         self.pads = self._set_padding()
         self.tokenizer.truncation_side = "left"
@@ -57,8 +59,10 @@ class RewardModelJudge(Judge):
         return cls(texts, config.judge_model, device=config.judge_device, **shared)
 
     def _load(self, name_or_path):
-        """(tokenizer, model on the device)."""
+        """(tokenizer, model on the device). Sets `version`."""
         from transformers import AutoModelForSequenceClassification, AutoTokenizer  # slow; tools import this module too
+
+        from runtime.model import content_of
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path)
             lm, loading = AutoModelForSequenceClassification.from_pretrained(
@@ -76,6 +80,7 @@ class RewardModelJudge(Judge):
         if tokens > size:
             raise ValueError(f"reward model {self.model}: has embeddings for {size:,} tokens, but its tokenizer has "
                              f"{tokens:,}: put the model's own tokenizer beside it")
+        self.version = self.settings = content_of(name_or_path)
         try:
             return tokenizer, lm.to(self.device).eval()
         except torch.OutOfMemoryError:
@@ -105,12 +110,15 @@ class RewardModelJudge(Judge):
                 positions = table.num_embeddings - table.padding_idx - 1
         return positions
 
+    def version_in(self, detail):
+        return detail.get("weights")
+
     def answer(self, questions, ledger):
         """Settle every question. Raises Waiting on Ctrl-C, or where the key judge_unanswerable asks for it."""
         missing = self.unanswered(questions, ledger)
         asked, unanswerable = len(missing), {}
         verdicts = {pair: compare(*detail["scores"]) for pair in missing for detail in self.past_verdicts(pair, ledger)
-                    if "scores" in detail}  # from a run that was killed before it could settle them
+                    if self.version_in(detail) == self.version}  # from a run that was killed before it could settle them
         try:
             while missing:
                 self.show(len(missing))
@@ -118,10 +126,10 @@ class RewardModelJudge(Judge):
                 unanswerable |= self.judge([q for q in some if q.pair not in verdicts], verdicts, ledger)
                 for question in some:
                     if question not in unanswerable:
-                        self.settle(question, verdicts[question.pair], ledger)
+                        self.settle(question, verdicts[question.pair], ledger, weights=self.version)
                     del missing[question.pair]
             if unanswerable:
-                self.give_up_on(unanswerable, ledger)
+                self.give_up_on(unanswerable, ledger, weights=self.version)
             else:
                 self.show(0)
         except KeyboardInterrupt:
@@ -143,7 +151,8 @@ class RewardModelJudge(Judge):
                 continue
             verdicts[question.pair] = compare(first, second)
             ledger.add_verdict(question.pair, self.model, verdicts[question.pair],
-                               (time.monotonic() - started) / len(questions), None, json.dumps({"scores": [first, second]}))
+                               (time.monotonic() - started) / len(questions), None,
+                               json.dumps({"scores": [first, second], "weights": self.version}))
         self.useless = self.useless + len(unanswerable) if len(unanswerable) == len(questions) else 0
         if self.useless >= self.patience:
             raise ValueError(f"reward model {self.model}: it could not score any of the last {self.useless} pairs "

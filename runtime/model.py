@@ -249,18 +249,23 @@ def recompute_activations(lm):
 
 
 def weights_fingerprint(config, name):
-    """Hash of a model's weights: the commit of a hub model, or the content of a folder's files; for an adapter, of both."""
+    """Hash of a model's weights (`content_of`); for an adapter, of both."""
     base, revision, adapter = resolve_model(config, name)
-    if Path(base).exists():
-        found = folder_fingerprint(base)
-    else:  # just loaded through the hub's cache, whose folders are named after commits
-        found = f"{base}@{Path(huggingface_hub.try_to_load_from_cache(base, 'config.json', revision=revision)).parent.name}"
+    found = content_of(base, revision)
     if adapter:
         # Merging changes the last bits of the log-probs.
         found += f" {'+' if config.use_peft else 'merged with'} {folder_fingerprint(adapter)}"
     if config.load_in_4bit:
         found += f", {config.bnb_4bit_quant_type}{' nested' if config.use_bnb_nested_quant else ''}"
     return found
+
+
+def content_of(name, revision=None):
+    """The content of a model that has just been loaded: a hash of a folder's files, or a hub model's name and commit."""
+    if Path(name).exists():
+        return folder_fingerprint(name)
+    # The folders of the hub's cache are named after commits.
+    return f"{name}@{Path(huggingface_hub.try_to_load_from_cache(name, 'config.json', revision=revision)).parent.name}"
 
 
 def folder_fingerprint(folder):

@@ -1,5 +1,6 @@
 """labels/reward_model.py with a tiny reward model: `python -m pytest tests/test_reward_model.py`."""
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -20,10 +21,11 @@ from transformers import (
 
 from labels.annotators import Waiting
 from labels.judge import coin, judge_metrics
-from labels.ledger import Ledger
+from labels.ledger import Ledger, LedgerError
 from labels.reward_model import RewardModelJudge
 from runtime import toy
 from runtime.config import Config
+from tools.ledger import reuse
 
 
 def answers(ledger):
@@ -228,10 +230,32 @@ def test_a_reward_model_goes_on_where_it_was_interrupted(reward_model, reviews, 
     questions = [question(pair) for pair in reviews]
     with pytest.raises(Waiting, match="interrupted, 12 of 20 answers are missing"):
         grader.answer(questions, ledger)
-    ledger.add_verdict("r8", grader.model, -1, detail=json.dumps({"scores": [0, 1]}))  # scored before a kill
+    for pair, weights in (("r8", grader.version), ("r9", "other")):  # scored before a kill; r9 by other weights
+        ledger.add_verdict(pair, grader.model, -1, detail=json.dumps({"scores": [0, 1], "weights": weights}))
     grader.answer(questions, ledger)
     assert calls == [16, 16, 14, 8]
     assert len(answers(ledger)) == 20 and answers(ledger)["r8"] == -1
+
+
+def test_labels_by_other_weights_are_not_mixed_in(reward_model, reviews, ledger, tmp_path, capsys):
+    """A reward model that was trained again in its folder, between a run and its resume."""
+    folder = shutil.copytree(reward_model, tmp_path / "judge")
+    before = RewardModelJudge(as_json(reviews), folder)
+    before.answer([question("r0"), question("r1")], ledger)
+    RewardModelJudge(as_json(reviews), folder).check(ledger)
+    model = LlamaForSequenceClassification.from_pretrained(folder)
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(folder)
+    after = RewardModelJudge(as_json(reviews), folder)
+    with pytest.raises(LedgerError, match=rf"2 of its answers were given by other weights \({before.version}\) than those "
+                                          rf"of {folder} \({after.version}\): put judge_model back as it was"):
+        after.check(ledger)
+    (tmp_path / "new").mkdir()
+    reuse(tmp_path / "new", tmp_path)
+    with contextlib.closing(Ledger(tmp_path / "new" / "labels.sqlite")) as new:
+        after.check(new)
+    said = capsys.readouterr().out
+    assert f"2 of the answers of other runs were given by other weights ({before.version}) than this run's" in said
 
 
 def test_what_is_not_a_reward_model_is_refused_by_name(reward_model, tiny, tmp_path):
