@@ -47,7 +47,8 @@ def add_soft_labels(run, annotator, schedule, ds):
     with run.interruptible(1 + config.committee_size, "committee"):
         labels = buy(oracle, schedule)  # (pairs,)
         held_out = torch.tensor([drawn(f"half {config.seed} {id}") % 2 == 1 for id in pairs.ids])  # (pairs,)
-        held_out_rows = [row for row in rows if held_out[row] and labels[row] != 0]
+        # Each pair once: rows that repeat it would make a guess look sure of itself.
+        held_out_rows = [*{pairs.ids[row]: row for row in rows if held_out[row] and labels[row] != 0}.values()]
         graded = member_margins(run, schedule, ds, labels.masked_fill(held_out, 0.0), 0, held_out_rows, about)
         if knows_something(graded[held_out_rows], labels[held_out_rows]):
             margins = torch.stack([member_margins(run, schedule, ds, labels, n, rows, about)

@@ -279,6 +279,18 @@ def test_members_that_learn_nothing_are_not_believed(tiny, train, tmp_path):
     assert run.rows()[-1]["epoch"] == 1.5  # 12 steps of 8 of 64 pairs
 
 
+def test_a_pair_that_the_data_repeats_is_graded_once(tiny, train, tmp_path):
+    """Otherwise three rows a pair would make a guess 1.7 times as sure of itself."""
+    rows = (tiny / "pairs" / "train.jsonl").read_text().splitlines()[:40]
+    (tmp_path / "train.jsonl").write_text("\n".join(3 * rows))
+    run = train("committee-repeated", dataset_mixer=f"{{{tmp_path}: 1.0}}",
+                **KEYS | {"label_budget": 1, "committee_epochs": 0.1, "max_steps": 15})
+    pairs = [pair for pair, *_ in run.ledger()]
+    assert len(pairs) == 40
+    held_out = sum(committee.drawn(f"half 42 {pair}") % 2 for pair in pairs)
+    assert f" {held_out} others" in run.stdout
+
+
 @pytest.mark.parametrize("budget, labels", [(0.25, 30), (1, 120), (64, 64), (1e9, 120), (1e-6, 1)])
 def test_a_budget_is_a_share_or_a_number(budget, labels):
     assert labels_to_have(budget, 120) == labels
