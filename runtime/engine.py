@@ -82,15 +82,22 @@ def read_engine_file(config):
     return ds
 
 
+def offloads(zero):
+    """Whether the optimiser is on the host.  zero: zero_optimization of the config."""
+    return (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+
+
 def choose_stage(zero, config):
     """Change the ZeRO stage where another one computes the same and is better.  zero: zero_optimization of the config."""
-    offloads = any(zero.get(f"offload_{what}", {}).get("device", "none") != "none" for what in ("optimizer", "param"))
     stage = zero.get("stage", 0)
-    if world_size() == 1 and stage in (1, 2) and not offloads:  # alone, a process has nobody to share with
+    if world_size() == 1 and stage in (1, 2) and not offloads(zero):  # alone, a process has nobody to share with
         # fp32: ZeRO would only keep a second copy of the weights. bf16: a fifth faster on an H100 (results/gpu.md).
         zero["stage"] = 1 if config.bf16 else 0
     elif config.bf16 and stage == 0:
         say("ZeRO 0 with bf16 would update bf16 weights, which loses small steps: running as ZeRO 1, with fp32 weights")
+        zero["stage"] = 1
+    elif offloads(zero) and stage == 0:
+        say("ZeRO 0 would leave the optimiser on the device, despite offload_optimizer: running as ZeRO 1")
         zero["stage"] = 1
 
 
@@ -121,7 +128,10 @@ def check_engine_config(ds, config):
             ("bf16.bf16_master_weights_and_grads", bf16.bf16_master_weights_and_grads, "small steps would be lost"),
             ("zero_optimization.offload_optimizer.device nvme",
              zero.offload_optimizer and zero.offload_optimizer.device == "nvme",
-             "checkpoints do not hold what is stored there; offload to the cpu")):
+             "checkpoints do not hold what is stored there; offload to the cpu"),
+            ("zero_optimization.offload_param",
+             zero.stage != 3 and zero.offload_param and zero.offload_param.device != "none",
+             f"ZeRO {zero.stage} keeps the weights on the device; use ZeRO-3, or take it out")):
         if refused:
             raise UsageError(f"{place}: {name} cannot be honoured: {reason}")
     if bf16.enabled != config.bf16:
@@ -148,7 +158,7 @@ def make_optimizer(config, module, ds):
     groups = [group for group in groups if group["params"]]
     if config.optim == "rmsprop":
         return torch.optim.RMSprop(groups, lr=config.learning_rate)
-    if ds["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
+    if offloads(ds["zero_optimization"]):
         from deepspeed.ops.adam import DeepSpeedCPUAdam
         try:
             return DeepSpeedCPUAdam(groups, lr=config.learning_rate)

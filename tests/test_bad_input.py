@@ -695,6 +695,7 @@ def test_what_yaml_allows_is_still_allowed(tmp_path):
     (b'{"torch_autocast": {"enabled": true}}', "torch_autocast cannot be honoured"),
     (b'{"zero_optimization": {"stage": 2, "compute_grad_norm": "no"}}', "compute_grad_norm false cannot be honoured"),
     (b'{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}', "device nvme cannot be honoured"),
+    (b'{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', "offload_param cannot .*: ZeRO 2 keeps"),
 ])
 def test_engine_files_that_cannot_work(content, message, train, tmp_path):
     (tmp_path / "engine.json").write_bytes(content)

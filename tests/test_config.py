@@ -263,9 +263,11 @@ def test_the_engine_config_takes_what_the_yaml_owns(write, tmp_path, monkeypatch
             engine_config(dataclasses.replace(config, deepspeed=str(tmp_path / "ds.json"), torch_compile=True))
 
 
-def test_bf16_without_zero_keeps_fp32_weights(write, tmp_path, capsys):
-    (tmp_path / "ds.json").write_text('{"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 0}}')
-    config = parse_config(write(GOOD) + ["--bf16=true", f"--deepspeed={tmp_path / 'ds.json'}"])
+@pytest.mark.parametrize("bf16, zero", [("true", '{"stage": 0, "offload_optimizer": null}'),
+                                        ("false", '{"stage": 0, "offload_optimizer": {"device": "cpu"}}')])
+def test_zero_1_keeps_fp32_weights_and_offloads_where_zero_0_would_not(bf16, zero, write, tmp_path, capsys):
+    (tmp_path / "ds.json").write_text(f'{{"bf16": {{"enabled": "auto"}}, "zero_optimization": {zero}}}')
+    config = parse_config(write(GOOD) + [f"--bf16={bf16}", f"--deepspeed={tmp_path / 'ds.json'}"])
     assert engine_config(config)["zero_optimization"]["stage"] == 1
     assert "running as ZeRO 1" in capsys.readouterr().out
 
