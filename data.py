@@ -189,7 +189,7 @@ def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decont
     Raises DataError.
     """
     parse, version = (parsed_examples, [VERSION, "examples"]) if examples else (parsed_rows, [VERSION])
-    rows = mix(mixer, splits, kind, parse, version, configs, max_samples, seed)
+    rows, whole = mix(mixer, splits, kind, parse, version, configs, max_samples, seed)
     if rows is None:
         return None, {}, {}
     counts = {"rows": len(rows)}
@@ -207,7 +207,7 @@ def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decont
     if not len(rows):
         raise DataError(f"{', '.join(mixer)}: no {kind} pair is left ({_plain(counts)})")
 
-    labels, truths, conflicts = _answers(rows)
+    labels, truths, conflicts = _answers(rows, whole)
     pairs = Pairs(rows.select_columns(["id", "prompt_ids", "first_ids", "second_ids", "tokens"]),
                   hash_of(rendering, rows["id"][:], hash_of_tokens(rows)), counts,
                   rows.select_columns(["prompt", "first", "second", "place"]), kind)
@@ -258,14 +258,18 @@ def _drop_unusable(rows, counts):
     return rows.select(keep) if len(keep) < len(rows) else rows
 
 
-def _answers(rows):
+def _answers(rows, whole):
     """({id: label}, {id: truth}, number of rows whose label is not the pair's).
 
-    Where the rows of a pair disagree, as those of several annotators do, the majority counts, and in a draw the first row.
+    Where the rows of a pair disagree, as those of several annotators do, the majority counts, and in a draw the first row:
+    of `whole`, so that a pair has the same label in every random sample.
     """
-    ids, labels, truths = (rows[name][:] for name in ("id", "label", "truth"))  # whole columns: one by one is slow
+    mine = set(rows["id"][:])  # whole columns: one by one is slow
+    votes = [vote for vote in zip(*(whole[name][:] for name in ("id", "label", "truth"))) if vote[0] in mine]
+    ids, labels, truths = zip(*votes)
     found = majority(ids, labels)
-    return found, majority(ids, truths), sum(label != 0 and label != found[id] for id, label in zip(ids, labels))
+    outvoted = sum(label != 0 and label != found[id] for id, label in zip(rows["id"][:], rows["label"][:]))
+    return found, majority(ids, truths), outvoted
 
 
 def majority(ids, votes):

@@ -205,12 +205,13 @@ def parse_source(source, split, config_name, parse, version):
 
 
 def mix(mixer, splits, kind, parse, version, configs, max_samples, seed):
-    """The rows of all sources in one datasets.Dataset, or None if no source has any of the splits.
+    """(the rows of all sources in one datasets.Dataset, these and all that were left out at random), or (None, None) if no
+    source has any of the splits.
 
     parse, version: as parse_source has them; the other arguments as data.load_pairs has them.
     Raises DataError if kind is "train" and a source has none of the splits.
     """
-    parts = []
+    parts, whole = [], []
     for source, fraction in mixer.items():
         config_name = (configs or {}).get(source)
         here = [split for split in splits if has_split(source, split, config_name)]
@@ -220,15 +221,16 @@ def mix(mixer, splits, kind, parse, version, configs, max_samples, seed):
             raise DataError(f"{source}: has no split {' or '.join(splits)} (a folder holds SPLIT{{{','.join(SUFFIXES)}}})")
         for split in here:
             part = parse_source(source, split, config_name, parse, version)
+            whole.append(part)
             if kind == "train" and fraction < 1:
                 part = part.shuffle(seed=seed).select(range(round(fraction * len(part))))
             parts.append(part)
     if not parts:
-        return None
+        return None, None
     rows = datasets.concatenate_datasets(parts)
     if max_samples is not None and max_samples < len(rows):
         rows = rows.shuffle(seed=seed).select(range(max_samples))
-    return rows
+    return rows, datasets.concatenate_datasets(whole)
 
 
 def hash_of(*parts):

@@ -199,6 +199,19 @@ def test_the_majority_of_a_pairs_labels_counts(tmp_path):
     assert data.majority("aabbbcd", [-1, 1, 1, -1, -1, 0, 1]) == {"a": -1, "b": -1, "d": 1}
 
 
+@pytest.mark.parametrize("share, most", [(0.25, None), (1.0, 30), (0.5, 30)])
+def test_a_pair_has_the_label_of_most_of_its_rows_in_every_sample(tmp_path, share, most):
+    """In a draw that of the file's first row, not of the sample's."""
+    good, bad = [], []
+    for n in range(40):
+        good.append(preference(n))
+        bad.append(good[n] | {"chosen": good[n]["rejected"], "rejected": good[n]["chosen"]})
+    folder = write_folder(tmp_path / "s", bad + good + good[:20])  # of half of the pairs the opinions are a draw
+    _, labels, *_ = load_source(folder)
+    pairs, found, *_ = load_source({folder: share}, max_samples=most)
+    assert len(pairs) == (most or 25) and found == {id: labels[id] for id in pairs.ids}
+
+
 def test_hh_with_another_turn_inside_a_response():
     row = {"chosen": HH_PROMPT + " four", "rejected": HH_PROMPT + " five\n\nAssistant: more"}
     parsed = parse_row(row, "row")
