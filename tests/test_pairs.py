@@ -567,6 +567,8 @@ def test_what_cannot_be_read_or_written_is_said_in_one_line(model, chat_model, p
             ((model, "--prompts", write(tmp_path / "empty.txt", [])), "empty.txt: has no prompts"),
             ((tmp_path / "nowhere", "--prompts", prompts), "there is no such folder here; for a model on the hub say"),
             ((model, "--prompts", prompts, "--output", "pairs.txt"), "--output pairs.txt: this command writes a file"),
+            (("--prompts", prompts, "--endpoint", "http://a/v1", "--endpoint_model", "m", "--output", "pairs.csv"),
+             "--output pairs.csv: this command writes a file that ends in .jsonl"),  # or it could not go on with it
             ((model, "--prompts", prompts, "--output", "/proc/x/y.jsonl"), "/proc/x"),
             ((chat_model, model, "--prompts", prompts), "has a chat template, the other model has none"),
             (("--prompts", prompts, "--endpoint", "host/v1", "--endpoint_model", "m", "--output", "o.jsonl"), "'host/v1'")]:

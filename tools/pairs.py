@@ -388,7 +388,7 @@ def generate(options):
         options.model = [str(model) if name == "toy" else name for name in options.model]
     prompts = read_prompts(options.prompts)
     if options.endpoint:
-        writers, path = Server(options), Path(options.output)
+        writers, path = Server(options), output_path(None, options.output, Path("pairs.jsonl"))
     else:
         path = output_path(options.model[0], options.output, Path(options.model[0]) / "pairs.jsonl")
         writers = Writers(options)
