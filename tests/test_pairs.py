@@ -29,7 +29,7 @@ from helpers import (
 from test_generate import greedy, lines, one_line, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from labels.endpoint import Endpoint
+from labels.endpoint import Endpoint, Exchange
 from runtime import toy
 from runtime.formats import parse_prompt, parse_row
 from runtime.rendering import Renderer
@@ -451,6 +451,32 @@ def test_a_server_that_is_of_no_use_stops_the_run_and_nobody_is_left_out(serve, 
     assert f"20 prompts in a row without a usable pair; the last, {prompts}, row 30: {reason}" in one_line(capsys)
     assert len(lines(tmp_path / "pairs.jsonl")) == 10 and len(server.bodies) == 20 + 20 * requests
     assert not (tmp_path / "pairs.left_out.jsonl").exists()
+
+
+@pytest.mark.parametrize("answer, words", [
+    ((402, {}, "no credit"), "HTTP 402"), (completion("same"), "20 prompts in a row")], ids=["refused", "useless"])
+def test_a_run_that_stops_still_hears_what_it_has_sent(serve, tmp_path, monkeypatch, capsys, answer, words):
+    """The first prompt is answered only once the others have stopped the run. Its pair is paid for, so it is kept."""
+    made = []
+
+    class Seen(Exchange):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    def behave(prompt, n):
+        if prompt != "prompt 0":
+            return answer
+        assert made[0].stop.wait(300)
+        return written(prompt, n)
+
+    monkeypatch.setattr(pairs, "Exchange", Seen)
+    prompts, out = tmp_path / "p.txt", tmp_path / "pairs.jsonl"
+    prompts.write_text("".join(f"prompt {n}\n" for n in range(99)))
+    server = serve(behave)
+    ask(server, prompts, out, "--concurrency", 3, code=2)
+    assert words in one_line(capsys) and [row["number"] for row in lines(out)] == [1]
+    assert not (tmp_path / "pairs.left_out.jsonl").exists() and len(server.bodies) < 250  # of 990
 
 
 def test_a_server_of_newer_models_gets_the_fields_that_it_takes(serve, prompts, tmp_path, capsys):
