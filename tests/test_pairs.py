@@ -29,7 +29,7 @@ from helpers import (
 from test_generate import greedy, lines, one_line, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from labels.endpoint import Endpoint
+from labels.endpoint import Endpoint, Exchange
 from runtime import toy
 from runtime.formats import parse_prompt, parse_row
 from runtime.rendering import Renderer
@@ -453,6 +453,32 @@ def test_a_server_that_is_of_no_use_stops_the_run_and_nobody_is_left_out(serve, 
     assert not (tmp_path / "pairs.left_out.jsonl").exists()
 
 
+@pytest.mark.parametrize("answer, words", [
+    ((402, {}, "no credit"), "HTTP 402"), (completion("same"), "20 prompts in a row")], ids=["refused", "useless"])
+def test_a_run_that_stops_still_hears_what_it_has_sent(serve, tmp_path, monkeypatch, capsys, answer, words):
+    """The first prompt is answered only once the others have stopped the run. Its pair is paid for, so it is kept."""
+    made = []
+
+    class Seen(Exchange):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    def behave(prompt, n):
+        if prompt != "prompt 0":
+            return answer
+        assert made[0].stop.wait(300)
+        return written(prompt, n)
+
+    monkeypatch.setattr(pairs, "Exchange", Seen)
+    prompts, out = tmp_path / "p.txt", tmp_path / "pairs.jsonl"
+    prompts.write_text("".join(f"prompt {n}\n" for n in range(99)))
+    server = serve(behave)
+    ask(server, prompts, out, "--concurrency", 3, code=2)
+    assert words in one_line(capsys) and [row["number"] for row in lines(out)] == [1]
+    assert not (tmp_path / "pairs.left_out.jsonl").exists() and len(server.bodies) < 250  # of 990
+
+
 def test_a_server_of_newer_models_gets_the_fields_that_it_takes(serve, prompts, tmp_path, capsys):
     def behave(prompt, n):
         if "max_tokens" in server.bodies[-1]:
@@ -567,6 +593,8 @@ def test_what_cannot_be_read_or_written_is_said_in_one_line(model, chat_model, p
             ((model, "--prompts", write(tmp_path / "empty.txt", [])), "empty.txt: has no prompts"),
             ((tmp_path / "nowhere", "--prompts", prompts), "there is no such folder here; for a model on the hub say"),
             ((model, "--prompts", prompts, "--output", "pairs.txt"), "--output pairs.txt: this command writes a file"),
+            (("--prompts", prompts, "--endpoint", "http://a/v1", "--endpoint_model", "m", "--output", "pairs.csv"),
+             "--output pairs.csv: this command writes a file that ends in .jsonl"),  # or it could not go on with it
             ((model, "--prompts", prompts, "--output", "/proc/x/y.jsonl"), "/proc/x"),
             ((chat_model, model, "--prompts", prompts), "has a chat template, the other model has none"),
             (("--prompts", prompts, "--endpoint", "host/v1", "--endpoint_model", "m", "--output", "o.jsonl"), "'host/v1'")]:

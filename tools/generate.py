@@ -406,7 +406,7 @@ def output_path(model, wanted, usual):
     """Where the answers go. Raises UsageError if --output is missing where it is needed, or has the wrong ending.
 
     wanted: what --output says, or None.  usual: the place in the model's folder."""
-    if not Path(model).is_dir() and not wanted:
+    if not wanted and not Path(model).is_dir():
         raise UsageError(f"{model}: there is no such folder here; for a model on the hub say --output FILE too")
     path = Path(wanted) if wanted else usual
     if path.suffix != usual.suffix:

@@ -320,8 +320,9 @@ class Server(Endpoint):
         return ""
 
     def pairs(self, questions, done):
-        """Yield rows as they arrive. Raises UsageError if the server gives no usable pair, Stopped if it does not answer."""
-        todo, last_reply_at, left_out, problem = len(questions) - len(done), -math.inf, [], ""
+        """Yield rows as they arrive. Raises UsageError if the server gives no usable pair, Stopped if it does not answer;
+        either way only once the replies to what was sent before have come, because they are paid for."""
+        todo, last_reply_at, left_out, problem, useless = len(questions) - len(done), -math.inf, [], "", ""
         with Exchange(self.write, self.concurrency) as exchange:
             for question in questions:
                 if question.key not in done:
@@ -330,9 +331,12 @@ class Server(Endpoint):
                 while self.news:
                     say(f"{self.model}: {self.news.pop(0)}")
                 if isinstance(found, Refused):
-                    raise UsageError(f"{self.where}: {found}; check the url, the model and the key")
+                    useless = useless or f"{self.where}: {found}; check the url, the model and the key"
+                    exchange.stop.set()
+                    continue
                 if isinstance(found, GaveUp):
-                    problem = f"{question.place}: {found}"
+                    if not exchange.stop.is_set():  # what fails after the stop is not the reason for it
+                        problem = f"{question.place}: {found}"
                     if last_reply_at < found.started:  # no other request got through either: the server is down
                         exchange.stop.set()
                     continue
@@ -342,13 +346,18 @@ class Server(Endpoint):
                 if "reason" in found:  # kept back, as it may be the server's fault
                     left_out.append(found)
                     if len(left_out) == self.patience:
-                        raise UsageError(f"{self.where}: {self.patience} prompts in a row without a usable pair; the last, "
-                                         f"{question.place}: {found['reason']}: look at what the server writes, or raise "
-                                         "--temperature")
+                        useless = useless or (f"{self.where}: {self.patience} prompts in a row without a usable pair; the "
+                                              f"last, {question.place}: {found['reason']}: look at what the server writes, "
+                                              "or raise --temperature")
+                        exchange.stop.set()
+                elif len(left_out) >= self.patience:
+                    yield [found]
                 else:
                     yield [found, *left_out]
                     todo -= 1 + len(left_out)
                     left_out = []
+        if useless:
+            raise UsageError(useless)
         if left_out:
             yield left_out
         if todo > len(left_out):
@@ -358,6 +367,8 @@ class Server(Endpoint):
     def write(self, question, stop):
         """The row of a question, in a thread of the Exchange. Raises Refused, TextRefused or GaveUp."""
         for draw in range(1, DRAWS + 1):
+            if draw > 1 and stop.is_set():
+                raise GaveUp("stopped", time.monotonic())
             replies = [self.ask(self.fields(question, side, draw), stop, random.Random(f"{question.key} {draw} {side}"),
                                 self.temperature) for side in (0, 1)]
             row = outcome(question, [(reply.content.strip(), FINISHES.get(reply.finish, "stop")) for reply in replies], draw)
@@ -388,7 +399,7 @@ def generate(options):
         options.model = [str(model) if name == "toy" else name for name in options.model]
     prompts = read_prompts(options.prompts)
     if options.endpoint:
-        writers, path = Server(options), Path(options.output)
+        writers, path = Server(options), output_path(None, options.output, Path("pairs.jsonl"))
     else:
         path = output_path(options.model[0], options.output, Path(options.model[0]) / "pairs.jsonl")
         writers = Writers(options)
