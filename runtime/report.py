@@ -141,12 +141,14 @@ def summarise(schedule, oracle, run, engine):
     """summary.json without its times. All ranks call it together; only rank 0 knows the ledger."""
     config, evaluation = run.config, run.evaluation
     pairs = schedule.considered or len(schedule.ids_seen())
+    # In another epoch a pair is not another draw: as often as it comes up, the interval counts it once.
+    often = max(1, run.step * schedule.step_pairs / pairs)
     queries, state, audit = oracle.queries(), oracle.state, oracle.audit()
     spent, incomplete = cost(oracle)
     return {"pairs": pairs, "queries": queries, "query_fraction": queries / pairs,
             "queries_without_preference": oracle.without_preference(), "pseudo_labels": state["pseudo_labels"],
             "pseudo_label_accuracy": pseudo_label_accuracy(state),
-            "pseudo_label_interval": (list(wilson(state["pseudo_right"], state["pseudo_known"]))
+            "pseudo_label_interval": (list(wilson(state["pseudo_right"] / often, state["pseudo_known"] / often))
                                       if state["pseudo_known"] else None),
             "audited": audit["audited"] if audit else 0, "audit_accuracy": audit and audit["accuracy"],
             "audit_interval": audit and list(audit["interval"]), "cost": spent, "cost_incomplete": incomplete,

@@ -23,6 +23,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import adpo
 import data
 from labels.annotators import DatasetAnnotator
+from labels.oracle import wilson
 from runtime import reference
 from runtime.run import Run
 
@@ -213,6 +214,13 @@ def test_every_pair_is_seen_once_an_epoch_and_none_is_asked_twice(train):
     steps = [step for _, _, step in run.ledger()]
     assert [steps.count(step) for step in range(12)] == [8, 8, 8, 8, 8, 2, 0, 0, 0, 0, 0, 0]
     assert run.summary()["pairs"] == run.summary()["queries"] == 42 and run.summary()["pseudo_labels"] == 0
+
+
+def test_the_interval_of_pseudo_labels_counts_a_pair_once(train):
+    """Two epochs of 40 pairs. Those of the first step, whose margins are 0, are asked."""
+    summary = train("twice", max_train_samples=40, max_steps=-1, num_train_epochs=2, gamma=0, do_eval=False).summary()
+    assert (summary["queries"], summary["pseudo_labels"]) == (8, 2 * 32)
+    assert summary["pseudo_label_interval"] == pytest.approx(wilson(summary["pseudo_label_accuracy"] * 32, 32))
 
 
 def test_resume_is_exact(train, tmp_path):
