@@ -366,6 +366,8 @@ def test_a_reply_that_is_not_processed_yet_keeps_its_thread_from_sending_more():
                 time.sleep(0.01)
             time.sleep(0.1)  # in which another would be sent
             assert len(sent) == processed + 2
+    time.sleep(0.1)
+    assert len(sent) == 4  # nor is one sent once the `with` block is left
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
