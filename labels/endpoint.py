@@ -365,6 +365,7 @@ def read_reply(content, seconds):
     tokens = [usage.get(key) if isinstance(usage, dict) else None for key in ("prompt_tokens", "completion_tokens")]
     tokens = tuple(count if isinstance(count, int) else None for count in tokens)
     content = message.get("content")
+    finish = finish if isinstance(finish, str) else None
     return Reply(text, finish, tokens, seconds, thought, content if isinstance(content, str) else "")
 
 
@@ -372,7 +373,7 @@ def status_of(body):
     """The HTTP status that an error within an HTTP 200 names, as routers in front of several servers send it, or None."""
     try:
         return int(body["error"]["code"])
-    except (LookupError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, OverflowError):
         return None
 
 

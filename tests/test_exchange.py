@@ -178,6 +178,22 @@ def test_an_export_does_not_replace_answers(store, tmp_path, format):
     assert export_questions(store, path, format) == 2
 
 
+def test_an_export_with_a_single_answer_in_it_is_not_replaced_either(store, tmp_path):
+    """Nor is it where a question is skipped, which an import takes for what it is."""
+    ask(store, simple(3))
+    path = tmp_path / "questions"
+    export_questions(store, path, "jsonl")
+    questions = path.read_text().splitlines(keepends=True)
+    for n, label in enumerate(("a", "skip", "")):
+        content = [line.replace("{", f'{{"label": "{label}", ', 1) if k == n else line for k, line in enumerate(questions)]
+        path.write_text("".join(content))
+        with pytest.raises(ExchangeError, match="holds more than questions"):
+            export_questions(store, path, "jsonl")
+        assert path.read_text() == "".join(content)
+        assert import_answers(store, path, "jsonl") == {"answered": int(n == 0), "second_opinions": 0, "already_there": 0,
+                                                        "replaced": 0, "skipped": 3 - int(n == 0)}
+
+
 def test_several_annotations_of_a_task(store, tmp_path):
     """Each is an opinion. A cancelled one and one without a choice are skipped, and what is there twice counts once."""
     ask(store, simple(1))

@@ -230,6 +230,7 @@ TROUBLE = {
     "cut short": (200, {"Content-Length": "1000"}, b'{"choices": ['),
     "invalid JSON": b"<html>[[A]]</html>",
     "an error in a 200": (200, {}, {"error": {"message": "overloaded"}}),
+    "an error in a 200, whose code is no number": b'{"error": {"code": 1e999}}',
     "no choices": (200, {}, {"choices": []}),
     "null": b"null",
     "deep": b"[" * 200_000,
@@ -349,6 +350,24 @@ def test_nobody_listens(ledger, serve):
     server.http.server_close()
     with pytest.raises(Waiting, match="6 of 6 answers are missing; pair p.: .*[Rr]efused"):
         chat(server).answer(QUESTIONS, ledger)
+
+
+def test_a_reply_that_is_not_processed_yet_keeps_its_thread_from_sending_more():
+    """So no more of them than requests at once are paid for and lost where the run is killed."""
+    sent = []
+    with endpoint.Exchange(lambda request, stop: sent.append(request) or "reply", 2) as exchange:
+        for request in range(1, 10):
+            exchange.put(request)
+        replies = iter(exchange)
+        for processed in range(3):
+            next(replies)
+            deadline = time.monotonic() + 300
+            while len(sent) < processed + 2 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.1)  # in which another would be sent
+            assert len(sent) == processed + 2
+    time.sleep(0.1)
+    assert len(sent) == 4  # nor is one sent once the `with` block is left
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])

@@ -100,12 +100,20 @@ def test_a_reply_without_a_verdict_is_no_verdict_of_no_preference(tmp_path):
     store = Ledger(tmp_path / "labels.sqlite")
     for verdict, detail in ((0, {"said": None, "reply": "hm"}), (1, {"said": "A"}), (1, {"said": "B"})):
         store.add_verdict("a", "model", verdict, detail=json.dumps(detail))
-    for detail in ({"said": None, "reply": "hm"}, {"unanswerable": "HTTP 400"}):
+    for detail in ({"said": None, "reply": "hm"}, {"unanswerable": "HTTP 400"}, {"unanswerable": "HTTP 413"}):
         store.add_verdict("b", "model", 0, detail=json.dumps(detail))
     for detail in ({"said": "C"}, {"said": "C"}):
         store.add_verdict("c", "model", 0, detail=json.dumps(detail))
     store.close()
     assert words_of(ledger.report(tmp_path), "model") == "2 1 0 1 50.0%"
+
+
+def test_an_audited_label_agrees_with_the_sign_of_its_margin(tmp_path):
+    store = Ledger(tmp_path / "labels.sqlite")
+    store.add("dataset", [(Question(f"p{n}", margin, 0, audit=True), label, "", None, None)
+                          for n, (margin, label) in enumerate([(-2.0, -1), (1.0, 1), (-1.0, 1)])])
+    store.close()
+    assert words_of(ledger.report(tmp_path), "audited  ").startswith("2 of 3, 66.7% ")
 
 
 def test_answers_without_a_preference_are_counted_apart(run, tmp_path, capsys):
@@ -324,6 +332,8 @@ def test_reuse_keeps_how_each_answer_came_about(run, tmp_path, capsys):
     store = Ledger(new / "labels.sqlite")
     assert dict(store.db.execute("SELECT detail, COUNT(*) FROM answers GROUP BY detail")) == {None: 7, '{"coin": true}': 1}
     store.close()
+    assert words_of(main(capsys, run)[1], "judge  ") == "1 by coin"
+    assert words_of(main(capsys, new)[1], "judge  ") == "none"  # it has asked none
 
 
 def alpha(units):
@@ -370,6 +380,12 @@ def test_the_agreement_of_people(panel, capsys):
     # The labels are y1, y1, y2, 0, 0 (a split); f and g are open.
     assert words_of(people, "ann") == "7 1 5 80.0% 5.0 720" and words_of(people, "bob") == "6 3 5 80.0% 5.0 720"
     assert words_of(people, "cat") == "5 1 5 40.0% 5.0 720"
+    store = Ledger(folder / "labels.sqlite")
+    assert store.settle_all(Panel()) == 2  # ann alone decides f, and nobody g
+    store.close()
+    text = main(capsys, folder)[1]
+    people = text[text.index("People, and"):]
+    assert words_of(people, "ann") == "7 1 6 66.7% 5.0 720" and words_of(people, "bob") == "6 3 6 83.3% 5.0 720"
 
 
 def test_who_decides_between_the_others_has_no_independent_opinion(panel, tmp_path, capsys):

@@ -490,6 +490,12 @@ def test_a_server_of_newer_models_gets_the_fields_that_it_takes(serve, prompts, 
     assert "m: it takes no max_tokens, so max_completion_tokens is sent instead" in capsys.readouterr().out
 
 
+def test_a_finish_reason_that_is_no_text_is_none(serve, tmp_path):
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": "the view"}])
+    ask(serve(lambda prompt, n: completion(f"{n}", {"type": "stop"})), prompts, tmp_path / "pairs.jsonl")
+    assert [row["finish_a"] for row in lines(tmp_path / "pairs.jsonl")] == ["stop"]
+
+
 def test_a_response_is_the_content_as_it_is_and_thinking_alone_is_none(serve, tmp_path):
     def behave(prompt, n):
         status, headers, body = completion(f"use <think> and </think> {n}" if n else None, "length")

@@ -1,6 +1,8 @@
 """LoRA: `python -m pytest tests/test_peft.py -n 0`. Real runs of the tiny model; peft itself reads the adapter back."""
 
 import json
+import os
+import shutil
 
 import peft
 import pytest
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 
 from runtime import model
 from runtime.config import Config
+from tools import generate
 
 LORA = dict(use_peft=True, lora_r=4, lora_alpha=8, lora_target_modules="all-linear", learning_rate="1e-2")
 
@@ -42,6 +45,25 @@ def test_an_adapter_is_saved_that_peft_loads(adapted, tiny):
     assert saved.keys() == loaded.keys() and all(torch.equal(saved[name], loaded[name]) for name in saved)
     assert (logits(model, tiny) - logits(load(tiny / "model"), tiny)).abs().max() > 0.1
     assert torch.equal(logits(load(adapted.output), tiny), logits(model, tiny))  # transformers finds the base itself
+
+
+def test_an_adapter_answers_and_writes_pairs(adapted, tiny, tmp_path, capsys):
+    """As the model that peft loads; and whose answers they are depends on the weights that it changes too."""
+    base, folder = shutil.copytree(tiny / "model", tmp_path / "base"), shutil.copytree(adapted.output, tmp_path / "adapter")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
+    (tmp_path / "q.jsonl").write_text('{"prompt": "review of the hotel :"}\n')
+    asked = [str(folder), "--max_new_tokens", "8", "--questions", str(tmp_path / "q.jsonl")]
+    assert generate.main(asked) == 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    ids = tokenizer("review of the hotel :", return_tensors="pt").input_ids
+    lm = peft.PeftModel.from_pretrained(load(base), folder)
+    new = lm.generate(input_ids=ids, max_new_tokens=8, do_sample=False)[0, ids.size(1):]
+    found = json.loads((folder / "responses.jsonl").read_text())
+    assert found["response"] == tokenizer.decode(new, skip_special_tokens=True).strip()
+    assert generate.main([*asked[:3], "--pairs", "--prompts", asked[-1]]) == 0 and "1 pairs in" in capsys.readouterr().out
+    os.utime(base / "model.safetensors", ns=(1, 1))
+    assert generate.main(asked) == 2 and "another weights" in capsys.readouterr().err
 
 
 def test_merged_it_is_a_plain_model_that_computes_the_same(train, adapted, tiny):

@@ -358,7 +358,7 @@ class Model:
 
     def settings(self):
         """What, besides the flags, decides what it answers."""
-        return {"weights": weights(self.config, Path(self.name)), "bf16": self.config.bf16,
+        return {"weights": weights(self.config), "bf16": self.config.bf16,
                 "prompts": self.prompts.renderer.fingerprint(), "max_new_tokens": self.new, "seed": self.config.seed}
 
     def __str__(self):
@@ -458,22 +458,25 @@ def model_config(name, options, device):
 
 def lengths(config, wanted):
     """(most tokens of a prompt and its answer, most tokens of an answer).  wanted: the latter, or None."""
-    from runtime.model import loading
-    with loading("model", config.model_name_or_path):
-        shape = AutoConfig.from_pretrained(
-            config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code)
+    from runtime.model import loading, resolve_model
+    name, revision, _ = resolve_model(config, config.model_name_or_path)  # of an adapter, the model that it changes
+    with loading("model", name):
+        shape = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=config.trust_remote_code)
     longest = getattr(shape.get_text_config(), "max_position_embeddings", None) or ALL
     if wanted and wanted >= longest:
         raise UsageError(f"--max_new_tokens {wanted:,}: the model has {longest:,} positions; leave some for the prompt")
     return longest, wanted or min(1024, longest // 2)
 
 
-def weights(config, folder):
-    """What tells a folder's weights from others that were there before; for a hub model, its revision."""
-    if not folder.is_dir():
-        return f"{config.model_name_or_path} {config.model_revision}"
-    files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in sorted(folder.glob("*.safetensors"))]
-    return hash_of(*files)
+def weights(config):
+    """What tells a folder's weights from others that were there before; for a hub model, its revision; for an adapter, both
+    its own weights and those of the model that it changes."""
+    from runtime.model import resolve_model
+    base, revision, adapter = resolve_model(config, config.model_name_or_path)
+    local = Path(base).is_dir()
+    files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for folder in (base if local else None, adapter)
+             if folder for file in sorted(Path(folder).glob("*.safetensors"))]
+    return hash_of(*files) if local else f"{base} {revision}" + (f" {hash_of(*files)}" if adapter else "")
 
 
 def how_asked(prompts, questions):
