@@ -83,7 +83,7 @@ class Bench:
         for name in ("gpu.md", "gpu.log"):
             (self.output / name).write_text("")
         self.folder = Path(tempfile.gettempdir()) / f"adpo-gpu{'-small' * options.small}"
-        self.lock, self.done, self.rate = threading.RLock(), {}, None
+        self.lock, self.done, self.rate, self.running = threading.RLock(), {}, None, []
         # A rerun keeps models, but neither runs nor cached log-probs, which may come from other code.
         for name in ("runs", "cache"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -190,6 +190,7 @@ class Bench:
         with open(printed, "wb") as file:
             process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=self.environment, stdout=file,
                                        stderr=subprocess.STDOUT)
+        self.running.append(process)
         while process.poll() is None:
             if not error_at and re.search(rb"(^|[\r\n])error: ", printed.read_bytes()):
                 error_at = time.time()
@@ -208,6 +209,12 @@ class Bench:
         summary = output / "summary.json"
         return Ran(process.returncode, log, read_rows(output), json.loads(summary.read_text()) if summary.exists() else {},
                    ended - started, ended - (error_at or ended), output)
+
+    def end(self, number, frame):
+        """On Ctrl-C or SIGTERM: end at once, with what runs; it would go on, and slow down whatever uses the card next."""
+        for process in self.running:
+            process.kill()
+        os._exit(128 + number)
 
     def once(self, name, *arguments, **keys):
         """`train`, or its result if a run of this name is done already."""
@@ -693,6 +700,8 @@ def perform_together(bench, group):
 
 def main(options):
     bench = Bench(options)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, bench.end)
     bench.say(f"# What a GPU shows: {bench.card()}\n\n`python benchmarks/gpu.py {' '.join(sys.argv[1:])}`, "
               f"{time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC; {bench.options.limit - bench.left():.0f} s to start.")
     verdicts = []
