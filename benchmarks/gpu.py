@@ -301,7 +301,7 @@ RATES = {
 
 def measured(bench, name):
     """[(title, keys, rows of metrics.jsonl, peak memory in bytes)] of the runs of RATES[name], in one process. The rows are
-    those of steps 1, 8 and 16, or None where a run failed or there was no time."""
+    those of steps 1, 8 and 16. Where a run failed or there was no time, some are missing, and the peak is 0."""
     shape, _, runs = RATES[name]
     if name not in bench.done:
         jobs = []
@@ -315,7 +315,7 @@ def measured(bench, name):
         bench.done[name] = []
         for job, (title, keys) in zip(jobs, runs):
             peak = Path(job["peak"])
-            rows = read_rows(Path(job["config"]).with_suffix("")) if peak.exists() else None
+            rows = read_rows(Path(job["config"]).with_suffix(""))
             bench.done[name].append((title, keys, rows, int(peak.read_text()) if peak.exists() else 0))
     return bench.done[name]
 
@@ -329,12 +329,13 @@ def rates(bench, name):
     best, failed, margins = 0.0, [], []
     yield RATES_HEAD
     for title, keys, rows, peak in measured(bench, name):
-        if not rows:
+        margins += [row["rewards/margins"] for row in rows[:1]]
+        if not peak:  # how far it came counts all the same
             failed.append(title)
-            yield f"| {title} | failed, or no time was left: see gpu.log |"
+            cold, warm = ([f"{row['tokens_per_second']:,.0f}" for row in rows[1:]] + ["", ""])[:2]
+            yield f"| {title} | {cold} | {warm} | | | | | {margins[-1] if rows else ''} |"
             continue
         cold, warm = (row["tokens_per_second"] for row in rows[1:])
-        margins.append(rows[0]["rewards/margins"])
         # The weights that an adapter leaves frozen need no gradient, a third of the work.
         share = warm / tokens / bench.matrix_rate() * (4 / 6 if "use_peft" in keys else 1)
         best = max(best, share * once)
@@ -342,10 +343,10 @@ def rates(bench, name):
         yield (f"| {title} | {cold:,.0f} | {warm:,.0f} | {share * once:.3f} | {share * twice:.3f} | {peak / 1e9:.1f} | "
                f"{'' if 'use_peft' in keys else f'{fit / 1e9:.1f}'} | {margins[-1]} |")
     if failed:
-        yield False, f"failed: {', '.join(failed)}"
+        yield False, f"failed, or no time was left: {', '.join(failed)}: see gpu.log"
     if margins:
         yield all(margin == 0 for margin in margins), "(8) the margin of step 1 is 0" + " in each run" * (len(margins) > 1)
-    if aim:
+    if best and aim:
         yield best >= aim if bench.cuda else None, f"the best share of the card's rate is {best:.3f} (aim: {aim:.2f})"
 
 
@@ -494,7 +495,7 @@ def attention(bench):
 def trl(bench):
     if not all(importlib.util.find_spec(name) for name in ("trl", "accelerate", "datasets")):
         return (yield None, "TRL is not installed: skipped")
-    folder, ours = bench.folder / "runs" / "trl", [run for run in measured(bench, "135M") if run[2]]
+    folder, ours = bench.folder / "runs" / "trl", [run for run in measured(bench, "135M") if run[3]]
     if not ours:
         return (yield False, "train.py: failed, or no time was left: see gpu.log")
     job = {"model": str(bench.model("SmolLM2-135M")), "pairs": str(bench.pairs), "output": str(folder), "reference": None,

@@ -1,14 +1,19 @@
 """benchmarks/gpu.py, as far as it needs neither a GPU nor a model."""
 
+import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu  # noqa: E402
+
 # benchmarks/gpu.py with this check alone, and no model or pairs to make.
 SCRIPT = """
 import os, pathlib, sys, threading, time
@@ -53,3 +58,32 @@ def test_what_is_interrupted_leaves_nothing_running(number, how, tmp_path):
             time.sleep(0.05)
     finally:
         process.kill()
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """A Bench without models and pairs, whose card reaches 1 TFLOP/s."""
+    bench = object.__new__(gpu.Bench)
+    bench.folder, bench.done, bench.lengths, bench.cuda, bench.small = tmp_path, {}, [(100, 50, 70)], True, False
+    bench.rate, bench.lock = 1e12, threading.RLock()
+    bench.model, bench.left = lambda shape: tmp_path / shape, lambda: 60
+    bench.pairs = tmp_path / "pairs"
+    return bench
+
+
+def test_a_run_that_is_cut_off_keeps_what_it_has(bench, monkeypatch):
+    """Of two runs one ended, and the other was killed after its second line: its speed and its first margin are there."""
+    monkeypatch.setattr(gpu, "RATES", {"x": ("SmolLM2-135M", 0.3, [("whole", {}), ("cut", {}), ("never", {})])})
+
+    def process(command, output, **rest):
+        for n, steps in enumerate([(1, 8, 16), (1, 8)]):
+            output.with_name(f"rates-x-{n}").mkdir()
+            rows = [{"split": "train", "step": step, "tokens_per_second": 1000.0 * step, "rewards/margins": n / 2}
+                    for step in steps]
+            (output.with_name(f"rates-x-{n}") / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        output.with_name("rates-x-0.peak").write_text("5000000000")
+    bench.process = process
+    _, whole, cut, never, *verdicts = gpu.rates(bench, "x")
+    assert whole.startswith("| whole | 8,000 | 16,000 | ") and whole.endswith(" | 0.0 |")
+    assert cut == "| cut | 8,000 |  | | | | | 0.5 |" and never == "| never |  |  | | | | |  |"
+    assert [passed for passed, _ in verdicts] == [False, False, True] and "cut, never: see gpu.log" in verdicts[0][1]
