@@ -324,8 +324,7 @@ def rates(bench, name):
     """A table of speeds, one run a line."""
     from speed import unique_flops
     shape, aim, _ = RATES[name]
-    (once, tokens), (twice, _) = (unique_flops(bench.shape(shape), pairs) for pairs in (
-        bench.lengths, [(0, prompt + first, prompt + second) for prompt, first, second in bench.lengths]))
+    two_rows = [(0, prompt + first, prompt + second) for prompt, first, second in bench.lengths]
     best, failed, margins = 0.0, [], []
     yield RATES_HEAD
     for title, keys, rows, peak in measured(bench, name):
@@ -336,8 +335,9 @@ def rates(bench, name):
             yield f"| {title} | {cold} | {warm} | | | | | {margins[-1] if rows else ''} |"
             continue
         cold, warm = (row["tokens_per_second"] for row in rows[1:])
-        # The weights that an adapter leaves frozen need no gradient, a third of the work.
-        share = warm / tokens / bench.matrix_rate() * (4 / 6 if "use_peft" in keys else 1)
+        (once, tokens), (twice, _) = (unique_flops(bench.shape(shape), pairs, 4 if "use_peft" in keys else 6)
+                                      for pairs in (bench.lengths, two_rows))
+        share = warm / tokens / bench.matrix_rate()
         best = max(best, share * once)
         fit = fitted(bench, shape, keys.get("micro_batch_tokens", 16384), "gradient_checkpointing" in keys)
         yield (f"| {title} | {cold:,.0f} | {warm:,.0f} | {share * once:.3f} | {share * twice:.3f} | {peak / 1e9:.1f} | "

@@ -9,10 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
+import speed  # noqa: E402
 
 # benchmarks/gpu.py with this check alone, and no model or pairs to make.
 SCRIPT = """
@@ -87,3 +91,21 @@ def test_a_run_that_is_cut_off_keeps_what_it_has(bench, monkeypatch):
     assert whole.startswith("| whole | 8,000 | 16,000 | ") and whole.endswith(" | 0.0 |")
     assert cut == "| cut | 8,000 |  | | | | | 0.5 |" and never == "| never |  |  | | | | |  |"
     assert [passed for passed, _ in verdicts] == [False, False, True] and "cut, never: see gpu.log" in verdicts[0][1]
+
+
+def test_an_adapter_spares_the_gradients_of_frozen_weights_and_nothing_of_attention():
+    """Against torch's own count of the products, whose attention computes every position, seen or not."""
+    config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                      num_attention_heads=4, num_key_value_heads=2, attn_implementation="eager")
+    lm, T = transformers.LlamaForCausalLM(config), 10
+    counted = []
+    for frozen in (False, True):
+        for weight in lm.parameters():
+            weight.requires_grad_(not frozen)
+        inputs = torch.randn(1, T, 32, requires_grad=True)
+        with FlopCounterMode(display=False) as counter:
+            lm(inputs_embeds=inputs, use_cache=False).logits.sum().backward()
+        counted.append(counter.get_total_flops())
+    unseen = 3 * 4 * 2 * 32 * (T * T / 2)
+    full, adapter = (speed.unique_flops(config, [(0, T, 0)], n)[0] + unseen for n in (6, 4))
+    assert [full, adapter] == counted
