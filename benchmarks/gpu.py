@@ -83,7 +83,7 @@ class Bench:
         for name in ("gpu.md", "gpu.log"):
             (self.output / name).write_text("")
         self.folder = Path(tempfile.gettempdir()) / f"adpo-gpu{'-small' * options.small}"
-        self.lock, self.done, self.rate = threading.RLock(), {}, None
+        self.lock, self.done, self.rate, self.running = threading.RLock(), {}, None, []
         # A rerun keeps models, but neither runs nor cached log-probs, which may come from other code.
         for name in ("runs", "cache"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
@@ -190,6 +190,7 @@ class Bench:
         with open(printed, "wb") as file:
             process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=self.environment, stdout=file,
                                        stderr=subprocess.STDOUT)
+        self.running.append(process)
         while process.poll() is None:
             if not error_at and re.search(rb"(^|[\r\n])error: ", printed.read_bytes()):
                 error_at = time.time()
@@ -208,6 +209,12 @@ class Bench:
         summary = output / "summary.json"
         return Ran(process.returncode, log, read_rows(output), json.loads(summary.read_text()) if summary.exists() else {},
                    ended - started, ended - (error_at or ended), output)
+
+    def end(self, number, frame):
+        """On Ctrl-C or SIGTERM: end at once, with what runs; it would go on, and slow down whatever uses the card next."""
+        for process in self.running:
+            process.kill()
+        os._exit(128 + number)
 
     def once(self, name, *arguments, **keys):
         """`train`, or its result if a run of this name is done already."""
@@ -294,7 +301,7 @@ RATES = {
 
 def measured(bench, name):
     """[(title, keys, rows of metrics.jsonl, peak memory in bytes)] of the runs of RATES[name], in one process. The rows are
-    those of steps 1, 8 and 16, or None where a run failed or there was no time."""
+    those of steps 1, 8 and 16. Where a run failed or there was no time, some are missing, and the peak is 0."""
     shape, _, runs = RATES[name]
     if name not in bench.done:
         jobs = []
@@ -308,7 +315,7 @@ def measured(bench, name):
         bench.done[name] = []
         for job, (title, keys) in zip(jobs, runs):
             peak = Path(job["peak"])
-            rows = read_rows(Path(job["config"]).with_suffix("")) if peak.exists() else None
+            rows = read_rows(Path(job["config"]).with_suffix(""))
             bench.done[name].append((title, keys, rows, int(peak.read_text()) if peak.exists() else 0))
     return bench.done[name]
 
@@ -317,28 +324,29 @@ def rates(bench, name):
     """A table of speeds, one run a line."""
     from speed import unique_flops
     shape, aim, _ = RATES[name]
-    (once, tokens), (twice, _) = (unique_flops(bench.shape(shape), pairs) for pairs in (
-        bench.lengths, [(0, prompt + first, prompt + second) for prompt, first, second in bench.lengths]))
+    two_rows = [(0, prompt + first, prompt + second) for prompt, first, second in bench.lengths]
     best, failed, margins = 0.0, [], []
     yield RATES_HEAD
     for title, keys, rows, peak in measured(bench, name):
-        if not rows:
+        margins += [row["rewards/margins"] for row in rows[:1]]
+        if not peak:  # how far it came counts all the same
             failed.append(title)
-            yield f"| {title} | failed, or no time was left: see gpu.log |"
+            cold, warm = ([f"{row['tokens_per_second']:,.0f}" for row in rows[1:]] + ["", ""])[:2]
+            yield f"| {title} | {cold} | {warm} | | | | | {margins[-1] if rows else ''} |"
             continue
         cold, warm = (row["tokens_per_second"] for row in rows[1:])
-        margins.append(rows[0]["rewards/margins"])
-        # The weights that an adapter leaves frozen need no gradient, a third of the work.
-        share = warm / tokens / bench.matrix_rate() * (4 / 6 if "use_peft" in keys else 1)
+        (once, tokens), (twice, _) = (unique_flops(bench.shape(shape), pairs, 4 if "use_peft" in keys else 6)
+                                      for pairs in (bench.lengths, two_rows))
+        share = warm / tokens / bench.matrix_rate()
         best = max(best, share * once)
         fit = fitted(bench, shape, keys.get("micro_batch_tokens", 16384), "gradient_checkpointing" in keys)
         yield (f"| {title} | {cold:,.0f} | {warm:,.0f} | {share * once:.3f} | {share * twice:.3f} | {peak / 1e9:.1f} | "
                f"{'' if 'use_peft' in keys else f'{fit / 1e9:.1f}'} | {margins[-1]} |")
     if failed:
-        yield False, f"failed: {', '.join(failed)}"
+        yield False, f"failed, or no time was left: {', '.join(failed)}: see gpu.log"
     if margins:
         yield all(margin == 0 for margin in margins), "(8) the margin of step 1 is 0" + " in each run" * (len(margins) > 1)
-    if aim:
+    if best and aim:
         yield best >= aim if bench.cuda else None, f"the best share of the card's rate is {best:.3f} (aim: {aim:.2f})"
 
 
@@ -487,7 +495,7 @@ def attention(bench):
 def trl(bench):
     if not all(importlib.util.find_spec(name) for name in ("trl", "accelerate", "datasets")):
         return (yield None, "TRL is not installed: skipped")
-    folder, ours = bench.folder / "runs" / "trl", [run for run in measured(bench, "135M") if run[2]]
+    folder, ours = bench.folder / "runs" / "trl", [run for run in measured(bench, "135M") if run[3]]
     if not ours:
         return (yield False, "train.py: failed, or no time was left: see gpu.log")
     job = {"model": str(bench.model("SmolLM2-135M")), "pairs": str(bench.pairs), "output": str(folder), "reference": None,
@@ -693,6 +701,8 @@ def perform_together(bench, group):
 
 def main(options):
     bench = Bench(options)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, bench.end)
     bench.say(f"# What a GPU shows: {bench.card()}\n\n`python benchmarks/gpu.py {' '.join(sys.argv[1:])}`, "
               f"{time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC; {bench.options.limit - bench.left():.0f} s to start.")
     verdicts = []

@@ -368,10 +368,10 @@ def write_pairs(folder, pairs):
 # ----------------------------------------------------------------------------------------------------------------------
 # How far from the limit: the machine's own rate of matrix products; growth with length and vocabulary; the parts of a step
 
-def unique_flops(config, pairs):
-    """(FLOPs that a step on these pairs needs, real tokens). 6 FLOPs per weight and token, with the prompt counted once for
-    both responses and the head for response tokens only; plus the two products of attention over what each token sees, times
-    3 for forward and backward."""
+def unique_flops(config, pairs, per_weight=6):
+    """(FLOPs that a step on these pairs needs, real tokens). 6 FLOPs per weight and token (4 per frozen weight, whose
+    gradient is not computed), with the prompt counted once for both responses and the head for response tokens only; plus
+    the two products of attention over what each token sees, times 3 for forward and backward."""
     h, layers = config.hidden_size, config.num_hidden_layers
     head_dim = getattr(config, "head_dim", None) or h // config.num_attention_heads
     q, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
@@ -379,7 +379,7 @@ def unique_flops(config, pairs):
     flops = tokens = 0
     for prompt, first, second in pairs:
         seen = (prompt + first) ** 2 / 2 + (prompt + second) ** 2 / 2 - prompt ** 2 / 2
-        flops += 6 * weights * (prompt + first + second) + 6 * config.vocab_size * h * (first + second)
+        flops += per_weight * (weights * (prompt + first + second) + config.vocab_size * h * (first + second))
         flops += 3 * 4 * layers * q * seen
         tokens += 2 * prompt + first + second
     return flops, tokens
