@@ -13,8 +13,9 @@ methods train on the rest with their rates, for the same steps. Differences are 
 what people prefer without noise: accuracy is the share of held-out pairs on which the policy agrees with them. Beside it
 stands the rule that the longer response is preferred, which a policy has to beat.
 
-A run that has finished is not run again; runs go fold by fold, so that stopping leaves a balanced table. The pairs are
-copied into outputs/humans/ and nowhere else, and no run keeps its model. Writes benchmarks/results/humans.md, or --page.
+A run that has finished is not run again, unless the model's files, the pairs or the settings in this file have changed; runs
+go fold by fold, so that stopping leaves a balanced table. The pairs are copied into outputs/humans/ and, as by each run of
+train.py, into $HF_HOME/datasets; no run keeps its model. Writes benchmarks/results/humans.md, or --page.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import shutil
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +45,7 @@ from benchmarks.query_report import text  # noqa: E402
 from data import canonical, majority  # noqa: E402
 from runtime.errors import DataError, Stopped, UsageError, one_line  # noqa: E402
 from runtime.formats import parse_row  # noqa: E402
+from runtime.model import folder_fingerprint  # noqa: E402
 from runtime.sources import has_split, read_rows  # noqa: E402
 
 PARTS = 6
@@ -115,6 +117,15 @@ def split(rows, folder):
 def fewest(rows):
     """The number of training pairs where the largest part is held out."""
     return min(sum(part != held_out for part, _ in rows) for held_out in range(PARTS))
+
+
+def model_files(folder):
+    """Hash of all files in a model's folder that decide a run: weights, config, tokenizer, chat template."""
+    digest = hashlib.blake2b(folder_fingerprint(folder).encode(), digest_size=16)
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".json", ".jinja", ".model", ".txt"):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def characters(response):
@@ -243,14 +254,18 @@ def main():
     args = parser.parse_args()
     try:
         rows, longer = read(args.pairs)
-        model = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
-        name = hashlib.blake2b(json.dumps([model, rows, args.size]).encode(), digest_size=4).hexdigest()
-        humans = Humans(model, SIZES[args.size], args.outputs.resolve() / name, fewest(rows))
+        model, files = args.model, None
+        if Path(model).is_dir():
+            model, files = str(Path(model).resolve()), model_files(model)
+        size, methods = SIZES[args.size], {name: METHODS[name] for name in NAMES}
+        depends = json.dumps([model, files, rows, astuple(size), BASE, SHARE, methods])
+        name = hashlib.blake2b(depends.encode(), digest_size=4).hexdigest()
+        humans = Humans(model, size, args.outputs.resolve() / name, fewest(rows))
         if not args.report:
             split(rows, humans.folder)
             humans.run_all()
         elif not humans.finished():
-            raise UsageError(f"{humans.folder}: no run with this model and these pairs has finished")
+            raise UsageError(f"{humans.folder}: no fold with this model, these pairs and this --size has finished")
     except Stopped as stopped:
         print(f"stopped: {one_line(stopped)}", file=sys.stderr)
         sys.exit(75)
