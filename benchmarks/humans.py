@@ -51,7 +51,7 @@ from runtime.sources import has_split, read_rows  # noqa: E402
 PARTS = 6
 SHARE = 1 / 3  # of the labels, for the methods that buy some
 NAMES = ["DPO, all labels", "random subset", "committee", "paper, γ = 0.7"]
-ALL, SUBSET = NAMES[:2]
+ALL, SUBSET, COMMITTEE = NAMES[:3]
 STEP = 16  # pairs
 BASE = {"bf16": True, "beta": 0.1, "max_length": 512, "max_prompt_length": 256, "per_device_train_batch_size": STEP,
         "per_device_eval_batch_size": STEP, "save_strategy": "no", "logging_steps": 10, "seed": 0}
@@ -234,6 +234,10 @@ def page(humans, source, longer, where):
         accuracy, log_loss = (text([v[key] for v in values], "{:.3f}") for key in ("accuracy", "log_loss"))
         lines.append(f"| {method} | {rate:g} | {len(values)} | {statistics.mean(v['queries'] for v in values):,.0f} | "
                      f"{f'{statistics.mean(right):.1%}' if right else ''} | {accuracy} | {log_loss} | {' | '.join(cells)} |")
+    _, parts = found.get(COMMITTEE, (None, {}))
+    if alone := sum(result["pseudo_label_accuracy"] is None for result in parts.values()):
+        lines += ["", f"In {alone} of {len(parts)} folds a member of the committee did not beat guessing, so that run trained "
+                  "only on the labels that it had bought, without a committee."]
     lines += ["", "Learning rates, by accuracy on part 0, which no row above has seen as test pairs:", "",
               "| method | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "| --- |" + " --: |" * len(rates)]
     for method in NAMES:

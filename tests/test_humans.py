@@ -101,6 +101,16 @@ def test_a_date_beside_a_pair_does_no_harm(tmp_path):
     assert len(read) == 60
 
 
+def test_the_page_says_where_there_was_no_committee(tmp_path):
+    runs = humans.Humans("m", humans.Size(48, 3, (1e-3, 2e-3), {}), tmp_path, 48)
+    for part, right in enumerate([None, None, 0.75, None]):
+        for rate in (5e-4, 1e-3, 2e-3):
+            runs.path("committee", rate, part, ".json").write_text(json.dumps(
+                {"accuracy": rate, "log_loss": 0.7, "queries": 16, "pseudo_label_accuracy": right, "seconds": 1}))
+    text = humans.page(runs, "pairs", 0.5, "a CPU")
+    assert "| committee | 0.002 | 3 | 16 | 75.0% | 0.002 ±" in text and "In 2 of 3 folds a member of the committee" in text
+
+
 def test_the_methods_run_and_what_has_finished_is_not_run_again(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(humans, "NAMES", ["DPO, all labels", "random subset", "committee"])
     size = humans.Size(48, 1, (1e-3, 2e-3), {"num_threads": 1, "max_length": 64, "max_prompt_length": 16})
