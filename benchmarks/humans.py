@@ -13,8 +13,9 @@ methods train on the rest with their rates, for the same steps. Differences are 
 what people prefer without noise: accuracy is the share of held-out pairs on which the policy agrees with them. Beside it
 stands the rule that the longer response is preferred, which a policy has to beat.
 
-A run that has finished is not run again; runs go fold by fold, so that stopping leaves a balanced table. The pairs are
-copied into outputs/humans/ and nowhere else, and no run keeps its model. Writes benchmarks/results/humans.md, or --page.
+A run that has finished is not run again, unless the model's files, the pairs or the settings in this file have changed; runs
+go fold by fold, so that stopping leaves a balanced table. The pairs are copied into outputs/humans/ and, as by each run of
+train.py, into $HF_HOME/datasets; no run keeps its model. Writes benchmarks/results/humans.md, or --page.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import shutil
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,12 +45,13 @@ from benchmarks.query_report import text  # noqa: E402
 from data import canonical, majority  # noqa: E402
 from runtime.errors import DataError, Stopped, UsageError, one_line  # noqa: E402
 from runtime.formats import parse_row  # noqa: E402
+from runtime.model import folder_fingerprint  # noqa: E402
 from runtime.sources import has_split, read_rows  # noqa: E402
 
 PARTS = 6
 SHARE = 1 / 3  # of the labels, for the methods that buy some
 NAMES = ["DPO, all labels", "random subset", "committee", "paper, γ = 0.7"]
-ALL, SUBSET = NAMES[:2]
+ALL, SUBSET, COMMITTEE = NAMES[:3]
 STEP = 16  # pairs
 BASE = {"bf16": True, "beta": 0.1, "max_length": 512, "max_prompt_length": 256, "per_device_train_batch_size": STEP,
         "per_device_eval_batch_size": STEP, "save_strategy": "no", "logging_steps": 10, "seed": 0}
@@ -115,6 +117,15 @@ def split(rows, folder):
 def fewest(rows):
     """The number of training pairs where the largest part is held out."""
     return min(sum(part != held_out for part, _ in rows) for held_out in range(PARTS))
+
+
+def model_files(folder):
+    """Hash of all files in a model's folder that decide a run: weights, config, tokenizer, chat template."""
+    digest = hashlib.blake2b(folder_fingerprint(folder).encode(), digest_size=16)
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".json", ".jinja", ".model", ".txt"):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def characters(response):
@@ -223,6 +234,10 @@ def page(humans, source, longer, where):
         accuracy, log_loss = (text([v[key] for v in values], "{:.3f}") for key in ("accuracy", "log_loss"))
         lines.append(f"| {method} | {rate:g} | {len(values)} | {statistics.mean(v['queries'] for v in values):,.0f} | "
                      f"{f'{statistics.mean(right):.1%}' if right else ''} | {accuracy} | {log_loss} | {' | '.join(cells)} |")
+    _, parts = found.get(COMMITTEE, (None, {}))
+    if alone := sum(result["pseudo_label_accuracy"] is None for result in parts.values()):
+        lines += ["", f"In {alone} of {len(parts)} folds a member of the committee did not beat guessing, so that run trained "
+                  "only on the labels that it had bought, without a committee."]
     lines += ["", "Learning rates, by accuracy on part 0, which no row above has seen as test pairs:", "",
               "| method | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "| --- |" + " --: |" * len(rates)]
     for method in NAMES:
@@ -243,14 +258,18 @@ def main():
     args = parser.parse_args()
     try:
         rows, longer = read(args.pairs)
-        model = str(Path(args.model).resolve()) if Path(args.model).exists() else args.model
-        name = hashlib.blake2b(json.dumps([model, rows, args.size]).encode(), digest_size=4).hexdigest()
-        humans = Humans(model, SIZES[args.size], args.outputs.resolve() / name, fewest(rows))
+        model, files = args.model, None
+        if Path(model).is_dir():
+            model, files = str(Path(model).resolve()), model_files(model)
+        size, methods = SIZES[args.size], {name: METHODS[name] for name in NAMES}
+        depends = json.dumps([model, files, rows, astuple(size), BASE, SHARE, methods])
+        name = hashlib.blake2b(depends.encode(), digest_size=4).hexdigest()
+        humans = Humans(model, size, args.outputs.resolve() / name, fewest(rows))
         if not args.report:
             split(rows, humans.folder)
             humans.run_all()
         elif not humans.finished():
-            raise UsageError(f"{humans.folder}: no run with this model and these pairs has finished")
+            raise UsageError(f"{humans.folder}: no fold with this model, these pairs and this --size has finished")
     except Stopped as stopped:
         print(f"stopped: {one_line(stopped)}", file=sys.stderr)
         sys.exit(75)

@@ -56,18 +56,29 @@ def test_pairs_that_cannot_be_used_are_refused_in_one_line(tmp_path, monkeypatch
     assert code == 2 and said in error and error.count("\n") == 1 and not (tmp_path / "page").exists()
 
 
-def test_runs_belong_to_the_rows_that_they_have_seen(tmp_path, monkeypatch, capsys):
-    pairs, seen = tmp_path / "pairs.jsonl", []
+def test_runs_belong_to_what_they_depend_on(tmp_path, monkeypatch, capsys):
+    model, pairs, seen = tmp_path / "m", tmp_path / "pairs.jsonl", []
+    model.mkdir()
     monkeypatch.setattr(humans.Humans, "run_all", lambda self: seen.append(self.folder))
     monkeypatch.setattr(humans.Humans, "finished", lambda self: {})
-    for label in "aba":
+
+    def run(label="a", **files):
         rows = [{"prompt": f"question {n}", "response_a": "x", "response_b": "y", "label": label} for n in range(60)]
         pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        arguments = "m", pairs, "--outputs", tmp_path, "--page", tmp_path / "p"
-        monkeypatch.setattr("sys.argv", ["humans.py", *map(str, arguments)])
+        for name, text in {"model.safetensors": "1", "chat_template.jinja": "{{1}}", "README.md": "", **files}.items():
+            (model / name).write_text(text)
+        monkeypatch.setattr("sys.argv", ["humans.py", str(model), str(pairs), "--outputs", str(tmp_path), "--page",
+                                         str(tmp_path / "p")])
         humans.main()
-    assert seen[0] == seen[2] != seen[1]
-    code, error = command(monkeypatch, capsys, "m", pairs, "--outputs", tmp_path / "none", "--page", tmp_path / "q",
+        return seen[-1]
+
+    first = run()
+    assert run(**{"README.md": "what it is"}) == first
+    others = [run("b"), run(**{"model.safetensors": "2"}), run(**{"chat_template.jinja": "{{2}}"})]
+    monkeypatch.setitem(humans.BASE, "beta", 0.5)
+    others.append(run())
+    assert len({first, *others}) == 5
+    code, error = command(monkeypatch, capsys, model, pairs, "--outputs", tmp_path / "none", "--page", tmp_path / "q",
                           "--report")
     assert code == 2 and "has finished" in error and not (tmp_path / "none").exists() and not (tmp_path / "q").exists()
 
@@ -88,6 +99,16 @@ def test_a_date_beside_a_pair_does_no_harm(tmp_path):
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "pairs.parquet")
     read, _ = humans.read(tmp_path / "pairs.parquet")
     assert len(read) == 60
+
+
+def test_the_page_says_where_there_was_no_committee(tmp_path):
+    runs = humans.Humans("m", humans.Size(48, 3, (1e-3, 2e-3), {}), tmp_path, 48)
+    for part, right in enumerate([None, None, 0.75, None]):
+        for rate in (5e-4, 1e-3, 2e-3):
+            runs.path("committee", rate, part, ".json").write_text(json.dumps(
+                {"accuracy": rate, "log_loss": 0.7, "queries": 16, "pseudo_label_accuracy": right, "seconds": 1}))
+    text = humans.page(runs, "pairs", 0.5, "a CPU")
+    assert "| committee | 0.002 | 3 | 16 | 75.0% | 0.002 ±" in text and "In 2 of 3 folds a member of the committee" in text
 
 
 def test_the_methods_run_and_what_has_finished_is_not_run_again(tiny, tmp_path, monkeypatch, capsys):
