@@ -412,6 +412,18 @@ def test_models_that_cannot_answer_are_refused(model, tmp_path, capsys):
         assert stop.value.code == 2
 
 
+def test_home_is_not_a_folder_of_that_name_and_an_empty_path_is_none(model, tmp_path, capsys, monkeypatch):
+    """A shell leaves the ~ of --output=~/answers.jsonl as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    run(model, write(tmp_path / "q.jsonl", [{"prompt": "the view"}]), "--output=~/deep/answers.jsonl")
+    assert lines(tmp_path / "home" / "deep" / "answers.jsonl") and not (tmp_path / "~").exists()
+    with pytest.raises(SystemExit):
+        run(model, tmp_path / "q.jsonl", "--output", "")
+    assert "--output: is empty; name a file or folder" in capsys.readouterr().err
+    assert not (model / "responses.jsonl").exists()
+
+
 # Side by side.
 
 HOSTILE = ("first\r\n    indented\n\ttab \x1b[2J\x1b]0;title\x07 \x9b31m \u202eright to left 日本語の文章" + "長" * 50

@@ -192,10 +192,11 @@ def _already_there(ledger, pair, label, detail, annotator):
 # Who said it, and how long they took.
 
 def filled(text):
-    """A path on a command line. An empty one is a shell variable that was never set."""
+    """A path on a command line. An empty one is a shell variable that was never set; ~ is the home folder, which a shell
+    leaves as it is in --output=~/pairs.jsonl."""
     if not text:
         raise argparse.ArgumentTypeError("is empty; name a file or folder")
-    return text
+    return os.path.expanduser(text)
 
 
 def fold(name):

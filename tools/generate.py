@@ -55,7 +55,7 @@ from runtime.rendering import Renderer  # noqa: E402
 from runtime.sources import hash_of, reading  # noqa: E402
 from tools import compare  # noqa: E402
 from tools.compare import rows_of  # noqa: E402
-from tools.exchange import replace_file  # noqa: E402
+from tools.exchange import filled, replace_file  # noqa: E402
 
 # From fastchat/llm_judge/common.py and gen_model_answer.py (0.2.36), which use 0.7 for any other category.
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
@@ -496,16 +496,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="tools/generate.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("model", nargs="*", default=[], metavar="DIR", help="model folder or hub id; for pairs one or two")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="print two answer files side by side")
-    parser.add_argument("--questions", metavar="FILE", help="what to ask")
+    parser.add_argument("--questions", metavar="FILE", type=filled, help="what to ask")
     parser.add_argument("--format", choices=FORMATS, default="jsonl", help="default: jsonl")
     parser.add_argument("--pairs", action="store_true", help="write two responses a prompt, to label (tools/pairs.py)")
-    parser.add_argument("--prompts", metavar="FILE", help="of the pairs: rows with a prompt, a .txt with one a line, or toy")
+    parser.add_argument("--prompts", metavar="FILE", type=filled, help="of the pairs: rows with a prompt, a .txt with one a "
+                                                                       "line, or toy")
     parser.add_argument("--endpoint", metavar="URL", help="of the pairs: an OpenAI-compatible server that writes them")
     parser.add_argument("--endpoint_model", nargs="+", metavar="NAME", help="its model, or two")
     parser.add_argument("--endpoint_key_env", metavar="VARIABLE", default="OPENAI_API_KEY", help="environment variable with "
                         "its API key, if it needs one; default: OPENAI_API_KEY")
     parser.add_argument("--concurrency", type=int, default=8, help="pairs that it writes at the same time; default: 8")
-    parser.add_argument("--output", metavar="FILE", help="where the answers or pairs go")
+    parser.add_argument("--output", metavar="FILE", type=filled, help="where the answers or pairs go")
     parser.add_argument("--name", help="the model's name in the file; default: the folder's")
     parser.add_argument("--max_new_tokens", type=int, help="of an answer; default: 1024, or half the model's positions")
     parser.add_argument("--temperature", type=float, help="0: greedy; default: 0, for mt_bench that of the category, for "
