@@ -130,3 +130,13 @@ def test_trl_s_tokens_a_second_are_tokens_by_seconds(monkeypatch, tmp_path, caps
         row = json.loads(line.removeprefix("TRL "))
         assert row["title"].startswith(f"{micro} pairs a step")
         assert (row["cold"], row["warm"]) == pytest.approx((sum(range(100, 107)) / 7, sum(range(110, 115)) / 15))
+
+
+def test_a_check_that_does_not_exist_is_refused_and_no_time_is_no_success(tmp_path):
+    script = ROOT / "benchmarks" / "gpu.py"
+    wrong = subprocess.run([sys.executable, script, "--only", "7,6LoRA"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "there is no check '6LoRA'; there are 1, 4, 8, 6, 135M," in wrong.stderr
+    assert gpu.check_names("7B,LoRA,1B") == ["7B", "LoRA", "1B"]
+    late = subprocess.run([sys.executable, "-c", SCRIPT, str(script.parent), str(tmp_path), "0", "alone"],
+                          capture_output=True, text=True)
+    assert late.returncode == 2 and "| 1 | for the record | no time left |" in late.stdout
