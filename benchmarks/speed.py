@@ -123,8 +123,8 @@ class Clock:
 
     def result(self, tokens, losses, reference, memory):
         seconds = [b - a for a, b in zip(self.ends, self.ends[1:])]
-        return {"speeds": [n / s for n, s in zip(tokens, seconds)], "losses": losses, "train": sum(seconds),
-                "reference": reference, "memory": memory.above()}
+        return {"speeds": [n / s for n, s in zip(tokens, seconds)], "seconds": seconds, "losses": losses,
+                "train": sum(seconds), "reference": reference, "memory": memory.above()}
 
 
 def timed(function, seconds):

@@ -109,3 +109,34 @@ def test_an_adapter_spares_the_gradients_of_frozen_weights_and_nothing_of_attent
     unseen = 3 * 4 * 2 * 32 * (T * T / 2)
     full, adapter = (speed.unique_flops(config, [(0, T, 0)], n)[0] + unseen for n in (6, 4))
     assert [full, adapter] == counted
+
+
+def test_trl_s_tokens_a_second_are_tokens_by_seconds(monkeypatch, tmp_path, capsys):
+    """Of all steps, not a mean of the speeds of steps, which a short step would count in full; and without the kernel that
+    train.py does not use either."""
+    tokens, seconds = [9, *range(100, 115)], [9.0, *([1.0] * 10), 1.0, 2.0, 3.0, 4.0, 5.0]
+    kernels = []
+
+    def trl(job):
+        kernels.append((job["micro"], torch.backends.cuda.cudnn_sdp_enabled()))
+        return {"speeds": [n / s for n, s in zip(tokens, seconds)], "seconds": seconds, "memory": 7}
+    monkeypatch.setattr(speed, "trl", trl)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    (tmp_path / "job.json").write_text("{}")
+    gpu.trl_speed(tmp_path / "job.json")
+    torch.backends.cuda.enable_cudnn_sdp(before)
+    assert kernels == [(32, False), (32, True), (8, False)]
+    for line, micro in zip(capsys.readouterr().out.splitlines(), (32, 32, 8)):
+        row = json.loads(line.removeprefix("TRL "))
+        assert row["title"].startswith(f"{micro} pairs a step")
+        assert (row["cold"], row["warm"]) == pytest.approx((sum(range(100, 107)) / 7, sum(range(110, 115)) / 15))
+
+
+def test_a_check_that_does_not_exist_is_refused_and_no_time_is_no_success(tmp_path):
+    script = ROOT / "benchmarks" / "gpu.py"
+    wrong = subprocess.run([sys.executable, script, "--only", "7,6LoRA"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "there is no check '6LoRA'; there are 1, 4, 8, 6, 135M," in wrong.stderr
+    assert gpu.check_names("7B,LoRA,1B") == ["7B", "LoRA", "1B"]
+    late = subprocess.run([sys.executable, "-c", SCRIPT, str(script.parent), str(tmp_path), "0", "alone"],
+                          capture_output=True, text=True)
+    assert late.returncode == 2 and "| 1 | for the record | no time left |" in late.stdout
