@@ -236,8 +236,8 @@ def page(humans, source, longer, where):
                      f"{f'{statistics.mean(right):.1%}' if right else ''} | {accuracy} | {log_loss} | {' | '.join(cells)} |")
     _, parts = found.get(COMMITTEE, (None, {}))
     if alone := sum(result["pseudo_label_accuracy"] is None for result in parts.values()):
-        lines += ["", f"In {alone} of {len(parts)} folds a member of the committee did not beat guessing, so that run trained "
-                  "only on the labels that it had bought, without a committee."]
+        lines += ["", f"In {alone} of {len(parts)} folds a member of the committee did not beat guessing, so that run "
+                  "trained only on the labels that it had bought, without a committee."]
     lines += ["", "Learning rates, by accuracy on part 0, which no row above has seen as test pairs:", "",
               "| method | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "| --- |" + " --: |" * len(rates)]
     for method in NAMES:
