@@ -3,9 +3,13 @@
     python -m pytest tests/test_exchange.py -n 0
 """
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ET
 
 import pytest
@@ -459,6 +463,25 @@ def test_an_import_that_is_interrupted_leaves_nothing(store, tmp_path, monkeypat
     assert answers(store) == {} and everything(store)[2] == []
     assert import_answers(store, path, "jsonl")["already_there"] == 0  # interrupted() lets all pass from now on
     assert len(answers(store)) == 3
+
+
+def test_an_import_that_is_stopped_does_not_end_like_one_that_is_done(store, tmp_path):
+    """Or a script would go on, as if the answers were there. It waits for its file here, a pipe that nobody writes to."""
+    os.mkfifo(tmp_path / "in.jsonl")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = subprocess.Popen([sys.executable, ROOT / "tools/label.py", tmp_path, "--import", tmp_path / "in.jsonl"])
+        while not (opened := writer(tmp_path / "in.jsonl")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait(300) == 130
+        os.close(opened)
+
+
+def writer(pipe):
+    """The end of a named pipe that writes, or None while nobody reads."""
+    with contextlib.suppress(OSError):
+        return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
 
 
 def test_two_processes_import_at_once(store, tmp_path):

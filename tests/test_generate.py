@@ -81,6 +81,8 @@ def test_alpaca_eval(model, tmp_path, capsys, as_lines):
     assert {row["generator"] for row in found} == {"mine"} and found[0]["output"] == found[-1]["output"]
     assert all(row["output"] and row["output"] == row["output"].strip() for row in found)
     assert "as plain text, because the model has no chat template\n6 answers in" in capsys.readouterr().out
+    run(model, tmp_path / "q.json", "--format", "alpaca_eval", "--name", "mine")
+    assert "6 answers in" in (said := capsys.readouterr().out) and "6 of them from before" in said
 
 
 def test_mt_bench(model, tmp_path):
@@ -346,6 +348,9 @@ def test_answers_of_other_settings_weights_or_questions_are_refused(model, tmp_p
     assert refused("--seed", 5) == (f"tools/generate.py: {path} holds answers made with another seed (42; now 5): choose "
                                     "another --output, or delete it\n")
     assert "another temperature (None; now 0.5)" in refused("--temperature", 0.5)
+    for flag, words in (("top_p", "1.0; now 0.5"), ("top_k", "0; now 3"), ("max_new_tokens", "12; now 9"),
+                        ("name", "model; now other")):
+        assert f"another {flag} ({words})" in refused(f"--{flag}", words.split()[-1])
     assert "row 3: answers a question that is not asked" in refused(
         questions=write(tmp_path / "fewer.json", ALPACA[:2], lines=False))
     weights = model / "model.safetensors"

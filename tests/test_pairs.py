@@ -320,6 +320,8 @@ def test_pairs_of_other_settings_weights_or_prompts_are_refused(model, prompts, 
     assert refused("--seed", 5).endswith(f"{path} holds answers made with another seed (42; now 5): choose another "
                                          "--output, or delete it")
     assert "another temperature (1.0; now 0.5)" in refused("--temperature", 0.5)
+    for flag, words in (("top_p", "1.0; now 0.5"), ("top_k", "0; now 3"), ("max_new_tokens", "12; now 9")):
+        assert f"another {flag} ({words})" in refused(f"--{flag}", words.split()[-1])
     assert "row 1: does not answer prompt 1 of --prompts: choose another --output" in refused(
         prompts=write(tmp_path / "other.jsonl", [{"prompt": "the view"}]))
     assert "row 20: does not answer prompt 20 of --prompts" in refused(
@@ -387,6 +389,32 @@ def test_to_a_server_only_flags_that_are_given_are_sent_and_two_models_write_one
             "--endpoint_model", "m", "n"]
     assert generate.main(argv) == 0
     assert sorted((body["model"], len(body)) for body in server.bodies) == [("m", 2)] * 20 + [("n", 2)] * 20
+
+
+def test_pairs_that_a_server_wrote_with_other_settings_are_refused(serve, prompts, tmp_path, capsys):
+    """One that is left out now counts too."""
+    server, out, flags = serve(written), tmp_path / "pairs.jsonl", {"temperature": 0.7, "top_p": 0.9, "seed": 3}
+    ask(server, prompts, out, *(f"--{name}={value}" for name, value in flags.items()))
+    for name, value in flags.items():
+        for other in (None, 0.5 if name != "seed" else 5):
+            changed = {**flags, name: other}
+            ask(server, prompts, out, *(f"--{name}={value}" for name, value in changed.items() if value is not None), code=2)
+            assert f"another {name} ({value}; now {other})" in one_line(capsys)
+    assert len(server.bodies) == 40
+
+
+def test_a_prompt_that_a_server_is_too_busy_for_does_not_keep_it_from_others(serve, prompts, tmp_path, capsys, monkeypatch):
+    """It is given up after some of the others have had their replies, and before the last have."""
+    monkeypatch.setattr(Endpoint, "longest_wait", 0.01)
+
+    def behave(prompt, n):
+        busy = prompt == PROMPTS[0]
+        while len(server.bodies) < 8 if busy else len(server.bodies) > 20 and server.prompts().count(PROMPTS[0]) < 6:
+            time.sleep(0.01)
+        return (429, {}, "later") if busy else written(prompt, n)
+    server = serve(behave)
+    ask(server, prompts, tmp_path / "pairs.jsonl", "--concurrency", 2, code=75)
+    assert "1 prompts have no pair yet" in one_line(capsys) and len(lines(tmp_path / "pairs.jsonl")) == 19
 
 
 def test_a_server_is_asked_again_for_empty_or_equal_responses(serve, prompts, tmp_path, capsys):

@@ -393,11 +393,11 @@ def main(argv=None):
     except (UsageError, OSError, sqlite3.Error) as error:  # OSError: a folder that we may not enter
         print(f"tools/label.py: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        pass
+    except KeyboardInterrupt:  # the page has done its work; an import that was stopped has changed nothing
+        return 130 if args.import_ or args.export else 0
     return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     sys.exit(main())

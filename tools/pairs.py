@@ -311,7 +311,7 @@ class Server(Endpoint):
 
     def settings(self):
         return {"endpoint_model": self.models, "temperature": self.temperature, "max_new_tokens": self.max_tokens,
-                "seed": self.seed, **self.extra}
+                "seed": self.seed, "top_p": self.extra.get("top_p")}
 
     def __str__(self):
         return f"{self.model} at {self.where}"
