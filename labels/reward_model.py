@@ -27,6 +27,16 @@ def compare(first, second):
     return (first > second) - (first < second)
 
 
+def exact_scores(lm):
+    """`lm`, whose head is in fp32. A score in bf16 has three digits, so that two unlike responses may get equal ones and
+    lose their label."""
+    for head in (child for child in lm.children() if child is not lm.base_model):
+        for layer in head.modules():
+            if isinstance(layer, torch.nn.Linear) and layer.out_features == 1:
+                layer.float().register_forward_pre_hook(lambda _, states: states[0].float())
+    return lm
+
+
 class RewardModelJudge(Judge):
     """Prefers the response with the higher score.
 
@@ -77,7 +87,7 @@ class RewardModelJudge(Judge):
             raise ValueError(f"reward model {self.model}: has embeddings for {size:,} tokens, but its tokenizer has "
                              f"{tokens:,}: put the model's own tokenizer beside it")
         try:
-            return tokenizer, lm.to(self.device).eval()
+            return tokenizer, exact_scores(lm.to(self.device).eval())
         except torch.OutOfMemoryError:
             raise ValueError(f"reward model {self.model}: does not fit on {self.device}: name another judge_device, such as "
                              "cpu, or take a smaller model")
