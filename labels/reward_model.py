@@ -180,7 +180,7 @@ class RewardModelJudge(Judge):
             raise ValueError(f"the model's chat template refuses it: {one_line(error, 300)}")
 
     def scores(self, rows):
-        """A list of floats, one score a row."""
+        """A list of floats, one score a row. Raises ValueError if the device has no memory for them."""
         scores = []
         for some in [rows] if self.pads and rows else [[row] for row in rows]:
             options = {"padding": self.pads, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
@@ -192,7 +192,11 @@ class RewardModelJudge(Judge):
                 batch = self.tokenizer([prompt + response for prompt, response in some], **options)
             # Tokenizers may return token_type_ids, which some models need and others do not accept.
             batch = {name: ids.to(self.device) for name, ids in batch.items() if name in self.inputs}
-            with torch.no_grad():
-                logits = self.lm(**batch).logits  # (rows, 1)
+            try:
+                with torch.no_grad():
+                    logits = self.lm(**batch).logits  # (rows, 1)
+            except torch.OutOfMemoryError:
+                raise ValueError(f"reward model {self.model}: has no memory left on {self.device}: name another "
+                                 "judge_device, such as cpu, or lower micro_batch_tokens if the policy is there too")
             scores += logits[:, 0].float().tolist()
         return scores

@@ -167,6 +167,18 @@ def test_it_runs_where_the_key_says(reward_model, reviews, monkeypatch):
         RewardModelJudge.configured(config, as_json(reviews))
 
 
+def test_a_judge_for_which_there_is_no_memory_is_one_line_about_its_device(reward_model, reviews, ledger, monkeypatch):
+    """The policy takes the memory of the GPU after the judge is loaded."""
+    grader = RewardModelJudge(as_json(reviews), reward_model)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(grader.lm, "forward", full)
+    with pytest.raises(ValueError, match="has no memory left on cpu: name another judge_device, such as"):
+        grader.answer([question(pair) for pair in reviews], ledger)
+    assert answers(ledger) == {}
+
+
 def test_a_long_text_loses_its_beginning(reward_model, ledger):
     reviews = {"r0": ("lovely " * 500, " the food was bad .", " the food was good .")}
     grader = RewardModelJudge(as_json(reviews), reward_model, max_length=2048)
