@@ -27,6 +27,16 @@ def compare(first, second):
     return (first > second) - (first < second)
 
 
+def exact_scores(lm):
+    """`lm`, whose head is in fp32. A score in bf16 has three digits, so that two unlike responses may get equal ones and
+    lose their label."""
+    for head in (child for child in lm.children() if child is not lm.base_model):
+        for layer in head.modules():
+            if isinstance(layer, torch.nn.Linear) and layer.out_features == 1:
+                layer.float().register_forward_pre_hook(lambda _, states: states[0].float())
+    return lm
+
+
 class RewardModelJudge(Judge):
     """Prefers the response with the higher score.
 
@@ -82,7 +92,7 @@ class RewardModelJudge(Judge):
                              f"{tokens:,}: put the model's own tokenizer beside it")
         self.version = self.settings = content_of(name_or_path)
         try:
-            return tokenizer, lm.to(self.device).eval()
+            return tokenizer, exact_scores(lm.to(self.device).eval())
         except torch.OutOfMemoryError:
             raise ValueError(f"reward model {self.model}: does not fit on {self.device}: name another judge_device, such as "
                              "cpu, or take a smaller model")
@@ -179,7 +189,7 @@ class RewardModelJudge(Judge):
             raise ValueError(f"the model's chat template refuses it: {one_line(error, 300)}")
 
     def scores(self, rows):
-        """A list of floats, one score a row."""
+        """A list of floats, one score a row. Raises ValueError if the device has no memory for them."""
         scores = []
         for some in [rows] if self.pads and rows else [[row] for row in rows]:
             options = {"padding": self.pads, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
@@ -191,7 +201,11 @@ class RewardModelJudge(Judge):
                 batch = self.tokenizer([prompt + response for prompt, response in some], **options)
             # Tokenizers may return token_type_ids, which some models need and others do not accept.
             batch = {name: ids.to(self.device) for name, ids in batch.items() if name in self.inputs}
-            with torch.no_grad():
-                logits = self.lm(**batch).logits  # (rows, 1)
+            try:
+                with torch.no_grad():
+                    logits = self.lm(**batch).logits  # (rows, 1)
+            except torch.OutOfMemoryError:
+                raise ValueError(f"reward model {self.model}: has no memory left on {self.device}: name another "
+                                 "judge_device, such as cpu, or lower micro_batch_tokens if the policy is there too")
             scores += logits[:, 0].float().tolist()
         return scores

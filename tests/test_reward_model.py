@@ -22,7 +22,7 @@ from transformers import (
 from labels.annotators import Waiting
 from labels.judge import coin, judge_metrics
 from labels.ledger import Ledger, LedgerError
-from labels.reward_model import RewardModelJudge
+from labels.reward_model import RewardModelJudge, exact_scores
 from runtime import toy
 from runtime.config import Config
 from tools.ledger import reuse
@@ -65,6 +65,21 @@ def reference_scores(folder, rendered, **options):
     model = LlamaForSequenceClassification.from_pretrained(folder).eval()
     with torch.no_grad():
         return [model(**tokenizer(text, return_tensors="pt", **options)).logits.item() for text in rendered]
+
+
+@pytest.mark.parametrize("make, config", [
+    (LlamaForSequenceClassification, LlamaConfig), (RobertaForSequenceClassification, RobertaConfig)])
+def test_a_model_in_bf16_gives_scores_in_fp32(make, config):
+    """On a GPU a model keeps the dtype of its files. Rounded to bf16, some of its scores were equal."""
+    torch.manual_seed(0)
+    lm = make(config(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+                     num_labels=1, pad_token_id=0)).bfloat16().eval()
+    ids = torch.randint(2, 50, (400, 12))
+    with torch.no_grad():
+        rounded = lm(ids).logits[:, 0].float()
+        scores = exact_scores(lm)(ids).logits[:, 0]
+    assert scores.dtype == torch.float32 and len(scores.unique()) == 400 > len(rounded.unique())
+    torch.testing.assert_close(scores, rounded, rtol=0.01, atol=0.01)
 
 
 def test_a_reward_model_prefers_the_higher_score(reward_model, reviews, ledger):
@@ -152,6 +167,18 @@ def test_it_runs_where_the_key_says(reward_model, reviews, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "to", full)
     with pytest.raises(ValueError, match="does not fit on meta: name another judge_device"):
         RewardModelJudge.configured(config, as_json(reviews))
+
+
+def test_a_judge_for_which_there_is_no_memory_is_one_line_about_its_device(reward_model, reviews, ledger, monkeypatch):
+    """The policy takes the memory of the GPU after the judge is loaded."""
+    grader = RewardModelJudge(as_json(reviews), reward_model)
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(grader.lm, "forward", full)
+    with pytest.raises(ValueError, match="has no memory left on cpu: name another judge_device, such as"):
+        grader.answer([question(pair) for pair in reviews], ledger)
+    assert answers(ledger) == {}
 
 
 def test_a_long_text_loses_its_beginning(reward_model, ledger):
