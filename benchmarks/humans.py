@@ -80,7 +80,8 @@ def read(source):
     """
     source, found = str(source), []  # [(pair, ±1: whether its first response is better, row)]
     if not has_split(source, "train"):
-        raise DataError(f"{source}: has no split train")
+        raise DataError(f"{source}: has no split train, which is the one that is read: name a file with the pairs, or a "
+                        "folder that has it")
     for place, row in read_rows(source, "train"):
         parsed = parse_row(row, place)
         if parsed["label"] is None:
