@@ -248,6 +248,13 @@ def load_split(config, tokenizer, kind, limit):
     return pairs, labels, truths
 
 
+def warn_of_overlap(train, test, what="pairs"):
+    """Say how many of the test pairs (or examples: `what`) are training pairs too, and so are not held out."""
+    if shared := len(set(test.ids).intersection(train.ids)):
+        say(f"WARNING: {shared:,} of {len(set(test.ids)):,} test {what} are training {what} too, so held-out results look "
+            "too good: take them out of one of the two splits")
+
+
 def _drop_unusable(rows, counts):
     """Tokenised rows without those that have a reason to be dropped. Adds to counts."""
     drops = rows["drop"][:]

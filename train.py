@@ -133,6 +133,8 @@ def load_data(config, tokenizer):
                          "have none): label them, leave them out, or say --oracle=human or --oracle=judge")
     annotator = annotator_class(config).from_config(config, train, labels, truths) if rank() == 0 else None
     test = load_test_pairs(config, tokenizer) if config.do_eval else None
+    if test:
+        data.warn_of_overlap(train, test)
     return train, test, annotator
 
 

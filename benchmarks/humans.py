@@ -44,6 +44,7 @@ from benchmarks.query_efficiency import METHODS, choose, extended  # noqa: E402
 from benchmarks.query_report import text  # noqa: E402
 from data import canonical, majority  # noqa: E402
 from runtime.errors import DataError, Stopped, UsageError, one_line  # noqa: E402
+from runtime.files import replace_text, writing  # noqa: E402
 from runtime.formats import parse_row  # noqa: E402
 from runtime.model import folder_fingerprint  # noqa: E402
 from runtime.sources import has_split, read_rows  # noqa: E402
@@ -79,7 +80,8 @@ def read(source):
     """
     source, found = str(source), []  # [(pair, ±1: whether its first response is better, row)]
     if not has_split(source, "train"):
-        raise DataError(f"{source}: has no split train")
+        raise DataError(f"{source}: has no split train, which is the one that is read: name a file with the pairs, or a "
+                        "folder that has it")
     for place, row in read_rows(source, "train"):
         parsed = parse_row(row, place)
         if parsed["label"] is None:
@@ -178,7 +180,7 @@ class Humans:
         summary = json.loads((output / "summary.json").read_text())
         found = {"accuracy": summary["eval_accuracy"], "log_loss": summary["eval_loss"], "queries": summary["queries"],
                  "pseudo_label_accuracy": summary["pseudo_label_accuracy"], "seconds": time.time() - started}
-        result.write_text(json.dumps(found))
+        replace_text(result, json.dumps(found))  # half a file would end each later start
         shutil.rmtree(output)  # with the model
         bar.update()
 
@@ -211,11 +213,11 @@ class Humans:
         return found
 
 
-def page(humans, source, longer, where):
-    """The results as Markdown.  where: the machine."""
+def page(humans, source, longer, where, size):
+    """The results as Markdown.  where: the machine.  size: its name."""
     found, rates = humans.finished(), extended(humans.size.rates)
-    lines = ["# People's labels", "", f"`python benchmarks/humans.py MODEL PAIRS`, with {Path(humans.model).name} and "
-             f"{Path(source).name}, on {where}: {humans.pairs:,} pairs to train on, "
+    lines = ["# People's labels", "", f"`python benchmarks/humans.py MODEL PAIRS --size {size}`, with "
+             f"{Path(humans.model).name} and {Path(source).name}, on {where}: {humans.pairs:,} pairs to train on, "
              f"{-(-humans.pairs // STEP)} steps of {STEP}, and a fold's part of the prompts held out. Methods that buy a "
              f"share buy {SHARE:.0%}. Means ± 95 % intervals (Student's t) over the folds; the last two columns are "
              "differences of accuracy, fold by fold.", "",
@@ -265,19 +267,21 @@ def main():
         depends = json.dumps([model, files, rows, astuple(size), BASE, SHARE, methods])
         name = hashlib.blake2b(depends.encode(), digest_size=4).hexdigest()
         humans = Humans(model, size, args.outputs.resolve() / name, fewest(rows))
+        with writing(args.page):  # a folder that cannot be made is refused now, before a night is spent
+            args.page.parent.mkdir(parents=True, exist_ok=True)
         if not args.report:
             split(rows, humans.folder)
             humans.run_all()
         elif not humans.finished():
             raise UsageError(f"{humans.folder}: no fold with this model, these pairs and this --size has finished")
+        where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU, {torch.get_num_threads()} threads"
+        replace_text(args.page, page(humans, args.pairs, longer, where, args.size))
     except Stopped as stopped:
         print(f"stopped: {one_line(stopped)}", file=sys.stderr)
         sys.exit(75)
     except UsageError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU, {torch.get_num_threads()} threads"
-    args.page.write_text(page(humans, args.pairs, longer, where), encoding="utf-8")
     print(args.page.read_text(encoding="utf-8"))
 
 

@@ -72,8 +72,9 @@ def buy(oracle, schedule):
     left = labels_to_have(config.label_budget, len(ids)) - (len(ids) - len(new))
     chosen = set(new[:max(0, left)])
     labels = oracle.answer(pairs.ids, torch.zeros(len(pairs)), torch.tensor([id in chosen for id in pairs.ids]), step=0)
-    if not (labels.abs() == 1).any():
-        raise UsageError(f"none of the {int((labels != 0).sum()):,} answers prefers a response, so there is nothing to "
+    seen = labels[schedule.rows_seen()]  # another run's answers may be about pairs that this one does not come to
+    if not (seen.abs() == 1).any():
+        raise UsageError(f"none of the {int((seen != 0).sum()):,} answers prefers a response, so there is nothing to "
                          "learn: look at them with tools/ledger.py, or raise label_budget in another output_dir")
     return labels
 

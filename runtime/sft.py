@@ -20,7 +20,9 @@ def sft(config, run, tokenizer):
     −log π(y_t | x, y_<t) over its response tokens, however they are cut into micro-batches and ranks."""
     train, _, _ = data.load_split(config, tokenizer, "train", config.max_train_samples)
     test = data.load_split(config, tokenizer, "test", config.max_eval_samples)[0] if config.do_eval else None
-    if config.do_eval and not test:
+    if test:
+        data.warn_of_overlap(train, test, "examples")
+    elif config.do_eval:
         say("no test split: evaluation is skipped")
     for split in filter(None, (train, test)):
         split.shared = False  # one row [prompt | y] an example

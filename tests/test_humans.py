@@ -68,7 +68,7 @@ def test_runs_belong_to_what_they_depend_on(tmp_path, monkeypatch, capsys):
         for name, text in {"model.safetensors": "1", "chat_template.jinja": "{{1}}", "README.md": "", **files}.items():
             (model / name).write_text(text)
         monkeypatch.setattr("sys.argv", ["humans.py", str(model), str(pairs), "--outputs", str(tmp_path), "--page",
-                                         str(tmp_path / "p")])
+                                         str(tmp_path / "new" / "p")])
         humans.main()
         return seen[-1]
 
@@ -78,6 +78,9 @@ def test_runs_belong_to_what_they_depend_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(humans.BASE, "beta", 0.5)
     others.append(run())
     assert len({first, *others}) == 5
+    assert (tmp_path / "new" / "p").read_text().startswith("# People's labels")
+    code, error = command(monkeypatch, capsys, model, pairs, "--outputs", tmp_path / "none", "--page", pairs / "q")
+    assert code == 2 and "cannot be written" in error and len(seen) == 6
     code, error = command(monkeypatch, capsys, model, pairs, "--outputs", tmp_path / "none", "--page", tmp_path / "q",
                           "--report")
     assert code == 2 and "has finished" in error and not (tmp_path / "none").exists() and not (tmp_path / "q").exists()
@@ -107,7 +110,7 @@ def test_the_page_says_where_there_was_no_committee(tmp_path):
         for rate in (5e-4, 1e-3, 2e-3):
             runs.path("committee", rate, part, ".json").write_text(json.dumps(
                 {"accuracy": rate, "log_loss": 0.7, "queries": 16, "pseudo_label_accuracy": right, "seconds": 1}))
-    text = humans.page(runs, "pairs", 0.5, "a CPU")
+    text = humans.page(runs, "pairs", 0.5, "a CPU", "cpu")
     assert "| committee | 0.002 | 3 | 16 | 75.0% | 0.002 ±" in text and "In 2 of 3 folds a member of the committee" in text
 
 
@@ -126,7 +129,8 @@ def test_the_methods_run_and_what_has_finished_is_not_run_again(tiny, tmp_path, 
     monkeypatch.setattr(humans, "command", None)  # would fail
     runs.run_all()
     assert {path: path.read_bytes() for path in tmp_path.glob("*-part-*.json")} == written
-    text = humans.page(runs, tiny / "pairs", longer, "a CPU")
+    text = humans.page(runs, tiny / "pairs", longer, "a CPU", "gpu")
+    assert "`python benchmarks/humans.py MODEL PAIRS --size gpu`" in text
     assert f"| DPO, all labels | {found['DPO, all labels'][0]:g} | 1 | {runs.pairs} |" in text
     chosen_for_a_task = {*query_efficiency.COMMITTEE}
     for path in tmp_path.glob("committee-*.yaml"):

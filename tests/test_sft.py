@@ -4,6 +4,7 @@ Loss and gradient are compared with those of transformers with labels, in double
 """
 
 import random
+import shutil
 
 import pytest
 import torch
@@ -104,6 +105,13 @@ def test_the_first_step_is_the_mean_over_all_its_tokens(train, tiny, texts):
 def test_as_many_examples_are_taken_as_the_keys_say(train, texts):
     run = train("few", **SFT, dataset_mixer=f"{{{texts}: 1.0}}", max_steps=1, max_train_samples=10, max_eval_samples=3)
     assert "train: 10 rows read" in run.stdout and "test: 3 rows read" in run.stdout and run.summary()["examples"] == 10
+
+
+def test_test_examples_that_are_training_examples_are_counted(train, texts, tmp_path):
+    for name in ("train", "test"):
+        shutil.copy(texts / "train.jsonl", tmp_path / f"{name}.jsonl")
+    run = train("overlap", **SFT, dataset_mixer=f"{{{tmp_path}: 1.0}}", max_steps=1, max_eval_samples=3)
+    assert "WARNING: 3 of 3 test examples are training examples too" in run.stdout
 
 
 def test_resume_is_exact(train, texts, tmp_path):

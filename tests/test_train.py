@@ -338,3 +338,18 @@ def test_without_a_test_split_the_run_says_that_it_skips_evaluation(train, tmp_p
     shutil.copy(tiny / "pairs" / "train.jsonl", tmp_path)
     run = train("no-test", dataset_mixer=f"{{{tmp_path}: 1.0}}", max_steps=1)
     assert "no test split: evaluation is skipped" in run.stdout and run.summary()["eval_accuracy"] is None
+
+
+def test_test_pairs_that_are_training_pairs_are_counted(train, tmp_path, tiny):
+    rows = [json.loads(line) for line in (tiny / "pairs" / "train.jsonl").read_text().splitlines()]
+    again = [{"prompt": row["prompt"], "response_a": row["response_b"], "response_b": row["response_a"],
+              "label": "a" if row["label"] == "b" else "b"} for row in rows[:3]]  # the same pairs, the other way round
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in again * 2)
+                                         + (tiny / "pairs" / "test.jsonl").read_text())
+    run = train("overlap", dataset_mixer=f"{{{tmp_path}: 1.0}}", max_steps=1)
+    assert "WARNING: 3 of 43 test pairs are training pairs too" in run.stdout
+
+
+def test_without_overlap_there_is_no_warning(by_dataset):
+    assert "WARNING" not in by_dataset.stdout
