@@ -29,6 +29,7 @@ def test_an_audit_asks_confident_pairs_too_and_says_how_right_they_are(train, by
     assert 0 <= low <= summary["audit_accuracy"] <= high <= 1
     row = run.rows()[-1]
     assert (row["audited"], row["audit_accuracy"]) == (summary["audited"], summary["audit_accuracy"])
+    assert (row["audit_low"], row["audit_high"]) == (low, high)
     assert f"{summary['audited']} audited" in run.stdout
 
 

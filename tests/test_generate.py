@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -254,6 +255,18 @@ def test_the_empty_system_message_is_as_the_training_run_had_it(chat_model, tmp_
         text = ("<|im_start|>system\n<|im_end|>\n" * empty
                 + f"<|im_start|>user\n{ALPACA[0]['instruction']}<|im_end|>\n<|im_start|>assistant\n")
         assert json.loads(out.read_text())[0]["output"] == greedy(chat_model, text, ends=("</s>", "<end>"))
+
+
+def test_the_flags_of_training_reach_the_model(tmp_path):
+    given = dict(bf16="true", seed="7", chat_template="{{ messages }}", auto_insert_empty_system_msg=None,
+                 model_revision="v2", trust_remote_code="true")
+    config = generate.model_config("org/model", SimpleNamespace(**given), torch.device("cpu"))
+    assert (config.model_name_or_path, config.model_revision, config.seed) == ("org/model", "v2", 7)
+    assert config.bf16 and config.trust_remote_code and config.chat_template == "{{ messages }}"
+    none = SimpleNamespace(**dict.fromkeys(given))
+    for name, empty in (("org/model", False), ("alignment-handbook/zephyr-7b-sft-full", True)):
+        config = generate.model_config(name, none, torch.device("cpu"))
+        assert config.auto_insert_empty_system_msg == empty and not config.bf16 and not config.trust_remote_code
 
 
 def test_an_answer_ends_at_its_first_end_token(model):

@@ -5,6 +5,7 @@ Whole rounds, from prompts to a better model, are in test_rounds.py.
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from labels.endpoint import Endpoint, Exchange
 from runtime import toy
+from runtime.errors import UsageError
 from runtime.formats import parse_prompt, parse_row
 from runtime.rendering import Renderer
 from tools import generate, pairs
@@ -107,7 +109,7 @@ def test_each_side_is_a_draw_of_its_own_from_the_model(model, prompts, tmp_path)
             assert likely[at - 1, :rank].sum() < 0.2 + 1e-4
 
 
-def test_two_models_write_one_side_each(model, prompts, tmp_path):
+def test_two_models_write_one_side_each(model, prompts, tmp_path, capsys):
     other = shutil.copytree(model, tmp_path / "other")
     torch.manual_seed(7)
     toy.make_model(AutoTokenizer.from_pretrained(model)).save_pretrained(other)
@@ -116,6 +118,9 @@ def test_two_models_write_one_side_each(model, prompts, tmp_path):
     for row in lines(model / "pairs.jsonl"):
         assert row["response_a"].strip() == greedy(model, row["prompt"])
         assert row["response_b"].strip() == greedy(other, row["prompt"])
+    os.utime(other / "model.safetensors", ns=(1, 1))
+    run(model, other, "--prompts", prompts, "--temperature", 0, code=2)
+    assert "another weights" in one_line(capsys)
 
 
 def test_the_batch_size_changes_nothing(model, prompts, tmp_path):
@@ -297,6 +302,25 @@ def test_a_line_that_was_cut_short_is_written_again(model, prompts):
         (model / "pairs.jsonl").write_bytes(left)
         run(model, "--prompts", prompts)
         assert (model / "pairs.jsonl").read_bytes() == whole
+
+
+def test_a_row_that_the_disk_takes_only_in_part_is_an_error_and_is_written_again(tmp_path):
+    """The limit on the size of a file stands for a full disk."""
+    question = generate.EvalQuestion(1, ["the view"], {}, "here")
+    row = pairs.outcome(question, [("a" * 300, "stop"), ("b", "stop")], 1)
+    file = pairs.PairFile(tmp_path / "pairs.jsonl", {"seed": 1}, [question])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, before[1]))
+    try:
+        with pytest.raises(UsageError, match="pairs.jsonl: cannot be written .the disk took only a part.: make room"):
+            file.add([row])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "pairs.jsonl").stat().st_size == 200
+    file = pairs.PairFile(tmp_path / "pairs.jsonl", {"seed": 1}, [question])
+    assert file.done == {}
+    file.add([row])
+    assert lines(tmp_path / "pairs.jsonl") == [row]
 
 
 def test_a_prompt_that_two_commands_answered_at_once_has_one_pair(model, prompts):

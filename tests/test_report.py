@@ -3,11 +3,14 @@
     python -m pytest tests/test_report.py -n 0
 """
 
+import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from runtime import report
+from runtime.config import Config
 
 ROW = {"loss": 0.6, "rewards/accuracies": 0.5, "queries": 4, "pairs_seen": 8, "queries_without_preference": 0}
 SUMMARY = {"queries": 4, "pairs": 8, "query_fraction": 0.5, "pseudo_label_accuracy": None, "audited": 0,
@@ -25,6 +28,43 @@ def test_money_of_which_a_part_is_unknown_is_at_least_that(cost, said):
 
 def test_the_summary_of_an_older_run_is_read():
     assert "0.50 spent on labels" in report.closing_line({**SUMMARY, "cost": 0.5})
+
+
+@pytest.mark.parametrize("known, unpriced, price, told", [
+    (0, 3, None, (None, False)), (1.5, 3, None, (1.5, True)), (1.5, 0, None, (1.5, False)), (1.5, 3, 2.0, (7.5, False))])
+def test_what_labels_cost_is_what_is_known_and_a_price_for_the_rest(known, unpriced, price, told):
+    oracle = SimpleNamespace(ledger=SimpleNamespace(cost=lambda: (known, unpriced)), config=Config(price_per_label=price))
+    assert report.cost(oracle) == told
+
+
+@pytest.mark.parametrize("predicted, warned", [(0.94, 0), (0.95, 0), (0.96, 1)])
+def test_a_policy_is_overconfident_where_its_prediction_is_above_the_interval(predicted, warned, capsys):
+    audit = {"audited": 100, "accuracy": 0.9, "interval": (0.83, 0.95), "predicted": predicted}
+    oracle = SimpleNamespace(config=Config(audit_fraction=0.1), state={"warned_of_audit": False}, audit=lambda step: audit)
+    for step in (1, 2):
+        report.warn_of_wrong_pseudo_labels(oracle, step)
+    assert capsys.readouterr().out.count("WARNING: of 100 audited pseudo-labels 90.0% agree") == warned
+
+
+@pytest.mark.parametrize("said, warned", [
+    ({}, 0), (dict(agreement=0.5, first_position=0.3), 0), (dict(first_position=0.7), 0), (dict(coins=5, ties=5), 0),
+    (dict(queries=19, agreement=0.0, first_position=1.0, ties=19), 0), (dict(agreement=0.49), 1),
+    (dict(first_position=0.29), 1), (dict(first_position=0.71), 1), (dict(coins=4, ties=4, unanswerable=3), 1),
+    (dict(agreement=None, first_position=None, unanswerable=20), 1)], ids=str)
+def test_a_judge_is_warned_of_once_beyond_its_limits(said, warned, capsys):
+    said = dict(queries=20, agreement=0.8, first_position=0.5, coins=0, ties=0, unanswerable=0) | said
+    row, oracle = {name if name == "queries" else f"judge_{name}": said[name] for name in said}, SimpleNamespace(state={})
+    for _ in range(2):
+        report.warn_of_judge(oracle, row)
+    assert capsys.readouterr().out.count("WARNING: the judge is hardly of use: of 20 pairs") == warned
+
+
+def test_a_metric_that_is_not_finite_is_null(tmp_path):
+    """JSON has no other word for it, and other readers refuse a file with NaN."""
+    log = report.Log(tmp_path, SimpleNamespace(monitor=SimpleNamespace(enabled=False)), -1)
+    log.write({"step": 1, "loss": 0.5, "grad_norm": math.nan, "rewards/margins": -math.inf})
+    assert (tmp_path / "metrics.jsonl").read_text() == (
+        '{"step": 1, "loss": 0.5, "grad_norm": null, "rewards/margins": null}\n')
 
 
 def points_of_csv(output):
