@@ -172,6 +172,9 @@ class Humans:
         said = log.read_text().strip().splitlines() or [""]
         if code == 75:
             raise Stopped("the same command goes on with the run that was interrupted")
+        if code == 1 and part == 0 and "lower learning_rate" in said[-1]:  # it diverged: this rate will not be the best
+            replace_text(result, json.dumps({"accuracy": 0.0}))
+            return bar.update()
         if code:
             raise UsageError(f"{config}: exit code {code}: {said[-1]}")
         if not self.told:  # what became of the pairs
@@ -244,7 +247,8 @@ def page(humans, source, longer, where, size):
               "| method | " + " | ".join(f"{rate:g}" for rate in rates) + " |", "| --- |" + " --: |" * len(rates)]
     for method in NAMES:
         scores = [humans.result(method, rate, 0) for rate in rates]
-        lines.append(f"| {method} | " + " | ".join(f"{s['accuracy']:.3f}" if s else "" for s in scores) + " |")
+        cells = ["" if s is None else f"{s['accuracy']:.3f}" if s["accuracy"] else "diverged" for s in scores]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 

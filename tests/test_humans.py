@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from benchmarks import humans, query_efficiency
-from runtime.errors import DataError
+from runtime.errors import DataError, UsageError
 from runtime.sources import read_rows
 
 
@@ -112,6 +112,25 @@ def test_the_page_says_where_there_was_no_committee(tmp_path):
                 {"accuracy": rate, "log_loss": 0.7, "queries": 16, "pseudo_label_accuracy": right, "seconds": 1}))
     text = humans.page(runs, "pairs", 0.5, "a CPU", "cpu")
     assert "| committee | 0.002 | 3 | 16 | 75.0% | 0.002 ±" in text and "In 2 of 3 folds a member of the committee" in text
+
+
+def test_a_rate_at_which_a_run_diverges_is_not_chosen(tmp_path, monkeypatch):
+    """Only while rates are chosen: in a fold it ends the command."""
+    def diverges(argv, main):
+        print("error: the margin of pair p is nan, not a finite number: lower learning_rate, or look at the model's weights")
+        return 1
+
+    monkeypatch.setattr(humans, "command", diverges)
+    monkeypatch.setattr(humans, "NAMES", ["DPO, all labels"])
+    runs = humans.Humans("m", humans.Size(48, 3, (1e-3, 2e-3), {}), tmp_path, 48)
+    for rate, accuracy in ((5e-4, 0.5), (1e-3, 0.6)):
+        runs.path("DPO, all labels", rate, 0, ".json").write_text(json.dumps({"accuracy": accuracy}))
+    with humans.tqdm(total=9, disable=True) as bar:
+        runs.run("DPO, all labels", 2e-3, 0, bar)
+        assert runs.rate("DPO, all labels") == (1e-3, [])
+        assert "| 0.500 | 0.600 | diverged |" in humans.page(runs, "pairs", 0.5, "a CPU", "cpu")
+        with pytest.raises(UsageError, match="exit code 1: error: the margin"):
+            runs.run("DPO, all labels", 1e-3, 1, bar)
 
 
 def test_the_methods_run_and_what_has_finished_is_not_run_again(tiny, tmp_path, monkeypatch, capsys):
