@@ -77,7 +77,7 @@ def card_rows(config, summary):
             "spent on labels": None if summary["cost"] is None else money(summary["cost"], summary.get("cost_incomplete")),
             "held-out accuracy of the implicit reward": ("not measured" if summary["eval_accuracy"] is None
                                                          else f"{summary['eval_accuracy']:.3f}"),
-            "β, γ": f"{config.beta}, {gate(config)}", "adapter": adapter}
+            "β, γ": f"{config.beta}, {gate(config, summary)}", "adapter": adapter}
 
 
 def money(spent, incomplete):
@@ -85,10 +85,11 @@ def money(spent, incomplete):
     return f"{'at least ' if incomplete else ''}{spent:,.{4 if 0 < spent < 0.1 else 2}f}"
 
 
-def gate(config):
+def gate(config, summary):
     """γ, or what there was in its place."""
     if config.label_budget:
-        return f"no gate: label_budget {config.label_budget:g}"
+        alone = "" if summary["committee"] else ", without a committee, because a member did not beat guessing"
+        return f"no gate: label_budget {config.label_budget:g}{alone}"
     return config.gamma if config.data_selection else "every pair asked"
 
 

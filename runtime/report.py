@@ -152,7 +152,9 @@ def summarise(schedule, oracle, run, engine):
                                       if state["pseudo_known"] else None),
             "audited": audit["audited"] if audit else 0, "audit_accuracy": audit and audit["accuracy"],
             "audit_interval": audit and list(audit["interval"]), "cost": spent, "cost_incomplete": incomplete,
-            "budget_spent_at_step": state["budget_spent_at_step"], **oracle.about, **oracle.judge_metrics(),
+            "budget_spent_at_step": state["budget_spent_at_step"],
+            **({"committee": schedule.pairs.soft_labels is not None} if config.label_budget else {}),
+            **oracle.about, **oracle.judge_metrics(),
             "eval_loss": evaluation and evaluation["loss"],
             "eval_accuracy": evaluation and evaluation["rewards/accuracies"],
             "peak_memory_bytes": peak_memory(engine.device), **adapter_summary(config, engine.module.lm)}

@@ -146,7 +146,7 @@ def test_all_labels_are_bought_before_the_first_step_and_every_pair_is_trained_o
     rows = whole.rows()
     assert {row["queries"] for row in rows} == {64} and {row["pairs_seen"] for row in rows} == {96}
     assert whole.summary()["queries"] == 64 and "does not beat guessing" not in whole.stdout
-    assert whole.summary()["pseudo_label_accuracy"] > 0.9
+    assert whole.summary()["pseudo_label_accuracy"] > 0.9 and whole.summary()["committee"] is True
     ledger = Ledger(whole.output / "labels.sqlite")
     asked = ledger.db.execute("SELECT step, margin FROM answers ORDER BY step").fetchall()
     ledger.close()
@@ -278,6 +278,8 @@ def test_members_that_learn_nothing_are_not_believed(tiny, train, tmp_path):
     assert (summary["pseudo_labels"], summary["queries"], summary["pairs"]) == (0, 64, 96) and "(67 %)" in run.stdout
     assert [row["pairs_seen"] for row in run.rows() if row["split"] == "train"] == [96] * 12
     assert run.rows()[-1]["epoch"] == 1.5  # 12 steps of 8 of 64 pairs
+    assert summary["committee"] is False
+    assert "without a committee, because a member did not beat guessing" in (run.output / "README.md").read_text()
 
 
 def test_a_pair_that_the_data_repeats_is_graded_once(tiny, train, tmp_path):

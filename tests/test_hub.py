@@ -273,7 +273,7 @@ def test_paths_are_not_taken_for_names_on_the_hub(tmp_path):
     ({"label_budget": 0.25}, "Direct Preference Optimization ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)), from a "
      "budget of labels", ["dpo", "preference-learning"])])
 def test_the_card_names_the_method_that_was_used(keys, method, tags):
-    text = card_of(keys)
+    text = card_of(keys, committee=True)
     assert f"\nTrained from `org/base` with {method}.\n" in text and ModelCard(text).data.tags == tags
 
 
