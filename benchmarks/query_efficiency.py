@@ -1,6 +1,6 @@
 """Accuracy and reward for the labels bought, compared fairly: DPO, random labels, the paper's ADPO, and what labels/ adds.
 
-    python benchmarks/query_efficiency.py                  both tasks; about 14 hours on two cores
+    python benchmarks/query_efficiency.py                  both tasks; about 16 hours on two cores
     python benchmarks/query_efficiency.py --task toy       one of them: toy or movies
     python benchmarks/query_efficiency.py --short          a few runs of a smaller task, under five minutes; only to outputs/
     python benchmarks/query_efficiency.py --report         run nothing; write the results of the runs that have finished
