@@ -250,8 +250,9 @@ def load_split(config, tokenizer, kind, limit):
 
 def warn_of_overlap(train, test, what="pairs"):
     """Say how many of the test pairs (or examples: `what`) are training pairs too, and so are not held out."""
-    if shared := len(set(test.ids).intersection(train.ids)):
-        say(f"WARNING: {shared:,} of {len(set(test.ids)):,} test {what} are training {what} too, so held-out results look "
+    held_out = set(test.ids)
+    if shared := len(held_out.intersection(train.ids)):
+        say(f"WARNING: {shared:,} of {len(held_out):,} test {what} are training {what} too, so held-out results look "
             "too good: take them out of one of the two splits")
 
 
@@ -271,11 +272,12 @@ def _answers(rows, whole):
     Where the rows of a pair disagree, as those of several annotators do, the majority counts, and in a draw the first row:
     of `whole`, so that a pair has the same label in every random sample.
     """
-    mine = set(rows["id"][:])  # whole columns: one by one is slow
-    votes = [vote for vote in zip(*(whole[name][:] for name in ("id", "label", "truth"))) if vote[0] in mine]
+    mine = rows["id"][:]  # whole columns: one by one is slow
+    wanted = set(mine)
+    votes = [vote for vote in zip(*(whole[name][:] for name in ("id", "label", "truth"))) if vote[0] in wanted]
     ids, labels, truths = zip(*votes)
     found = majority(ids, labels)
-    outvoted = sum(label != 0 and label != found[id] for id, label in zip(rows["id"][:], rows["label"][:]))
+    outvoted = sum(label != 0 and label != found[id] for id, label in zip(mine, rows["label"][:]))
     return found, majority(ids, truths), outvoted
 
 

@@ -673,6 +673,11 @@ CHECKS = [
     ("6 1B", "Speed of Llama-3.2-1B's shape", "none", 70, partial(rates, name="1B"))]
 
 
+def groups():
+    """CHECKS, each in a list with those that run beside it."""
+    return [group if isinstance(group, list) else [group] for group in CHECKS]
+
+
 def perform(bench, check, say):
     """Run a check and say what it finds. Returns [(numbers, verdict, text)]."""
     numbers, title, aim, _, function = check
@@ -711,9 +716,8 @@ def main(options):
     bench.say(f"# What a GPU shows: {bench.card()}\n\n`python benchmarks/gpu.py {' '.join(sys.argv[1:])}`, "
               f"{time.strftime('%Y-%m-%d %H:%M', time.gmtime())} UTC; {bench.options.limit - bench.left():.0f} s to start.")
     verdicts = []
-    for group in CHECKS:
-        group = [check for check in (group if isinstance(group, list) else [group])
-                 if not options.only or set(check[0].split()) & set(options.only)]
+    for group in groups():
+        group = [check for check in group if not options.only or set(check[0].split()) & set(options.only)]
         late = [check for check in group if check[3] > bench.left()]
         for numbers, title, *_ in late:
             bench.say(f"\n## {numbers}. {title}\n\nNo time left.")
@@ -735,11 +739,10 @@ def main(options):
 
 def check_names(text):
     """The names of --only."""
-    groups = (group if isinstance(group, list) else [group] for group in CHECKS)
-    known = dict.fromkeys(name for group in groups for check in group for name in check[0].split())
+    known = dict.fromkeys(name for group in groups() for check in group for name in check[0].split())
     for name in text.split(","):
         if name not in known:
-            raise argparse.ArgumentTypeError(f"there is no check {name!r}; there are {', '.join(known)}")
+            raise argparse.ArgumentTypeError(f"{name!r} is not a check; choose from {', '.join(known)}")
     return text.split(",")
 
 

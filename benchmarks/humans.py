@@ -182,7 +182,8 @@ class Humans:
             bar.write("\n".join(line for line in said if re.match(r"(train|test): [\d,]+ rows", line)))
         summary = json.loads((output / "summary.json").read_text())
         found = {"accuracy": summary["eval_accuracy"], "log_loss": summary["eval_loss"], "queries": summary["queries"],
-                 "pseudo_label_accuracy": summary["pseudo_label_accuracy"], "seconds": time.time() - started}
+                 "pseudo_label_accuracy": summary["pseudo_label_accuracy"], "committee": summary.get("committee"),
+                 "seconds": time.time() - started}
         replace_text(result, json.dumps(found))  # half a file would end each later start
         shutil.rmtree(output)  # with the model
         bar.update()
@@ -240,7 +241,7 @@ def page(humans, source, longer, where, size):
         lines.append(f"| {method} | {rate:g} | {len(values)} | {statistics.mean(v['queries'] for v in values):,.0f} | "
                      f"{f'{statistics.mean(right):.1%}' if right else ''} | {accuracy} | {log_loss} | {' | '.join(cells)} |")
     _, parts = found.get(COMMITTEE, (None, {}))
-    if alone := sum(result["pseudo_label_accuracy"] is None for result in parts.values()):
+    if alone := sum(result["committee"] is False for result in parts.values()):
         lines += ["", f"In {alone} of {len(parts)} folds a member of the committee did not beat guessing, so that run "
                   "trained only on the labels that it had bought, without a committee."]
     lines += ["", "Learning rates, by accuracy on part 0, which no row above has seen as test pairs:", "",

@@ -12,7 +12,6 @@ import inspect
 import json
 import math
 import time
-from pathlib import Path
 
 import torch
 
@@ -58,7 +57,6 @@ class RewardModelJudge(Judge):
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"judge_device {device}: {one_line(error, 100)}")
         self.tokenizer, self.lm = self._load(name_or_path)
-        self.source = f"those of {name_or_path}"
         self.inputs = inspect.signature(self.lm.forward).parameters
         self.pads = self._set_padding()
         self.tokenizer.truncation_side = "left"
@@ -69,18 +67,17 @@ class RewardModelJudge(Judge):
         return cls(texts, config.judge_model, device=config.judge_device, **shared)
 
     def _load(self, name_or_path):
-        """(tokenizer, model on the device). Sets `version`."""
+        """(tokenizer, model on the device). Sets version, settings and source, as Judge has them."""
         from transformers import AutoModelForSequenceClassification, AutoTokenizer  # slow; tools import this module too
 
-        from runtime.model import content_of
+        from runtime.model import content_of, not_local
         try:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path)
             lm, loading = AutoModelForSequenceClassification.from_pretrained(
                 name_or_path, output_loading_info=True, use_safetensors=True,
                 dtype="auto" if self.device.type == "cuda" else torch.float32)
         except (OSError, ValueError) as error:
-            where = "" if Path(name_or_path).exists() else "there is no such folder here, and the hub could not provide it: "
-            raise ValueError(f"reward model {self.model}: cannot be loaded: {where}{one_line(error, 300)}")
+            raise ValueError(f"reward model {self.model}: cannot be loaded: {not_local(name_or_path)}{one_line(error, 300)}")
         if lm.config.num_labels != 1:
             raise ValueError(f"reward model {self.model}: has {lm.config.num_labels} outputs; take a model with one output")
         if loading["missing_keys"]:  # transformers would fill them at random
@@ -91,6 +88,7 @@ class RewardModelJudge(Judge):
             raise ValueError(f"reward model {self.model}: has embeddings for {size:,} tokens, but its tokenizer has "
                              f"{tokens:,}: put the model's own tokenizer beside it")
         self.version = self.settings = content_of(name_or_path)
+        self.source = f"those of {name_or_path}"
         try:
             return tokenizer, exact_scores(lm.to(self.device).eval())
         except torch.OutOfMemoryError:

@@ -161,7 +161,7 @@ class Config:
 
 
 # Keys that may differ between a checkpoint and the run that resumes it, because they do not change what has been computed.
-# Neither does a larger max_queries, nor another way to ask a judge, as long as its rubric is the same (ChatJudge.check). How
+# Neither does a larger max_queries, nor another way to ask a judge, as long as its rubric is the same (Judge.check). How
 # a step is cut into micro-batches changes only rounding, as long as it has as many pairs (checkpoint.check_same_run).
 FREE_ON_RESUME = {"logging_steps", "logging_first_step", "log_level", "eval_strategy", "eval_steps", "eval_on_start",
                   "do_eval", "max_eval_samples", "per_device_eval_batch_size", "save_strategy", "save_steps",

@@ -52,6 +52,11 @@ def load_tokenizer(config):
     return tokenizer
 
 
+def not_local(name):
+    """How the reason begins why a model or a tokenizer cannot be loaded: "" where a folder has its name."""
+    return "" if os.path.exists(name) else "not a local folder, and loading it from the hub failed: "
+
+
 @contextlib.contextmanager
 def loading(what, name):
     """Around code that loads a model or a tokenizer: whatever it raises becomes a UsageError in one line."""
@@ -63,8 +68,8 @@ def loading(what, name):
             why = "it needs code of its own: read that code, then say --trust_remote_code=true to run it"
         elif "model.safetensors" in why:
             why += "; weights are read from safetensors alone"
-        elif not os.path.exists(name):
-            why = f"there is no such folder here, and the hub could not provide it: {why}"
+        else:
+            why = f"{not_local(name)}{why}"
         raise UsageError(f"{what} {name}: cannot be loaded ({type(error).__name__}: {why[:500]})")
 
 

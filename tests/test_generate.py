@@ -410,7 +410,7 @@ def one_line(capsys):
 def test_models_that_cannot_answer_are_refused(model, tmp_path, capsys):
     questions = write(tmp_path / "q.jsonl", [{"prompt": "the view"}])
     run(tmp_path / "nowhere", questions, code=2)
-    assert "there is no such folder here; for a model on the hub say --output FILE too" in one_line(capsys)
+    assert "not a local folder; for a model on the hub, say --output FILE too" in one_line(capsys)
     run(model, tmp_path / "none.jsonl", code=2)
     assert one_line(capsys).endswith("none.jsonl: there is no such file")
     run(model, questions, "--max_new_tokens", 128, code=2)

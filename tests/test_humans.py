@@ -109,7 +109,8 @@ def test_the_page_says_where_there_was_no_committee(tmp_path):
     for part, right in enumerate([None, None, 0.75, None]):
         for rate in (5e-4, 1e-3, 2e-3):
             runs.path("committee", rate, part, ".json").write_text(json.dumps(
-                {"accuracy": rate, "log_loss": 0.7, "queries": 16, "pseudo_label_accuracy": right, "seconds": 1}))
+                {"accuracy": rate, "log_loss": 0.7, "queries": 16, "pseudo_label_accuracy": right,
+                 "committee": right is not None, "seconds": 1}))
     text = humans.page(runs, "pairs", 0.5, "a CPU", "cpu")
     assert "| committee | 0.002 | 3 | 16 | 75.0% | 0.002 ±" in text and "In 2 of 3 folds a member of the committee" in text
 

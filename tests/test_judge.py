@@ -230,7 +230,7 @@ TROUBLE = {
     "cut short": (200, {"Content-Length": "1000"}, b'{"choices": ['),
     "invalid JSON": b"<html>[[A]]</html>",
     "an error in a 200": (200, {}, {"error": {"message": "overloaded"}}),
-    "an error in a 200, whose code is no number": b'{"error": {"code": 1e999}}',
+    "an error in a 200 whose code is not a number": b'{"error": {"code": 1e999}}',
     "no choices": (200, {}, {"choices": []}),
     "null": b"null",
     "deep": b"[" * 200_000,

@@ -143,7 +143,7 @@ def test_another_rubric_is_another_run_and_the_card_names_it(train, unlabelled, 
 def test_a_reward_model_that_is_not_there_says_so(train, unlabelled, tmp_path):
     run = train("nowhere", check=2, oracle="judge", judge="reward_model", judge_model=tmp_path / "nowhere",
                 dataset_mixer=f"{{{unlabelled}: 1.0}}")
-    assert f"reward model {tmp_path}/nowhere: cannot be loaded: there is no such folder" in errors(run)[0]
+    assert f"reward model {tmp_path}/nowhere: cannot be loaded: not a local folder, and loading" in errors(run)[0]
 
 
 def test_a_judge_needs_its_keys(train, unlabelled):

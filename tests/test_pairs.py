@@ -649,7 +649,7 @@ def test_what_cannot_be_read_or_written_is_said_in_one_line(model, chat_model, p
             ((model, "--prompts", tmp_path / "none.jsonl"), "none.jsonl: there is no such file"),
             ((model, "--prompts", tmp_path / "none.txt"), "none.txt: there is no such file"),
             ((model, "--prompts", write(tmp_path / "empty.txt", [])), "empty.txt: has no prompts"),
-            ((tmp_path / "nowhere", "--prompts", prompts), "there is no such folder here; for a model on the hub say"),
+            ((tmp_path / "nowhere", "--prompts", prompts), "not a local folder; for a model on the hub, say"),
             ((model, "--prompts", prompts, "--output", "pairs.txt"), "--output pairs.txt: this command writes a file"),
             (("--prompts", prompts, "--endpoint", "http://a/v1", "--endpoint_model", "m", "--output", "pairs.csv"),
              "--output pairs.csv: this command writes a file that ends in .jsonl"),  # or it could not go on with it

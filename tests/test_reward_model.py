@@ -286,7 +286,7 @@ def test_labels_by_other_weights_are_not_mixed_in(reward_model, reviews, ledger,
 
 
 def test_what_is_not_a_reward_model_is_refused_by_name(reward_model, tiny, tmp_path):
-    with pytest.raises(ValueError, match="reward model .*/nowhere: cannot be loaded: there is no such folder"):
+    with pytest.raises(ValueError, match="reward model .*/nowhere: cannot be loaded: not a local folder, and loading"):
         RewardModelJudge(texts, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="has 2 outputs"):  # a language model
         RewardModelJudge(texts, tiny / "model")

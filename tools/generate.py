@@ -407,7 +407,7 @@ def output_path(model, wanted, usual):
 
     wanted: what --output says, or None.  usual: the place in the model's folder."""
     if not wanted and not Path(model).is_dir():
-        raise UsageError(f"{model}: there is no such folder here; for a model on the hub say --output FILE too")
+        raise UsageError(f"{model}: not a local folder; for a model on the hub, say --output FILE too")
     path = Path(wanted) if wanted else usual
     if path.suffix != usual.suffix:
         raise UsageError(f"--output {path}: this command writes a file that ends in {usual.suffix}")
@@ -474,8 +474,9 @@ def weights(config):
     from runtime.model import resolve_model
     base, revision, adapter = resolve_model(config, config.model_name_or_path)
     local = Path(base).is_dir()
-    files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for folder in (base if local else None, adapter)
-             if folder for file in sorted(Path(folder).glob("*.safetensors"))]
+    folders = [Path(base)] * local + [adapter] * bool(adapter)
+    files = [[file.name, file.stat().st_size, file.stat().st_mtime_ns]
+             for folder in folders for file in sorted(folder.glob("*.safetensors"))]
     return hash_of(*files) if local else f"{base} {revision}" + (f" {hash_of(*files)}" if adapter else "")
 
 
