@@ -162,37 +162,43 @@ def attention_mask(segments, positions, dtype, window=None, flex=False):
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
-def two_rows(segments, longest):
-    """Where the tokens of rows `[prompt | y1 | y2]` stand in two causal rows a pair, `[prompt | y1]` and `[prompt | y2]`.
+def two_rows(segments, prompt_tokens):
+    """Where the two causal rows of each pair, `[prompt | y1]` and `[prompt | y2]`, find their tokens in rows
+    `[prompt | y1 | y2]`. They are laid end to end, each with its own length.
 
-    segments: (B, T), as `sees` has them.  longest: S, the tokens of the longest of those rows.
-    Returns (there (2B, S), back (B, T)): which of the B·T tokens each place of the two rows takes, and which of the 2B·S
-    places each token comes back from. The end of a row is filled with some token of the pair: in a causal row no real token
-    sees what follows it.
+    Queries need no copy: those of the first row are prompt and y1, those of the second what follows, y2 and the padding,
+    which no real token sees. The keys of the second row begin with a copy of the prompt.
+
+    segments: (B, T), as `sees` has them.  prompt_tokens: P, those of all B prompts together.
+    Returns, as int32: keys (B·T + P,), which of the B·T tokens each key is; where the queries of each of the 2B rows begin,
+    and where its keys do, (2B + 1,) each, with the total at the end.
     """
     B, T = segments.shape
-    prompt, first = (segments == 0).sum(-1, keepdim=True), (segments == 1).sum(-1, keepdim=True)  # (B, 1)
-    index = torch.arange(T, device=segments.device).expand(B, T)
-    here = index[:, :longest]  # (B, S)
-    there = torch.stack([here, torch.where(here < prompt, here, (here + first) % T)], 1)  # (B, 2, S)
-    back = torch.where(index < prompt + first, index % longest, longest + (index - first) % longest)  # (B, T)
-    rows = torch.arange(B, device=segments.device)[:, None]
-    return (there + rows[..., None] * T).flatten(0, 1), back + rows * 2 * longest
+    prompt, first = (segments == 0).sum(-1), (segments == 1).sum(-1)  # (B,)
+    queries = torch.stack([prompt + first, T - prompt - first], 1).flatten()  # (2B,)
+    keys = torch.stack([prompt + first, T - first], 1).flatten()  # (2B,)
+    query_starts, key_starts = (torch.nn.functional.pad(counts.cumsum(0), (1, 0)) for counts in (queries, keys))
+    total = B * T + prompt_tokens  # known, because to read it from `keys` would wait for the device
+    row = torch.arange(2 * B, device=segments.device).repeat_interleave(keys, output_size=total)  # (B·T + P,)
+    place, pair = torch.arange(total, device=segments.device) - key_starts[row], row // 2
+    in_y2 = (row % 2 == 1) & (place >= prompt[pair])
+    return (pair * T + place + in_y2 * first[pair]).int(), query_starts.int(), key_starts.int()
 
 
-def pair_attention(query, key, value, there, back, scale):
-    """Attention in rows `[prompt | y1 | y2]` by kernels that take no mask: the prompt is copied, and each pair becomes two
-    causal rows.
+def pair_attention(query, key, value, keys, query_starts, key_starts, scale):
+    """Attention in rows `[prompt | y1 | y2]` by torch's FlashAttention, which takes no mask: each pair is two causal rows.
 
-    query: (B, heads, T, D).  key, value: (B, KV heads, T, D).  there, back: of `two_rows`.  Returns (B, T, heads, D).
+    query: (B, heads, T, D).  key, value: (B, KV heads, T, D).  keys, query_starts, key_starts: of `two_rows`.
+    Returns (B, T, heads, D).
     """
-    def apart(x):  # (B, h, T, D) -> (2B, h, S, D)
-        flat = x.transpose(1, 2).flatten(0, 1)  # (B·T, h, D)
-        return flat.index_select(0, there.flatten()).unflatten(0, there.shape).transpose(1, 2)
-
-    out = torch.nn.functional.scaled_dot_product_attention(
-        apart(query), apart(key), apart(value), is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
-    return out.transpose(1, 2).flatten(0, 1).index_select(0, back.flatten()).unflatten(0, back.shape)
+    B, _, T, _ = query.shape
+    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B·T, h, D)
+    key, value = key.index_select(0, keys), value.index_select(0, keys)  # (B·T + P, h, D)
+    # A row's last query sees all its keys: where there are fewer queries than keys, the mask is aligned at their ends. Not
+    # torch.nn.attention.varlen, which calls the same, because its arguments differ between torch 2.11 and 2.13.
+    out = torch.ops.aten._flash_attention_forward(query, key, value, query_starts, key_starts, T, T, dropout_p=0.0,
+                                                  is_causal=True, return_debug_mask=False, scale=scale)[0]
+    return out.unflatten(0, (B, T))
 
 
 class PairLogps(torch.nn.Module):
@@ -287,8 +293,8 @@ class PairLogps(torch.nn.Module):
         flex = self.lm.config._attn_implementation == "flex_attention"
 
         def mask(window):
-            if self.takes_rows and (window is None or window >= batch.longest):  # (1, 1, 1, 2B·S + B·T) int
-                return torch.cat([x.flatten() for x in two_rows(batch.segments, batch.longest)])[None, None, None]
+            if self.takes_rows and (window is None or window >= batch.longest):  # (1, 1, 1, B·T + P + 4B + 2) int32
+                return torch.cat(two_rows(batch.segments, batch.prompt_tokens))[None, None, None]
             return attention_mask(batch.segments, batch.positions, dtype, window, flex)
         if "sliding_attention" in self.layer_types:
             return {kind: mask(self.window if kind == "sliding_attention" else None) for kind in self.layer_types}
@@ -406,15 +412,18 @@ def grad_logits(raw, targets, lse, grad, scale, softcap):
 
     raw: (n, V); its memory may be used again.  targets, lse, grad: (n,).
     """
-    logits = final_logits(raw, scale, softcap)
+    logits, targets = final_logits(raw, scale, softcap), targets[:, None]
+    at_target = -grad[:, None] * torch.expm1(logits.gather(-1, targets) - lse[:, None])  # (n, 1)  1 − softmax
     slope = 1 - (logits / softcap) ** 2 if softcap else None  # d softcap·tanh(u/softcap) / du = 1 − tanh²
     d = logits.sub_(lse[:, None]).exp_().mul_(-grad[:, None])
-    d.scatter_add_(-1, targets[:, None], grad[:, None])
     if slope is not None:
         d.mul_(slope)
+        at_target = at_target * slope.gather(-1, targets)
     if scale != 1.0:
         d.mul_(scale)
-    return d.to(raw.dtype)
+        at_target = at_target * scale
+    # Written last, so that a compiler need not hold d in fp32.
+    return d.to(raw.dtype).scatter_(-1, targets, at_target.to(raw.dtype))
 
 
 def for_any_length(function):

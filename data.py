@@ -354,12 +354,13 @@ class PairBatch:
     input_ids, segments (0 prompt, 1 y1, 2 y2, −1 padding), positions: (B, T), or (2B, T) with two rows per pair.
     sources: (N,) flat index of the state that predicts each response token.  targets: (N,) those tokens.
     lengths: (2B,) tokens of each response.  tokens: number of real tokens; the prompt counts once per response.
-    longest: tokens of the longest prompt with one response.
+    prompt_tokens: of the prompts of all rows.  longest: tokens of the longest prompt with one response.
     ref_logps: (B, 2) log π_ref(y|x), labels: (B,) ±1.0, soft_labels: (B,), filled by Pairs.batch where they are known.
     """
     ids: list
     shared: bool
     tokens: int
+    prompt_tokens: int
     longest: int
     rows: torch.Tensor
     weights: torch.Tensor
@@ -417,7 +418,8 @@ def collate(pairs, rows, shared=True, pad=0):
             start = end
     return PairBatch(
         ids=[None] if filler else [pairs.ids[row] for row in rows], shared=shared, tokens=0 if filler else tokens,
-        longest=int(positions.max()) + 1, rows=torch.tensor(rows), weights=torch.full((len(rows),), 0.0 if filler else 1.0),
+        prompt_tokens=sum(len(spans[0][1]) for spans in layout), longest=int(positions.max()) + 1,
+        rows=torch.tensor(rows), weights=torch.full((len(rows),), 0.0 if filler else 1.0),
         input_ids=torch.from_numpy(input_ids), segments=torch.from_numpy(segments), positions=torch.from_numpy(positions),
         sources=torch.from_numpy(np.concatenate(sources)), targets=torch.from_numpy(np.concatenate(targets, dtype=np.int64)),
         lengths=torch.tensor([len(ids) for ids in targets]))

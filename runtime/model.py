@@ -199,21 +199,20 @@ def load_policy(config, name=None, trained=True, kind=adpo.PairLogps):
 
 
 def skips_masks(lm):
-    """Whether to use attention without a mask: it has to be faster, and the model has to call `attention_of_pairs`. In bf16
-    on a GPU, torch's FlashAttention is several times as fast as kernels that take a mask; on a CPU, copying the prompt costs
-    more than it gains."""
+    """Whether to use attention without a mask: torch has to have it, which is in bf16 on a GPU, where it is several times as
+    fast as kernels that take a mask; and the model has to call `attention_of_pairs`."""
     device, dtype = get_accelerator().device_name(), next(lm.parameters()).dtype
     return (device == "cuda" and dtype == torch.bfloat16 and lm.config._attn_implementation == "sdpa"
             and lm._supports_attention_backend)
 
 
 def attention_of_pairs(module, query, key, value, attention_mask, scaling=None, **rest):
-    """transformers' "sdpa", which also takes the indices of adpo.two_rows, (1, 1, 1, 2B·S + B·T) int, in place of a mask."""
-    if attention_mask is None or attention_mask.dtype != torch.int64:
+    """transformers' "sdpa", which also takes the indices of adpo.two_rows, (1, 1, 1, n) int32, in place of a mask."""
+    if attention_mask is None or attention_mask.dtype != torch.int32:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **rest)
-    B, _, T, _ = query.shape
-    there, back = attention_mask.flatten().split([attention_mask.shape[-1] - B * T, B * T])
-    return adpo.pair_attention(query, key, value, there.view(2 * B, -1), back.view(B, T), scaling), None
+    starts = 2 * query.shape[0] + 1
+    rows = attention_mask.flatten().split([attention_mask.shape[-1] - 2 * starts, starts, starts])
+    return adpo.pair_attention(query, key, value, *rows, scaling), None
 
 
 transformers.AttentionInterface.register("sdpa", attention_of_pairs)

@@ -118,12 +118,13 @@ def cached(kind, depends, compute):
 
 
 def kernels(engine):
-    """What decides which kernels compute a log-prob: the attention, the compiler, the size of the head's products, whether
-    they have to repeat, the versions, the device."""
+    """What decides which kernels compute a log-prob: the attention, with a mask or without, the compiler, the size of the
+    head's products, whether they have to repeat, the versions, the device."""
     module, repeat = engine.module, torch.are_deterministic_algorithms_enabled()
     device = torch.cuda.get_device_name() if engine.device.type == "cuda" else engine.device.type
     versions = torch.__version__, transformers.__version__
-    return module.lm.config._attn_implementation, module.compiled, module.chunk_size, repeat, *versions, device
+    attention = module.lm.config._attn_implementation, module.takes_rows
+    return *attention, module.compiled, module.chunk_size, repeat, *versions, device
 
 
 def score(engine, pairs, batches, what):

@@ -117,6 +117,49 @@ def test_flex_attention_sees_the_same(name):
         torch.testing.assert_close(module(batch), expected, rtol=1e-5, atol=1e-4)
 
 
+# torch has FlashAttention for sequences of any length on GPUs alone. On a CPU these two stand in for it; benchmarks/gpu.py
+# runs the real ones.
+CPU = torch.library.Library("aten", "IMPL")
+
+
+def causal_sequences(query, key, query_starts, key_starts, scale):
+    """Yield (queries of a sequence, its keys, attention weights (heads, queries, keys)); the mask is aligned at the ends."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    for n in range(len(query_starts) - 1):
+        here, there = (slice(starts[n], starts[n + 1]) for starts in (query_starts, key_starts))
+        scores = torch.einsum("qhd,khd->hqk", query[here], key[there]) * (scale or query.shape[2] ** -0.5)
+        queries, keys = scores.shape[1:]
+        seen = torch.arange(keys) <= torch.arange(queries)[:, None] + keys - queries
+        yield here, there, scores.masked_fill(~seen, -math.inf).softmax(-1)
+
+
+@torch.library.impl(CPU, "_flash_attention_forward", "CPU")
+def flash_attention(query, key, value, query_starts, key_starts, most_queries, most_keys, dropout_p, is_causal,
+                    return_debug_mask, scale=None, **rest):
+    assert is_causal and query_starts.dtype == key_starts.dtype == torch.int32 and query.shape[0] == query_starts[-1]
+    assert (query_starts.diff() <= most_queries).all() and (key_starts.diff() <= most_keys).all()
+    out, nothing = torch.empty_like(query), query.new_empty(0)
+    value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+    for here, there, weights in causal_sequences(query, key, query_starts, key_starts, scale):
+        out[here] = torch.einsum("hqk,khd->qhd", weights, value[there])
+    return out, nothing, nothing, nothing, nothing
+
+
+@torch.library.impl(CPU, "_flash_attention_backward", "CPU")
+def flash_attention_backward(grad, query, key, value, out, lse, query_starts, key_starts, most_queries, most_keys, dropout_p,
+                             is_causal, seed, offset, scale=None, **rest):
+    groups = query.shape[1] // key.shape[1]
+    keys, values = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    grads = [torch.zeros_like(x) for x in (query, keys, values)]
+    for here, there, weights in causal_sequences(query, key, query_starts, key_starts, scale):
+        slopes = torch.einsum("qhd,khd->hqk", grad[here], values[there])
+        slopes = weights * (slopes - (grad[here] * out[here]).sum(-1).T[..., None]) * (scale or query.shape[2] ** -0.5)
+        grads[0][here] = torch.einsum("hqk,khd->qhd", slopes, keys[there])
+        grads[1][there] = torch.einsum("hqk,qhd->khd", slopes, query[here])
+        grads[2][there] = torch.einsum("hqk,qhd->khd", weights, grad[here])
+    return grads[0], *(x.unflatten(1, (-1, groups)).sum(2) for x in grads[1:])
+
+
 @pytest.mark.parametrize("window", [None, 5, 500], ids=["its own window", "window 5", "window 500"])
 @pytest.mark.parametrize("name", ["llama", "mistral, sliding window", "qwen2, two kinds of layers", "gpt2"])
 def test_attention_in_two_causal_rows_gives_what_a_mask_gives(name, window):
@@ -128,7 +171,7 @@ def test_attention_in_two_causal_rows_gives_what_a_mask_gives(name, window):
     for takes_rows in (False, True):
         module = adpo.PairLogps(lm, takes_rows=takes_rows)
         masks = module._mask(batch)
-        integers = [mask.dtype == torch.int64 for mask in (masks.values() if isinstance(masks, dict) else [masks])]
+        integers = [mask.dtype == torch.int32 for mask in (masks.values() if isinstance(masks, dict) else [masks])]
         kinds = module.layer_types or {"sliding_attention" if module.window else "full_attention"}
         assert integers == [takes_rows and (kind == "full_attention" or module.window >= batch.longest) for kind in kinds]
         lm.zero_grad()
@@ -142,14 +185,11 @@ def test_attention_in_two_causal_rows_gives_what_a_mask_gives(name, window):
 
 def test_two_causal_rows_hold_each_response_after_its_prompt():
     segments = torch.tensor([[0, 0, 1, 2, 2, 2], [0, 1, 1, 2, -1, -1]])
-    there, back = adpo.two_rows(segments, 5)
-    row = torch.arange(12).view(2, 6)
-    real = [[[0, 1, 2], [0, 1, 3, 4, 5]], [[6, 7, 8], [6, 9]]]
-    for pair in range(2):
-        for response in range(2):
-            assert there[2 * pair + response, :len(real[pair][response])].tolist() == real[pair][response]
-    assert there.max() < 12 and back.max() < 20
-    assert (there.flatten()[back] == row)[segments >= 0].all()  # each real token comes back to where it was
+    keys, query_starts, key_starts = adpo.two_rows(segments, 3)
+    rows = [[0, 1, 2], [0, 1, 3, 4, 5], [6, 7, 8], [6, 9, 10, 11]]  # 10 and 11 are padding
+    assert keys.tolist() == sum(rows, [])
+    assert key_starts.tolist() == [0, 3, 8, 11, 15]
+    assert query_starts.tolist() == [0, 3, 6, 9, 12]  # prompt and y1, then the rest
 
 
 @pytest.mark.parametrize("name, takes_rows, recomputes", [

@@ -262,10 +262,10 @@ class Engine:
     def __init__(self, **changes):
         self.calls = 0
         self.attention, self.dtype, self.fingerprint, self.compiled = "sdpa", torch.float32, "weights", False
-        self.chunk_size = 2048
+        self.chunk_size, self.takes_rows = 2048, False
         vars(self).update(changes)
         self.module = types.SimpleNamespace(
-            fingerprint=self.fingerprint, compiled=self.compiled, chunk_size=self.chunk_size,
+            fingerprint=self.fingerprint, compiled=self.compiled, chunk_size=self.chunk_size, takes_rows=self.takes_rows,
             parameters=lambda: iter([torch.zeros(1, dtype=self.dtype)]),
             lm=types.SimpleNamespace(config=types.SimpleNamespace(_attn_implementation=self.attention)))
 
@@ -307,7 +307,8 @@ def test_the_reference_is_scored_once_and_unscored_pairs_are_not_numbers(referen
     dict(engine={"attention": "eager"}), dict(engine={"compiled": True}), dict(engine={"dtype": torch.bfloat16}),
     dict(engine={"fingerprint": "others"}), dict(pairs={"fingerprint": "others"}), dict(pairs={"shared": False}),
     dict(pairs={"batches": ((1,), (0,))}), dict(torch="9.9"), dict(transformers="9.9"), dict(data=data.VERSION + 1),
-    dict(device="another GPU"), dict(engine={"chunk_size": 1}), dict(deterministic=True)], ids=str)
+    dict(device="another GPU"), dict(engine={"chunk_size": 1}), dict(engine={"takes_rows": True}),
+    dict(deterministic=True)], ids=str)
 def test_the_cache_is_not_used_where_the_last_bits_would_differ(change, reference_of, monkeypatch, capsys):
     """Other kernels are enough: at step 0 every margin has to be 0, not nearly 0."""
     reference_of(Engine())
@@ -328,9 +329,10 @@ def test_the_cache_is_not_used_where_the_last_bits_would_differ(change, referenc
 
 def test_the_kernels_are_those_of_attention_compiler_chunks_versions_and_device(monkeypatch):
     versions = torch.__version__, transformers.__version__
-    assert reference.kernels(Engine()) == ("sdpa", False, 2048, False, *versions, "cpu")
+    assert reference.kernels(Engine()) == ("sdpa", False, False, 2048, False, *versions, "cpu")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
-    assert reference.kernels(Engine(device=torch.device("cuda"))) == ("sdpa", False, 2048, False, *versions, "NVIDIA H100")
+    engine = Engine(takes_rows=True, device=torch.device("cuda"))
+    assert reference.kernels(engine) == ("sdpa", True, False, 2048, False, *versions, "NVIDIA H100")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

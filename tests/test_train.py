@@ -24,7 +24,7 @@ import adpo
 import data
 from labels.annotators import DatasetAnnotator
 from labels.oracle import wilson
-from runtime import reference
+from runtime import model, reference
 from runtime.run import Run
 
 METRICS = {"step", "epoch", "split", "loss", "rewards/chosen", "rewards/rejected", "rewards/margins",
@@ -281,6 +281,19 @@ def test_a_model_that_cannot_share_a_prompt_takes_two_rows(train, tiny, tmp_path
     run = train("bloom", model_name_or_path=tmp_path / "bloom", max_steps=1)
     assert "two rows per pair: BloomForCausalLM cannot share a prompt, because it takes no position_ids" in run.stdout
     assert abs(run.losses()[0] - math.log(2)) <= 1e-4
+
+
+def test_a_model_that_attention_without_a_mask_does_not_take_gets_a_mask(train, by_dataset, monkeypatch):
+    """As heads of 100 do, which FlashAttention does not take. The run is then what it was with a mask from the beginning."""
+    def refuse(*_):
+        raise RuntimeError("head_size should be a multiple of 8")
+    monkeypatch.setattr(model, "skips_masks", lambda lm: True)
+    monkeypatch.setattr(adpo, "pair_attention", refuse)
+    run = train("no-flash")
+    assert ("attention with a mask, which is slower: without one, its forward fails on such rows (RuntimeError: head_size "
+            "should be a multiple of 8)") in run.stdout
+    assert "two rows per pair" not in run.stdout
+    assert run.losses() == by_dataset.losses()
 
 
 def test_a_model_whose_shared_rows_are_scored_wrongly_gets_two_rows(train, by_dataset, monkeypatch):
