@@ -351,6 +351,25 @@ def rates(bench, name):
         yield best >= aim if bench.cuda else None, f"the best share of the card's rate is {best:.3f} (aim: {aim:.2f})"
 
 
+def profile(bench):
+    """Two steps of the fastest run of SmolLM2's shape under torch.profiler, which slows the host down."""
+    _, _, runs = RATES["135M"]
+    title, keys = runs[-1]
+    ran = bench.train("profile", "SmolLM2-135M", 12, worker="profile", **keys | {"torch_compile": bench.cuda})
+    found = ran.output.with_suffix(".profile")
+    if ran.code or not found.exists():
+        return (yield False, ran.why())
+    found = json.loads(found.read_text())
+    yield (f"{title}: in {found['seconds']:.2f} s the card was busy for {sum(found['kernels'].values()):.2f} s, with "
+           f"{found['count']:,} kernels.")
+    for what, column in (("It was busy with", "kernels"), ("It was idle while the host was in", "idle")):
+        yield f"{what}:"
+        yield "| | seconds |\n| --- | --: |"
+        for name, seconds in sorted(found[column].items(), key=lambda item: -item[1]):
+            yield f"| {name} | {seconds:.3f} |"
+    yield None, "where the time goes"
+
+
 def waits(bench):
     ran = bench.train("waits", "SmolLM2-135M", 6, worker="waits")
     found = ran.output.with_suffix(".json")
@@ -640,6 +659,68 @@ def count_waits(path):
     os._exit(code)
 
 
+# What a kernel does, by words of its name; the first that fits counts.
+KERNELS = {"attention": "flash|fmha|attention", "matrix products": "nvjet|gemm|cutlass|gemv|splitK",
+           "adding up copies (atomics)": "index|scatter", "compiled element-wise work": "triton",
+           "copies": "memcpy|memset|copy", "everything else": ""}
+
+
+def profile_run(path):
+    """Run train.py's main, two steps of it under torch.profiler, and write what the card did and where it waited."""
+    import deepspeed
+    import torch
+
+    import train
+    from runtime.launch import command
+    from runtime.run import Run
+    engine = deepspeed.runtime.engine.DeepSpeedEngine
+    names = {f"{owner.__name__}.{name}": (owner, name)
+             for owner, name in ((engine, "forward"), (engine, "backward"), (engine, "step"), (train.data.Pairs, "batch"))}
+    for label, (owner, name) in names.items():
+        def ranged(*args, function=getattr(owner, name), label=label, **kwargs):
+            with torch.profiler.record_function(label):
+                return function(*args, **kwargs)
+        setattr(owner, name, ranged)
+    profiler = torch.profiler.profile()
+
+    def steps(run, original=Run.steps):
+        total = run.total_steps
+        for step in original(run):
+            if step in (total - 3, total - 1):
+                torch.accelerator.synchronize() if torch.accelerator.is_available() else None
+                (profiler.start if step == total - 3 else profiler.stop)()
+            yield step
+    Run.steps = steps
+    Run.finish = lambda run, engine, tokenizer, summary: engine.destroy()
+    code = command(["--config", path], train.main)
+    events = [(event, event.time_range.start / 1e6, event.time_range.end / 1e6) for event in profiler.events()]
+    on_card, on_host = [], []
+    for event, start, end in events:
+        if event.name in names:
+            if event.device_type == torch.autograd.DeviceType.CPU:
+                on_host.append((event.name, start, end))
+        elif event.device_type == torch.autograd.DeviceType.CUDA:
+            on_card.append((event.name, start, end))
+    begin, end = min(start for _, start, _ in events), max(end for _, _, end in events)
+    found = {"seconds": end - begin, "count": len(on_card), "kernels": collections.Counter(), "idle": collections.Counter()}
+    gaps, last = [], begin
+    for name, start, stop in sorted(on_card, key=lambda kernel: kernel[1]):  # one stream does the work of one process
+        group = next(group for group, words in KERNELS.items() if re.search(words, name, re.IGNORECASE))
+        found["kernels"][group] += max(0, stop - max(start, last))
+        gaps.append((last, start))
+        last = max(last, stop)
+    for start, stop in [*gaps, (last, end)]:
+        rest = max(0, stop - start)
+        for name, begun, ended in on_host:
+            shared = max(0, min(stop, ended) - max(start, begun))
+            found["idle"][name] += shared
+            rest -= shared
+        found["idle"]["the rest of the loop"] += max(0, rest)
+    Path(path).with_suffix(".profile").write_text(json.dumps(found))
+    sys.stdout.flush()
+    os._exit(code)
+
+
 def time_runs(path):
     """Run train.py's main for each of these configs, one after the other, without saving a model."""
     import gc
@@ -703,6 +784,7 @@ CHECKS = [
     ("6 135M", "Speed of SmolLM2-135M's shape", "0.30 of the card's matrix rate", 138, partial(rates, name="135M")),
     ("5", "Waits for the device", "one a micro-step", 31, waits),
     ("10", "Errors", "one line, and the process is gone within ten seconds", 50, errors),
+    ("6 profile", "Where the time goes", "none", 60, profile),
     # These measure no speed, so they run at the same time.
     [("9 plain", "kill -9 and resume", "the same weights, on a CPU to the last bit", 170, killed),
      ("9 deterministic", "kill -9 and resume with deterministic: true", "the same weights to the last bit", 181,
@@ -796,7 +878,8 @@ def check_names(text):
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--work"]:
-        sys.exit({"waits": count_waits, "rates": time_runs, "trl": trl_speed}[sys.argv[2]](sys.argv[3]))
+        workers = {"waits": count_waits, "profile": profile_run, "rates": time_runs, "trl": trl_speed}
+        sys.exit(workers[sys.argv[2]](sys.argv[3]))
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", metavar="CHECKS", type=check_names, default=[],
                         help="numbers or names, such as 1,4,6 or 135M,plain")
