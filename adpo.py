@@ -175,30 +175,36 @@ def two_rows(segments, prompt_tokens):
     """
     B, T = segments.shape
     prompt, first = (segments == 0).sum(-1), (segments == 1).sum(-1)  # (B,)
-    queries = torch.stack([prompt + first, T - prompt - first], 1).flatten()  # (2B,)
-    keys = torch.stack([prompt + first, T - first], 1).flatten()  # (2B,)
-    query_starts, key_starts = (torch.nn.functional.pad(counts.cumsum(0), (1, 0)) for counts in (queries, keys))
-    total = B * T + prompt_tokens  # known, because to read it from `keys` would wait for the device
-    row = torch.arange(2 * B, device=segments.device).repeat_interleave(keys, output_size=total)  # (B·T + P,)
+    query_counts = torch.stack([prompt + first, T - prompt - first], 1).flatten()  # (2B,)
+    key_counts = torch.stack([prompt + first, T - first], 1).flatten()  # (2B,)
+    query_starts, key_starts = (torch.nn.functional.pad(n.cumsum(0), (1, 0)) for n in (query_counts, key_counts))
+    total = B * T + prompt_tokens  # known, because to add up key_counts would wait for the device
+    row = torch.arange(2 * B, device=segments.device).repeat_interleave(key_counts, output_size=total)  # (B·T + P,)
     place, pair = torch.arange(total, device=segments.device) - key_starts[row], row // 2
-    in_y2 = (row % 2 == 1) & (place >= prompt[pair])
-    return (pair * T + place + in_y2 * first[pair]).int(), query_starts.int(), key_starts.int()
+    skipped = torch.where((row % 2 == 1) & (place >= prompt[pair]), first[pair], 0)  # y2 comes after y1
+    return (pair * T + place + skipped).int(), query_starts.int(), key_starts.int()
 
 
 def pair_attention(query, key, value, keys, query_starts, key_starts, scale):
     """Attention in rows `[prompt | y1 | y2]` by torch's FlashAttention, which takes no mask: each pair is two causal rows.
 
-    query: (B, heads, T, D).  key, value: (B, KV heads, T, D).  keys, query_starts, key_starts: of `two_rows`.
-    Returns (B, T, heads, D).
+    query: (B, heads, T, D).  key: (B, KV heads, T, D).  value: (B, KV heads, T, E).  keys, query_starts, key_starts: of
+    `two_rows`.  Returns (B, T, heads, E).
     """
-    B, _, T, _ = query.shape
-    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # (B·T, h, D)
-    key, value = key.index_select(0, keys), value.index_select(0, keys)  # (B·T + P, h, D)
+    (B, _, T, D), E = query.shape, value.shape[-1]
+    size = -(-max(D, E) // 8) * 8  # the kernel takes heads of one size, a multiple of 8
+
+    def end_to_end(x):  # (B, h, T, d) -> (B·T, h, size)
+        x = x.transpose(1, 2).flatten(0, 1)
+        return x if x.shape[-1] == size else torch.nn.functional.pad(x, (0, size - x.shape[-1]))
+
+    key, value = (end_to_end(x).index_select(0, keys) for x in (key, value))  # (B·T + P, KV heads, size)
     # A row's last query sees all its keys: where there are fewer queries than keys, the mask is aligned at their ends. Not
     # torch.nn.attention.varlen, which calls the same, because its arguments differ between torch 2.11 and 2.13.
-    out = torch.ops.aten._flash_attention_forward(query, key, value, query_starts, key_starts, T, T, dropout_p=0.0,
-                                                  is_causal=True, return_debug_mask=False, scale=scale)[0]
-    return out.unflatten(0, (B, T))
+    out = torch.ops.aten._flash_attention_forward(
+        end_to_end(query), key, value, query_starts, key_starts, T, T, dropout_p=0.0, is_causal=True,
+        return_debug_mask=False, scale=D ** -0.5 if scale is None else scale)[0]  # (B·T, heads, size)
+    return out[..., :E].unflatten(0, (B, T))
 
 
 class PairLogps(torch.nn.Module):

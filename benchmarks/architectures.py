@@ -1,11 +1,14 @@
 """Is every causal language model of the installed transformers trained right, or refused in one line?
 
     python benchmarks/architectures.py [--only TYPE …] [--minutes N]     writes benchmarks/results/architectures.md
+    python benchmarks/architectures.py --gpu-attention                   writes benchmarks/results/architectures_gpu.md
 
 Each type is a tiny model with random weights and random persistent buffers, as a trained checkpoint has them. It goes
 through what a run does: load_policy, share_prompts, the check at start, one AdamW step on six pairs, save_model, and the
 check at the end. Only DeepSpeed's engine is left out. Apart from the product's own checks, each model is compared with a
-plain forward of the original in double precision. With --only, rows are printed and no page is written.
+plain forward of the original in double precision. With --only, rows are printed and no page is written. With
+--gpu-attention, models that take it get attention without a mask, as on a GPU in bf16, by a stand-in for its kernel
+(flash_on_cpu.py).
 Exit code 0: no type is wrong or ends in a traceback; 1: some do.
 """
 
@@ -40,7 +43,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import adpo
 import data
-from runtime import toy
+from runtime import model, toy
 from runtime.config import ROOT, Config
 from runtime.engine import check_against_plain_forward
 from runtime.errors import UsageError, one_line
@@ -252,7 +255,8 @@ def train(config, tokenizer, pairs, batch, wanted, moved):
         (f"the loss of the first step is {loss:.6f}, not log 2", abs(loss - math.log(2)) <= LOSS_LIMIT),
         (f"a later token moves log-probs by {moved:.2g}", moved <= LIMIT),
         (f"the gradient's norm is {norm}", 0 < norm < math.inf), (why, why is None)) if not right]
-    return ("wrong" if wrong else "right" if pairs.shared else "two rows"), "; ".join(wrong)
+    without_mask = "attention without a mask" * (policy.takes_rows and pairs.shared)
+    return ("wrong" if wrong else "right" if pairs.shared else "two rows"), "; ".join(wrong) or without_mask
 
 
 def verdict(type, tokenizer, pairs, folder):
@@ -276,7 +280,8 @@ def verdict(type, tokenizer, pairs, folder):
             return type, "refused", one_line(str(error).replace(str(folder), "…"))
         except Exception as error:
             return type, "traceback", failure(error)
-    reasons = [line.partition(", ")[2] for line in said.getvalue().splitlines() if line.startswith("two rows")]
+    reasons = [line.partition(", ")[2] for line in said.getvalue().splitlines()
+               if line.startswith(("two rows", "attention with a mask"))]
     return type, result, detail or "".join(reasons[-1:])
 
 
@@ -311,8 +316,8 @@ def try_all(types, tokenizer, minutes, workers):
                 progress.update()
 
 
-def page(rows, total, path):
-    """Write the rows of the types that were tried, out of `total`."""
+def page(rows, total, path, option):
+    """Write the rows of the types that were tried, out of `total`.  option: of the command line, or empty."""
     counts = Counter(row[1] for row in rows)
     rows = sorted(rows, key=lambda row: (-list(VERDICTS).index(row[1]), row[0]))
     bar = chr(92) + "|"
@@ -320,7 +325,7 @@ def page(rows, total, path):
 
 Made by
 
-    python benchmarks/architectures.py
+    python benchmarks/architectures.py{option}
 
 **Verdict: of {total} causal-LM types of transformers, {counts["right"] + counts["two rows"]} are trained right and \
 {counts["refused"]} are refused in one line; {counts["wrong"]} are wrong and {counts["traceback"]} end in a traceback. \
@@ -349,7 +354,12 @@ def main():
     parser.add_argument("--only", nargs="+", metavar="TYPE", choices=known, help="try these types alone")
     parser.add_argument("--minutes", type=float, default=60, help="start no other type after so long")
     parser.add_argument("--workers", type=int, default=2, help="types to try at a time")
+    parser.add_argument("--gpu-attention", action="store_true", help="attention without a mask, where a model takes it")
     args = parser.parse_args()
+    if args.gpu_attention:
+        from benchmarks import flash_on_cpu  # noqa: F401  the kernel
+        model.skips_masks = model.calls_attention_of_pairs
+    name, option = ("architectures_gpu.md", " --gpu-attention") if args.gpu_attention else ("architectures.md", "")
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     types, rows = args.only or known, []
@@ -358,7 +368,7 @@ def main():
         if args.only:
             tqdm.write("  ".join(row))
         else:
-            page(rows, len(types), ROOT / "benchmarks" / "results" / "architectures.md")
+            page(rows, len(types), ROOT / "benchmarks" / "results" / name, option)
     return int(any(result in ("wrong", "traceback") for _, result, _ in rows))
 
 

@@ -200,10 +200,13 @@ def load_policy(config, name=None, trained=True, kind=adpo.PairLogps):
 
 def skips_masks(lm):
     """Whether to use attention without a mask: torch has to have it, which is in bf16 on a GPU, where it is several times as
-    fast as kernels that take a mask; and the model has to call `attention_of_pairs`."""
+    fast as kernels that take a mask."""
     device, dtype = get_accelerator().device_name(), next(lm.parameters()).dtype
-    return (device == "cuda" and dtype == torch.bfloat16 and lm.config._attn_implementation == "sdpa"
-            and lm._supports_attention_backend)
+    return device == "cuda" and dtype == torch.bfloat16 and calls_attention_of_pairs(lm)
+
+
+def calls_attention_of_pairs(lm):
+    return lm.config._attn_implementation == "sdpa" and lm._supports_attention_backend
 
 
 def attention_of_pairs(module, query, key, value, attention_mask, scaling=None, **rest):

@@ -20,6 +20,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import adpo
 import data
 import train
+from benchmarks import flash_on_cpu  # noqa: F401  adpo.pair_attention runs on its stand-ins
 from runtime import model
 
 V = 97
@@ -115,49 +116,6 @@ def test_flex_attention_sees_the_same(name):
     assert module.why_not_shared() is None
     with torch.compiler.set_stance("force_eager"):
         torch.testing.assert_close(module(batch), expected, rtol=1e-5, atol=1e-4)
-
-
-# torch has FlashAttention for sequences of any length on GPUs alone. On a CPU these two stand in for it; benchmarks/gpu.py
-# runs the real ones.
-CPU = torch.library.Library("aten", "IMPL")
-
-
-def causal_sequences(query, key, query_starts, key_starts, scale):
-    """Yield (queries of a sequence, its keys, attention weights (heads, queries, keys)); the mask is aligned at the ends."""
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
-    for n in range(len(query_starts) - 1):
-        here, there = (slice(starts[n], starts[n + 1]) for starts in (query_starts, key_starts))
-        scores = torch.einsum("qhd,khd->hqk", query[here], key[there]) * (scale or query.shape[2] ** -0.5)
-        queries, keys = scores.shape[1:]
-        seen = torch.arange(keys) <= torch.arange(queries)[:, None] + keys - queries
-        yield here, there, scores.masked_fill(~seen, -math.inf).softmax(-1)
-
-
-@torch.library.impl(CPU, "_flash_attention_forward", "CPU")
-def flash_attention(query, key, value, query_starts, key_starts, most_queries, most_keys, dropout_p, is_causal,
-                    return_debug_mask, scale=None, **rest):
-    assert is_causal and query_starts.dtype == key_starts.dtype == torch.int32 and query.shape[0] == query_starts[-1]
-    assert (query_starts.diff() <= most_queries).all() and (key_starts.diff() <= most_keys).all()
-    out, nothing = torch.empty_like(query), query.new_empty(0)
-    value = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
-    for here, there, weights in causal_sequences(query, key, query_starts, key_starts, scale):
-        out[here] = torch.einsum("hqk,khd->qhd", weights, value[there])
-    return out, nothing, nothing, nothing, nothing
-
-
-@torch.library.impl(CPU, "_flash_attention_backward", "CPU")
-def flash_attention_backward(grad, query, key, value, out, lse, query_starts, key_starts, most_queries, most_keys, dropout_p,
-                             is_causal, seed, offset, scale=None, **rest):
-    groups = query.shape[1] // key.shape[1]
-    keys, values = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    grads = [torch.zeros_like(x) for x in (query, keys, values)]
-    for here, there, weights in causal_sequences(query, key, query_starts, key_starts, scale):
-        slopes = torch.einsum("qhd,khd->hqk", grad[here], values[there])
-        slopes = weights * (slopes - (grad[here] * out[here]).sum(-1).T[..., None]) * (scale or query.shape[2] ** -0.5)
-        grads[0][here] = torch.einsum("hqk,khd->qhd", slopes, keys[there])
-        grads[1][there] = torch.einsum("hqk,qhd->khd", slopes, query[here])
-        grads[2][there] = torch.einsum("hqk,qhd->khd", weights, grad[here])
-    return grads[0], *(x.unflatten(1, (-1, groups)).sum(2) for x in grads[1:])
 
 
 @pytest.mark.parametrize("window", [None, 5, 500], ids=["its own window", "window 5", "window 500"])

@@ -22,6 +22,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import adpo
 import data
+from benchmarks import flash_on_cpu  # noqa: F401  adpo.pair_attention runs on its stand-ins
 from labels.annotators import DatasetAnnotator
 from labels.oracle import wilson
 from runtime import model, reference
@@ -283,15 +284,25 @@ def test_a_model_that_cannot_share_a_prompt_takes_two_rows(train, tiny, tmp_path
     assert abs(run.losses()[0] - math.log(2)) <= 1e-4
 
 
+def test_attention_without_a_mask_trains_as_attention_with_one_does(train, by_dataset, monkeypatch):
+    """As on a GPU, with a stand-in for the kernel."""
+    monkeypatch.setattr(model, "skips_masks", model.calls_attention_of_pairs)
+    attention, calls = adpo.pair_attention, []
+    monkeypatch.setattr(adpo, "pair_attention", lambda *arguments: calls.append(1) or attention(*arguments))
+    run = train("without-mask")
+    assert calls and "attention with a mask" not in run.stdout
+    assert run.losses() == pytest.approx(by_dataset.losses(), rel=1e-5)
+
+
 def test_a_model_that_attention_without_a_mask_does_not_take_gets_a_mask(train, by_dataset, monkeypatch):
-    """As heads of 100 do, which FlashAttention does not take. The run is then what it was with a mask from the beginning."""
+    """As heads of more than 256, which FlashAttention does not take. The run is then what it is with a mask throughout."""
     def refuse(*_):
-        raise RuntimeError("head_size should be a multiple of 8")
-    monkeypatch.setattr(model, "skips_masks", lambda lm: True)
+        raise RuntimeError("heads of 512")
+    monkeypatch.setattr(model, "skips_masks", model.calls_attention_of_pairs)
     monkeypatch.setattr(adpo, "pair_attention", refuse)
     run = train("no-flash")
-    assert ("attention with a mask, which is slower: without one, its forward fails on such rows (RuntimeError: head_size "
-            "should be a multiple of 8)") in run.stdout
+    assert ("attention with a mask, which is slower: without one, its forward fails on such rows "
+            "(RuntimeError: heads of 512)") in run.stdout
     assert "two rows per pair" not in run.stdout
     assert run.losses() == by_dataset.losses()
 
