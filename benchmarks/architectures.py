@@ -53,6 +53,7 @@ from runtime.reference import score, share_prompts
 VERDICTS = {"right": "both responses of a pair share a row", "two rows": "right, with a row for each response",
             "refused": "before training, in one line", "not built": "no tiny model, or its own plain forward fails",
             "wrong": "trained with wrong numbers, or not saved as trained", "traceback": "fails, hangs or crashes"}
+WITHOUT_MASK = "attention without a mask"
 LIMIT = 1e-3  # nats a token, root mean square over a response
 LOSS_LIMIT = 1e-5  # nats; router jitter or LayerDrop moves the loss by more than 0.001
 SECONDS = 60  # most that a type may take
@@ -255,7 +256,7 @@ def train(config, tokenizer, pairs, batch, wanted, moved):
         (f"the loss of the first step is {loss:.6f}, not log 2", abs(loss - math.log(2)) <= LOSS_LIMIT),
         (f"a later token moves log-probs by {moved:.2g}", moved <= LIMIT),
         (f"the gradient's norm is {norm}", 0 < norm < math.inf), (why, why is None)) if not right]
-    without_mask = "attention without a mask" * (policy.takes_rows and pairs.shared)
+    without_mask = WITHOUT_MASK * (policy.takes_rows and pairs.shared)
     return ("wrong" if wrong else "right" if pairs.shared else "two rows"), "; ".join(wrong) or without_mask
 
 
@@ -280,9 +281,10 @@ def verdict(type, tokenizer, pairs, folder):
             return type, "refused", one_line(str(error).replace(str(folder), "…"))
         except Exception as error:
             return type, "traceback", failure(error)
-    reasons = [line.partition(", ")[2] for line in said.getvalue().splitlines()
-               if line.startswith(("two rows", "attention with a mask"))]
-    return type, result, detail or "".join(reasons[-1:])
+    reasons = [line.partition(", ")[2] for line in said.getvalue().splitlines() if line.startswith("two rows")]
+    reasons += [line.replace(", which is slower: without one, ", ", because without one ")
+                for line in said.getvalue().splitlines() if line.startswith("attention with a mask")]
+    return type, result, detail or "".join(reasons[:1])
 
 
 def try_one(type, tokenizer, pairs, folder):
@@ -321,7 +323,11 @@ def page(rows, total, path, option):
     counts = Counter(row[1] for row in rows)
     rows = sorted(rows, key=lambda row: (-list(VERDICTS).index(row[1]), row[0]))
     bar = chr(92) + "|"
-    path.write_text(f"""# Architectures
+    taken = sum(detail == WITHOUT_MASK for *_, detail in rows)
+    about_masks = f"""
+- Attention is what it is on a GPU in bf16, but in fp32 and with a stand-in for its kernel: {taken} types take it without a
+  mask. Of these, layers whose window is shorter than a row still get one.""" if option else ""
+    path.write_text(f"""# Architectures{", with attention as on a GPU" * bool(option)}
 
 Made by
 
@@ -339,7 +345,7 @@ Made by
 - Right means: the log-probs of each response are within {LIMIT:g} nats a token of a plain forward of the original in double
   precision (root mean square; in fp32 if the model's code takes nothing else); the loss of the first step is within
   {LOSS_LIMIT:g} of log 2; a later token moves no earlier log-prob; the gradient's norm is finite and not 0; what was saved
-  has every tensor and gives the policy's log-probs.
+  has every tensor and gives the policy's log-probs.{about_masks}
 - Encoders (BERT and its kind) are built with `is_decoder: true`; without it they are refused as encoders.
 - Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}
 

@@ -102,7 +102,7 @@ def test_every_method_is_a_config_that_train_accepts(bench, tmp_path):
 def test_the_plan_counts_what_is_run(bench):
     """By hand: 3 headline methods with 5 settings on 2 seeds of 2 noises, 9 others on one; then the blocks."""
     jobs = bench.planned("toy")
-    assert len(jobs) == 3 * 5 * 4 + 9 * 5 + 3 * 20 + 10 * 3 + 2 * 3 * 3 + 10 + 8 * 3 + 5 * 2 + 3
+    assert len(jobs) == 3 * 5 * 4 + 9 * 5 + 3 * 20 + 10 * 3 + 2 * 10 * 3 + 10 + 8 * 3 + 5 * 2 + 3
     assert {job.seed for job in jobs} == {*range(20), 100, 101}
     assert len(Bench(SHORT, bench.outputs, {"toy": bench.roots["toy"]}).planned("toy")) == 3 * 2 + 3 * 2
 
