@@ -418,18 +418,20 @@ def grad_logits(raw, targets, lse, grad, scale, softcap):
 
     raw: (n, V); its memory may be used again.  targets, lse, grad: (n,).
     """
-    logits, targets = final_logits(raw, scale, softcap), targets[:, None]
-    at_target = -grad[:, None] * torch.expm1(logits.gather(-1, targets) - lse[:, None])  # (n, 1)  1 − softmax
+    logits = final_logits(raw, scale, softcap)
     slope = 1 - (logits / softcap) ** 2 if softcap else None  # d softcap·tanh(u/softcap) / du = 1 − tanh²
+    target = torch.arange(len(logits), device=raw.device), targets
+    at_target = -grad * torch.expm1(logits[target] - lse)  # (n,)  1 − softmax
     d = logits.sub_(lse[:, None]).exp_().mul_(-grad[:, None])
     if slope is not None:
         d.mul_(slope)
-        at_target = at_target * slope.gather(-1, targets)
+        at_target = at_target * slope[target]
     if scale != 1.0:
         d.mul_(scale)
         at_target = at_target * scale
-    # Written last, so that a compiler need not hold d in fp32.
-    return d.to(raw.dtype).scatter_(-1, targets, at_target.to(raw.dtype))
+    d = d.to(raw.dtype)
+    d[target] = at_target.to(raw.dtype)  # last, so that a compiler need not hold d in fp32
+    return d
 
 
 def for_any_length(function):
