@@ -166,7 +166,7 @@ def two_rows(segments, prompt_tokens):
     """Where the two causal rows of each pair, `[prompt | y1]` and `[prompt | y2]`, find their tokens in rows
     `[prompt | y1 | y2]`. They are laid end to end, each with its own length.
 
-    Queries need no copy: those of the first row are prompt and y1, those of the second what follows, y2 and the padding,
+    Queries keep their order: those of the first row are prompt and y1, those of the second what follows, y2 and the padding,
     which no real token sees. The keys of the second row begin with a copy of the prompt.
 
     segments: (B, T), as `sees` has them.  prompt_tokens: P, those of all B prompts together.

@@ -33,10 +33,11 @@ def forward(query, key, value, query_starts, key_starts, most_queries, most_keys
     assert (query.shape[0], key.shape[0]) == (query_starts[-1], key_starts[-1])
     assert (query_starts.diff() <= most_queries).all() and (key_starts.diff() <= most_keys).all()
     out, nothing = torch.empty_like(query), query.new_empty(0)
+    lse = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)  # of the real shape; `backward` needs none
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     for here, there, weights in sequences(query, key, query_starts, key_starts, scale):
         out[here] = torch.einsum("hqk,khd->qhd", weights, value[there])
-    return out, nothing, nothing, nothing, nothing
+    return out, lse, nothing, nothing, nothing
 
 
 @torch.library.impl(LIBRARY, "_flash_attention_backward", "CPU")

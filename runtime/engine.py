@@ -20,7 +20,7 @@ from runtime.config import ROOT
 from runtime.errors import UsageError, one_line
 from runtime.model import tolerance
 from runtime.parse import UNSUPPORTED
-from runtime.ranks import barrier, lost_peer, say, world_size
+from runtime.ranks import all_gather, barrier, lost_peer, say, world_size
 from runtime.sources import unique_keys
 
 # What a model's code may raise on rows that it cannot take.
@@ -210,9 +210,10 @@ def check_against_plain_forward(engine, *splits):
         check_causal(engine, pairs, rows[-1], limit)
         error, what = largest_error(engine, pairs, rows, plain)
         if not error <= limit and pairs.shared and engine.module.takes_rows:  # heads of 512, which the kernel refuses, say
-            say(f"attention with a mask, which is slower: without one, {what}")
-            engine.module.takes_rows = False
+            without, engine.module.takes_rows = what, False
             error, what = largest_error(engine, pairs, rows, plain)
+            if error <= limit:
+                say(f"attention with a mask, which is slower: without one, {without}")
         if not error <= limit and pairs.shared:
             say(f"two rows per pair: {model} cannot share a prompt, {what}")
             for split in filter(None, splits):
@@ -254,11 +255,16 @@ def largest_error(engine, pairs, rows, plain):
             squares = (engine(batch, per_token="ours").detach() - plain).pow(2)  # (N,)
     except FROM_MODELS as error:
         reraise_if_not_the_models(error)
-        return math.inf, f"its forward fails on such rows ({type(error).__name__}: {one_line(error, 200)})"
+        return all_ranks(math.inf, f"its forward fails on such rows ({type(error).__name__}: {one_line(error, 200)})")
     counts = batch.lengths.view(len(rows), -1).sum(-1).tolist()  # response tokens of each pair
     errors = [part.mean().sqrt().item() for part in squares.split(counts)]
     error, row = max((error if math.isfinite(error) else math.inf, row) for error, row in zip(errors, rows))
-    return error, f"log-probs of pair {pairs.ids[row]} differ from a plain forward by {error:.2g} nats a token"
+    return all_ranks(error, f"log-probs of pair {pairs.ids[row]} differ from a plain forward by {error:.2g} nats a token")
+
+
+def all_ranks(error, what):
+    """The largest error of all ranks, and its words: what it decides, cards of different kinds must decide together."""
+    return max(all_gather((error, what))) if world_size() > 1 else (error, what)
 
 
 def advice(lm):

@@ -199,13 +199,14 @@ def load_policy(config, name=None, trained=True, kind=adpo.PairLogps):
 
 
 def skips_masks(lm):
-    """Whether to use attention without a mask: torch has to have it, which is in bf16 on a GPU, where it is several times as
-    fast as kernels that take a mask."""
+    """Whether to use attention without a mask. torch has it in bf16 on a GPU, where it is several times as fast as kernels
+    that take one."""
     device, dtype = get_accelerator().device_name(), next(lm.parameters()).dtype
     return device == "cuda" and dtype == torch.bfloat16 and calls_attention_of_pairs(lm)
 
 
 def calls_attention_of_pairs(lm):
+    """Whether the model's layers look up their attention under the name "sdpa", which is `attention_of_pairs`."""
     return lm.config._attn_implementation == "sdpa" and lm._supports_attention_backend
 
 
