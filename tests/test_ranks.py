@@ -41,6 +41,24 @@ def broken_ranks(broken, tmp_path):
 
 
 @pytest.mark.slow
+def test_if_one_rank_cannot_do_without_a_mask_none_does(broken_ranks):
+    """As with cards of two kinds: the other rank would go on without one, and rank 0 would not say so."""
+    run = broken_ranks("""
+        import adpo
+        from benchmarks import flash_on_cpu
+        from runtime import model
+        model.skips_masks = model.calls_attention_of_pairs
+        def refused(*_):
+            raise RuntimeError("no kernel for this card")
+        if rank == 1:
+            adpo.pair_attention = refused
+    """)
+    assert run.code == 0, run.stderr
+    assert ("attention with a mask, which is slower: without one, its forward fails on such rows "
+            "(RuntimeError: no kernel for this card)") in run.stdout
+
+
+@pytest.mark.slow
 def test_a_rank_that_is_killed_takes_the_run_down(broken_ranks):
     run = broken_ranks("""
         import adpo
