@@ -421,7 +421,7 @@ def grad_logits(raw, targets, lse, grad, scale, softcap):
     logits = final_logits(raw, scale, softcap)
     slope = 1 - (logits / softcap) ** 2 if softcap else None  # d softcap·tanh(u/softcap) / du = 1 − tanh²
     target = torch.arange(len(logits), device=raw.device), targets
-    at_target = -grad * torch.expm1(logits[target] - lse)  # (n,)  1 − softmax
+    at_target = (logits[target] - lse).exp() * -grad + grad  # (n,)
     d = logits.sub_(lse[:, None]).exp_().mul_(-grad[:, None])
     if slope is not None:
         d.mul_(slope)

@@ -135,7 +135,7 @@ def test_trl_s_tokens_a_second_are_tokens_by_seconds(monkeypatch, tmp_path, caps
 def test_a_check_that_does_not_exist_is_refused_and_no_time_is_no_success(tmp_path):
     script = ROOT / "benchmarks" / "gpu.py"
     wrong = subprocess.run([sys.executable, script, "--only", "7,6LoRA"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "'6LoRA' is not a check; choose from 1, 4, 8, 6, 135M," in wrong.stderr
+    assert wrong.returncode == 2 and "'6LoRA' is not a check; choose from 1, 2, rows, 4, 8, 6, 135M," in wrong.stderr
     assert gpu.check_names("7B,LoRA,1B") == ["7B", "LoRA", "1B"]
     late = subprocess.run([sys.executable, "-c", SCRIPT, str(script.parent), str(tmp_path), "0", "alone"],
                           capture_output=True, text=True)
