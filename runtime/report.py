@@ -142,7 +142,7 @@ def summarise(schedule, oracle, run, engine):
     config, evaluation = run.config, run.evaluation
     pairs = schedule.considered or len(schedule.ids_seen())
     # In another epoch a pair is not another draw: as often as it comes up, the interval counts it once.
-    often = max(1, run.step * schedule.step_pairs / pairs)
+    often = max(1, sum(len(schedule.rows(step)) for step in range(run.step)) / pairs)
     queries, state, audit = oracle.queries(), oracle.state, oracle.audit()
     spent, incomplete = cost(oracle)
     return {"pairs": pairs, "queries": queries, "query_fraction": queries / pairs,
