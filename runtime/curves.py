@@ -123,7 +123,9 @@ def draw(runs):
 
 def look(n):
     """Colour, line and marker of the n-th run."""
-    colour, line, marker = STYLES[n % len(STYLES)]
+    again, n = divmod(n, len(STYLES))  # more runs than colours take another line each time
+    colour, _, marker = STYLES[n]
+    line = STYLES[(n + again) % 4][1]
     return {"color": colour, "linestyle": line, "marker": marker, "linewidth": 1.3, "markersize": 4,
             "markerfacecolor": "white", "markeredgewidth": 1}
 

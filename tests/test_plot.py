@@ -51,19 +51,21 @@ def test_each_panel_holds_the_numbers_of_the_metrics(tmp_path):
 
 
 def test_several_runs_have_looks_that_need_no_colour(tmp_path):
-    runs = {f"run {n}": curves.read_metrics(write(tmp_path / "run", ROWS)) for n in range(len(curves.STYLES))}
+    runs = {f"run {n}": curves.read_metrics(write(tmp_path / "run", ROWS)) for n in range(4 * len(curves.STYLES))}
     figure = curves.draw(runs)
     lines = figure.axes[0].get_lines()
     assert len({(line.get_linestyle(), str(line._dash_pattern), line.get_marker()) for line in lines}) == len(runs)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(runs)
+    assert [key.get_color() for key in figure.legends[0].legend_handles] == [line.get_color() for line in lines]
 
 
 def test_an_audit_is_a_band_of_its_interval(tmp_path):
     audited = [row(n, 8 * n, audited=n, audit_accuracy=0.8 if n else None, audit_low=0.5, audit_high=0.9) for n in range(3)]
-    figure = curves.draw({"run": curves.read_metrics(write(tmp_path / "run", audited))})
+    figure = curves.draw({"run": curves.read_metrics(write(tmp_path / "run", audited)),
+                          "plain": curves.read_metrics(write(tmp_path / "plain", ROWS[:2]))})
     [band] = figure.axes[7].collections
     assert {tuple(corner) for corner in band.get_paths()[0].vertices} == {(1, 0.5), (1, 0.9), (2, 0.5), (2, 0.9)}
-    assert "audit" in figure.axes[3].get_title()
+    assert "audit" in figure.axes[3].get_title() and not figure.axes[7].texts  # nothing says that there is none
     assert not figure.axes[0].collections
 
 
@@ -84,19 +86,20 @@ def test_names_are_drawn_as_they_are(tmp_path):
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [" _hidden", r"\$\nonsense\$", "two?lines"]
 
 
-def test_the_pictures(tmp_path, capsys):
-    """Those of one run go into its folder, those of several where --output says. The same rows give the same bytes."""
+def test_the_pictures(tmp_path, capsys, monkeypatch):
+    """Those of one run go into its folder, those of several here or where --output says. The same rows give the same
+    bytes."""
     one, other = (write(tmp_path / name, ROWS) for name in ("one", "other"))
     assert plot.main([str(one)]) == 0 and capsys.readouterr().out == f"{one}/curves.png, {one}/curves.svg\n"
     with Image.open(one / "curves.png") as picture:
         assert picture.size == (1600, 704)
     assert ET.parse(one / "curves.svg").getroot().tag.endswith("svg")
     assert sorted(path.name for path in one.iterdir()) == ["curves.png", "curves.svg", "metrics.jsonl"]
-    for name in "ab":
-        ending = ".png" * (name == "b")  # which is what it becomes anyway
-        assert plot.main([str(one), str(other), "--labels", "A,B", f"--output={tmp_path}/{name}{ending}"]) == 0
+    monkeypatch.chdir(tmp_path)
+    for flags in ([], ["--output=b.png"]):  # .png is what it becomes anyway
+        assert plot.main([str(one), str(other), "--labels", "A,B", *flags]) == 0
     for ending in ("png", "svg"):
-        assert (tmp_path / f"a.{ending}").read_bytes() == (tmp_path / f"b.{ending}").read_bytes()
+        assert (tmp_path / f"curves.{ending}").read_bytes() == (tmp_path / f"b.{ending}").read_bytes()
 
 
 def test_a_row_that_is_being_written_is_left_out(tmp_path):
@@ -144,11 +147,14 @@ def test_other_refusals(tmp_path, capsys, monkeypatch):
 
 
 def test_following_a_run_ends_with_it(tmp_path):
-    """Its process starts before the run's first row is written. The last picture shows the whole run."""
-    run = tmp_path / "run"
+    """Its process starts before the run's first row is written, beside a run that has ended. The last picture shows the
+    whole run."""
+    run, other = tmp_path / "run", write(tmp_path / "other", ROWS)
     run.mkdir()
-    follower = subprocess.Popen([sys.executable, "tools/plot.py", str(run), "--follow", "--interval=0.05"], cwd=ROOT,
-                                env=launcher_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    (other / "summary.json").write_text("{}")
+    follower = subprocess.Popen([sys.executable, "tools/plot.py", str(run), str(other), "--follow", "--interval=0.05",
+                                 f"--output={run}/curves"], cwd=ROOT, env=launcher_environment(), text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         assert "waiting: " in follower.stdout.readline()
         write(run, ROWS[:2])
@@ -161,7 +167,8 @@ def test_following_a_run_ends_with_it(tmp_path):
     finally:
         follower.kill()
     assert follower.returncode == 0 and err == "" and out.endswith("all runs have ended\n")
-    curves.save(curves.draw({"run": curves.read_metrics(run)}), tmp_path / "whole.png")
+    runs = {folder.name: curves.read_metrics(folder) for folder in (run, other)}
+    curves.save(curves.draw(runs), tmp_path / "whole.png")
     assert (run / "curves.png").read_bytes() == (tmp_path / "whole.png").read_bytes() != first
 
 
