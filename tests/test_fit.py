@@ -29,6 +29,8 @@ def test_fit_counts_a_model_as_it_is(tiny):
     assert two["weights"] == 2 * n and two["optimiser"] == 12 * n / 8
     plain = fit.rank_memory(config, 1, 2, bf16=False)  # one process in fp32 runs as ZeRO 0, without a second copy
     assert plain["optimiser"] == 8 * n and plain["buffers"] == 0
+    assert fit.rank_memory(config, 1, 3, bf16=False)["optimiser"] == 12 * n  # but ZeRO-3 keeps one
+    assert fit.rank_memory(config, 1, 0, False, offload=True) == fit.rank_memory(config, 1, 1, False, offload=True)
     assert fit.rank_memory(config, 8, 0) == fit.rank_memory(config, 8, 1)  # in bf16, ZeRO 0 runs as ZeRO 1
 
 
@@ -158,11 +160,14 @@ def test_a_plan_follows_from_the_memory_of_the_table_and_from_what_is_assumed():
     (("--tokens", "-5"), "--tokens -5: expected more than 0"), (("--gpus", "0"), "--gpus 0: expected more than 0"),
     (("--plan", "--wire", "0"), "--wire 0.0: expected"), (("--plan", "--gpus-a-host", "0"), "--gpus-a-host 0: expected"),
     (("--plan", "--tflops", "nan"), "--tflops nan: expected"), (("nowhere",), "nowhere: no config.json there"),
-    (("--gpus", "4"), "without a MODEL_DIR the table is always the same"), (("m", "--wire", "9"), "decide nothing without")])
-def test_numbers_without_a_meaning_are_refused(flags, words):
-    done = subprocess.run([sys.executable, "tools/fit.py", *flags], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert words in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    (("--gpus", "4"), "without a MODEL_DIR the table is always the same"), (("m", "--wire", "9"), "decide nothing without"),
+    (("m", "--plan", "--zero", "2"), "--zero and --offload decide nothing with"),
+    (("--plan", "--offload"), "--zero and --offload decide nothing with")])
+def test_numbers_without_a_meaning_are_refused(flags, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        sys.exit(fit.main(fit.parse(flags)))
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (2, "") and words in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("family", OTHERS)

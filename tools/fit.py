@@ -82,7 +82,8 @@ def rank_memory(config, gpus=1, stage=2, bf16=True, checkpointing=True, tokens=8
     """
     n, width = parameters(config), 2 if bf16 else 4
     h, _, _, _, vocabulary = shape(config)
-    stage = 0 if gpus == 1 and not bf16 and not offload else max(stage, int(bf16))  # as in runtime/engine.py
+    alone = gpus == 1 and stage < 3 and not offload
+    stage = int(bf16) if alone else max(stage, int(bf16 or offload))  # as in runtime/engine.py
     shares = [gpus if stage >= needed else 1 for needed in (3, 2, 1)]  # of weights, gradients, optimiser
     master = 4 * n if stage > 0 else 0  # fp32 weights beside those of the engine
     memory = {"weights": width * n / shares[0], "gradients": 4 * n / shares[1], "optimiser": (8 * n + master) / shares[2],
@@ -190,7 +191,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("model", nargs="?", metavar="MODEL_DIR", help="a model folder; without one, the table")
     parser.add_argument("--gpus", type=int, help="default: 1; with --plan 8 and 64")
-    parser.add_argument("--zero", type=int, default=2, choices=range(4))
+    parser.add_argument("--zero", type=int, choices=range(4), help="default: 2")
     parser.add_argument("--fp32", action="store_true", help="instead of bf16")
     parser.add_argument("--no-checkpointing", action="store_true")
     parser.add_argument("--tokens", type=int, default=8192, help="of a micro-batch")
@@ -211,6 +212,8 @@ def parse(argv=None):
     unset = parser.parse_args([])
     if not (options.model or options.plan) and options != unset:
         parser.error("without a MODEL_DIR the table is always the same: name a model's folder")
+    if options.plan and (options.zero is not None or options.offload):
+        parser.error("--zero and --offload decide nothing with --plan, which is of ZeRO-3 with the optimiser in host memory")
     if not options.plan and any(getattr(options, name) != getattr(unset, name) for name in OF_PLAN):
         parser.error(f"{', '.join('--' + name.replace('_', '-') for name in OF_PLAN)} decide nothing without --plan")
     return options
@@ -229,7 +232,8 @@ def main(options):
         if options.plan:
             print(plan_table(Path(options.model).name, config, options))
             return 0
-        memory = rank_memory(config, options.gpus or 1, options.zero, not options.fp32, not options.no_checkpointing,
+        stage = 2 if options.zero is None else options.zero
+        memory = rank_memory(config, options.gpus or 1, stage, not options.fp32, not options.no_checkpointing,
                              options.tokens, offload=options.offload)
     except Exception as error:  # a damaged config may raise anything
         print(f"tools/fit.py: {options.model}: config.json cannot be used ({one_line(error, 300)})", file=sys.stderr)
