@@ -24,6 +24,7 @@ import hashlib
 import json
 import re
 import shutil
+import signal
 import statistics
 import sys
 import time
@@ -156,7 +157,10 @@ class Humans:
 
     def run(self, method, rate, part, bar):
         """Train with part `part` held out, unless that has been done. Raises UsageError where the run fails, and Stopped."""
+        if getattr(signal.getsignal(signal.SIGINT), "asked", False):  # while the run before was ending, which went on
+            raise Stopped("the same command goes on with the next run")
         if self.result(method, rate, part):
+            bar.total -= 1  # or the time that is left would be that of all runs
             return
         output, config, log, result = (self.path(method, rate, part, end) for end in ("", ".yaml", ".log", ".json"))
         keys = {name: SHARE if name == "label_budget" else value for name, value in METHODS[method].items()
@@ -281,8 +285,8 @@ def main():
             raise UsageError(f"{humans.folder}: no fold with this model, these pairs and this --size has finished")
         where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"a CPU, {torch.get_num_threads()} threads"
         replace_text(args.page, page(humans, args.pairs, longer, where, args.size))
-    except Stopped as stopped:
-        print(f"stopped: {one_line(stopped)}", file=sys.stderr)
+    except (Stopped, KeyboardInterrupt) as stopped:
+        print(f"stopped: {one_line(stopped) or 'interrupted; the same command goes on'}", file=sys.stderr)
         sys.exit(75)
     except UsageError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)

@@ -151,7 +151,7 @@ class Run:
         self.interrupt.install()
         try:
             yield
-        except Stopped:
+        except (Stopped, FloatingPointError):  # benchmarks/humans.py goes on to another run after a divergence
             self.interrupt.remove()
             raise
         finally:

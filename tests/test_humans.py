@@ -2,12 +2,15 @@
 
 import datetime
 import json
+import os
+import signal
 
 import datasets
 import pytest
 
 from benchmarks import humans, query_efficiency
-from runtime.errors import DataError, UsageError
+from runtime.errors import DataError, Stopped, UsageError
+from runtime.model import save_model
 from runtime.sources import read_rows
 
 
@@ -134,12 +137,18 @@ def test_a_rate_at_which_a_run_diverges_is_not_chosen(tmp_path, monkeypatch):
             runs.run("DPO, all labels", 1e-3, 1, bar)
 
 
-def test_the_methods_run_and_what_has_finished_is_not_run_again(tiny, tmp_path, monkeypatch, capsys):
+def test_the_methods_run_and_what_has_finished_is_not_run_again(tiny, tmp_path, monkeypatch, capsys, handlers):
     monkeypatch.setattr(humans, "NAMES", ["DPO, all labels", "random subset", "committee"])
     size = humans.Size(48, 1, (1e-3, 2e-3), {"num_threads": 1, "max_length": 64, "max_prompt_length": 16})
     rows, longer = humans.read(tiny / "pairs")
     humans.split(rows, tmp_path)
     runs = humans.Humans(tiny / "model", size, tmp_path, humans.fewest(rows))
+    with monkeypatch.context() as patch:  # Ctrl-C while a model is saved: the run ends, and no other begins
+        patch.setattr("runtime.run.save_model", lambda *args: os.kill(os.getpid(), signal.SIGINT) or save_model(*args))
+        with pytest.raises(Stopped, match="goes on with the next run"):
+            runs.run_all()
+    assert len([*tmp_path.glob("*-part-*.json")]) == 1
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     runs.run_all()
     found = runs.finished()
     assert [(rate in (5e-4, 1e-3, 2e-3, 4e-3), [*parts]) for rate, parts in found.values()] == [(True, [1])] * 3
@@ -147,7 +156,9 @@ def test_the_methods_run_and_what_has_finished_is_not_run_again(tiny, tmp_path, 
     assert queries == [runs.pairs, *[round(runs.pairs / 3)] * 2] and runs.pairs <= 48
     written = {path: path.read_bytes() for path in tmp_path.glob("*-part-*.json")}
     monkeypatch.setattr(humans, "command", None)  # would fail
+    capsys.readouterr()
     runs.run_all()
+    assert "%" not in capsys.readouterr().err.split("runs:")[-1]  # of no run that is left
     assert {path: path.read_bytes() for path in tmp_path.glob("*-part-*.json")} == written
     text = humans.page(runs, tiny / "pairs", longer, "a CPU", "gpu")
     assert "`python benchmarks/humans.py MODEL PAIRS --size gpu`" in text
@@ -156,3 +167,10 @@ def test_the_methods_run_and_what_has_finished_is_not_run_again(tiny, tmp_path, 
     for path in tmp_path.glob("committee-*.yaml"):
         assert not chosen_for_a_task & json.loads(path.read_text()).keys()  # a real model has train.py's defaults
     assert len(written) >= 9 and not [*tmp_path.rglob("model.safetensors")]  # three methods, two rates or more and a fold
+
+
+def test_ctrl_c_while_the_pairs_are_read_is_no_traceback(monkeypatch, capsys):
+    def pressed(source):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(humans, "read", pressed)
+    assert command(monkeypatch, capsys, "m", "p") == (75, "stopped: interrupted; the same command goes on\n")

@@ -131,12 +131,15 @@ def test_a_signal_stops_the_run_after_the_step(number, tmp_path, engine, monkeyp
     assert trained == [0, 1] and written == [2]
 
 
-def test_a_run_that_ends_gives_the_signals_back(tmp_path, engine, handlers):
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_run_that_ends_gives_the_signals_back(fails, tmp_path, engine, handlers):
     run = make(tmp_path, total_steps=1)
-    with run.stoppable(engine):
+    with contextlib.suppress(FloatingPointError), run.stoppable(engine):
         assert signal.getsignal(signal.SIGINT) is run.interrupt
         for _ in run.steps():
             run.end_step(engine, None, [])
+            if fails:
+                raise FloatingPointError
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
