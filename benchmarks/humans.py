@@ -279,7 +279,8 @@ def main():
         with writing(args.page):  # a folder that cannot be made is refused now, before a night is spent
             args.page.parent.mkdir(parents=True, exist_ok=True)
         if not args.report:
-            split(rows, humans.folder)
+            with writing(humans.folder):
+                split(rows, humans.folder)
             humans.run_all()
         elif not humans.finished():
             raise UsageError(f"{humans.folder}: no fold with this model, these pairs and this --size has finished")

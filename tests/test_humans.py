@@ -84,6 +84,8 @@ def test_runs_belong_to_what_they_depend_on(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "new" / "p").read_text().startswith("# People's labels")
     code, error = command(monkeypatch, capsys, model, pairs, "--outputs", tmp_path / "none", "--page", pairs / "q")
     assert code == 2 and "cannot be written" in error and len(seen) == 6
+    code, error = command(monkeypatch, capsys, model, pairs, "--outputs", pairs, "--page", tmp_path / "q")
+    assert code == 2 and f"{pairs}/" in error and "cannot be written" in error and len(seen) == 6
     code, error = command(monkeypatch, capsys, model, pairs, "--outputs", tmp_path / "none", "--page", tmp_path / "q",
                           "--report")
     assert code == 2 and "has finished" in error and not (tmp_path / "none").exists() and not (tmp_path / "q").exists()
