@@ -520,6 +520,19 @@ def test_files_without_a_common_question_are_not_compared(tmp_path, capsys):
     assert generate.main(["--compare", a, b]) == 2 and "have no question in common" in one_line(capsys)
 
 
+def test_which_answers_are_compared_is_plain(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "400")
+    a, b = sides(tmp_path, [("q", "one")], [("q", "two")])
+    assert generate.main(["--compare", a, f"{a}/responses.jsonl"]) == 0
+    assert f"\n{a}/responses.jsonl " in capsys.readouterr().out  # by their paths, as both are called a
+    write(tmp_path / "b" / "model_outputs.json", [{"instruction": "q"}], lines=False)
+    assert generate.main(["--compare", a, b]) == 2
+    assert "b: holds 2 answer files (responses.jsonl, model_outputs.json): name one" in one_line(capsys)
+    write(tmp_path / "none.jsonl", [{"prompt": "q", "response": None}])
+    assert generate.main(["--compare", a, f"{tmp_path}/none.jsonl"]) == 2
+    assert "none.jsonl, row 1: is not an answer written by" in one_line(capsys)
+
+
 def test_compare_is_a_command_of_its_own(tmp_path):
     a, b = sides(tmp_path, [("prompt", "one")], [("prompt", "two")])
     done = subprocess.run([sys.executable, ROOT / "tools/compare.py", a, b], cwd="/", capture_output=True, text=True)

@@ -30,6 +30,28 @@ def test_the_summary_of_an_older_run_is_read():
     assert "0.50 spent on labels" in report.closing_line({**SUMMARY, "cost": 0.5})
 
 
+def test_the_closing_line_says_all_that_is_known():
+    assert report.closing_line({
+        **SUMMARY, "queries_without_preference": 1, "pseudo_label_accuracy": 0.9, "audited": 10, "audit_accuracy": 0.8,
+        "audit_interval": [0.5, 0.95], "budget_spent_at_step": 2, "cost": None, "eval_accuracy": 0.75,
+        "gold_reward_before": 0.06, "gold_reward_after": -3.074}) == (
+        "4 of 8 labels bought (50 %) · 1 of them without a preference · pseudo-labels right: 90.0 % · 10 audited: 80.0 % "
+        "right (50.0–95.0 %) · the budget was spent at step 3 · held-out accuracy 0.750 · gold reward of generations +0.06 "
+        "→ -3.07 · 1 s")
+
+
+def test_a_row_counts_the_answers_of_its_steps_alone():
+    """Where a run goes on from an earlier checkpoint, the ledger holds answers of later steps."""
+    audit = {"accuracy": 0.5, "interval": (0.2, 0.8)}
+    oracle = SimpleNamespace(
+        config=Config(audit_fraction=0.1), state={"pseudo_labels": 4, "pseudo_right": 3, "pseudo_known": 4},
+        queries=lambda last: last, without_preference=lambda last: last, judge_metrics=lambda last: {"judge_ties": last},
+        audit=lambda last: {"audited": last, **audit})
+    row = report.label_metrics(oracle, SimpleNamespace(pairs_seen=lambda steps: 8 * steps), 3)
+    assert [row[name] for name in ("queries", "queries_without_preference", "judge_ties", "audited")] == [2] * 4
+    assert (row["pairs_seen"], row["pseudo_label_accuracy"], row["audit_low"], row["audit_high"]) == (24, 0.75, 0.2, 0.8)
+
+
 @pytest.mark.parametrize("known, unpriced, price, told", [
     (0, 3, None, (None, False)), (1.5, 3, None, (1.5, True)), (1.5, 0, None, (1.5, False)), (1.5, 3, 2.0, (7.5, False))])
 def test_what_labels_cost_is_what_is_known_and_a_price_for_the_rest(known, unpriced, price, told):
