@@ -15,7 +15,7 @@ from runtime.sources import read_rows
 
 
 def test_each_prompt_is_held_out_once_with_all_its_pairs(tmp_path):
-    rows = [{"prompt": f"question {n // 2}", "response_a": "x" * (n % 3 + 1), "response_b": "yy", "label": "a"}
+    rows = [{"prompt": f"question {n // 2}", "response_a": "x" * (n % 3 + 2), "response_b": "yy", "label": "a"}
             for n in range(60)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     read, longer = humans.read(tmp_path / "pairs.jsonl")
@@ -27,7 +27,7 @@ def test_each_prompt_is_held_out_once_with_all_its_pairs(tmp_path):
         prompts = {name: {row["prompt"] for row in part[name]} for name in part}
         assert part["test"] and not prompts["train"] & prompts["test"] and len(part["train"] + part["test"]) == 60
     assert humans.fewest(read) == min(len(part["train"]) for part in parts)
-    assert longer == pytest.approx((0 + 0.5 + 1) / 3)  # 1, 2 and 3 characters are preferred to 2
+    assert longer == pytest.approx((0.5 + 1 + 1) / 3)  # 2, 3 and 4 characters are preferred to 2
 
 
 def test_a_pair_without_a_label_is_named(tmp_path):
@@ -80,12 +80,14 @@ def test_runs_belong_to_what_they_depend_on(tmp_path, monkeypatch, capsys):
     others = [run("b"), run(**{"model.safetensors": "2"}), run(**{"chat_template.jinja": "{{2}}"})]
     monkeypatch.setitem(humans.BASE, "beta", 0.5)
     others.append(run())
-    assert len({first, *others}) == 5
+    monkeypatch.setitem(humans.SIZES, "cpu", humans.SIZES["gpu"])
+    others.append(run())
+    assert len({first, *others}) == 6
     assert (tmp_path / "new" / "p").read_text().startswith("# People's labels")
     code, error = command(monkeypatch, capsys, model, pairs, "--outputs", tmp_path / "none", "--page", pairs / "q")
-    assert code == 2 and "cannot be written" in error and len(seen) == 6
+    assert code == 2 and "cannot be written" in error and len(seen) == 7
     code, error = command(monkeypatch, capsys, model, pairs, "--outputs", pairs, "--page", tmp_path / "q")
-    assert code == 2 and f"{pairs}/" in error and "cannot be written" in error and len(seen) == 6
+    assert code == 2 and f"{pairs}/" in error and "cannot be written" in error and len(seen) == 7
     code, error = command(monkeypatch, capsys, model, pairs, "--outputs", tmp_path / "none", "--page", tmp_path / "q",
                           "--report")
     assert code == 2 and "has finished" in error and not (tmp_path / "none").exists() and not (tmp_path / "q").exists()
@@ -93,7 +95,7 @@ def test_runs_belong_to_what_they_depend_on(tmp_path, monkeypatch, capsys):
 
 def test_a_pair_counts_once_with_the_label_of_most_of_its_rows(tmp_path, capsys):
     rows = [{"prompt": f"question {n}", "response_a": "x", "response_b": "y", "label": label} for n in range(60)
-            for label in "bab"]
+            for label in "abb"]
     rows += [{"prompt": "question 0", "response_a": "y", "response_b": "x", "label": "a"}]  # the other way round
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     read, _ = humans.read(tmp_path / "pairs.jsonl")
@@ -109,15 +111,20 @@ def test_a_date_beside_a_pair_does_no_harm(tmp_path):
     assert len(read) == 60
 
 
-def test_the_page_says_where_there_was_no_committee(tmp_path):
+def test_the_page_holds_differences_and_says_where_there_was_no_committee(tmp_path):
     runs = humans.Humans("m", humans.Size(48, 3, (1e-3, 2e-3), {}), tmp_path, 48)
-    for part, right in enumerate([None, None, 0.75, None]):
+    for part, right in enumerate([None, None, 0.75, 0.0]):
         for rate in (5e-4, 1e-3, 2e-3):
-            runs.path("committee", rate, part, ".json").write_text(json.dumps(
-                {"accuracy": rate, "log_loss": 0.7, "queries": 16, "pseudo_label_accuracy": right,
-                 "committee": right is not None, "seconds": 1}))
-    text = humans.page(runs, "pairs", 0.5, "a CPU", "cpu")
-    assert "| committee | 0.002 | 3 | 16 | 75.0% | 0.002 ±" in text and "In 2 of 3 folds a member of the committee" in text
+            found = {"accuracy": 0.5 + rate, "log_loss": 0.7, "queries": 16, "pseudo_label_accuracy": right,
+                     "committee": right is not None, "seconds": 1}
+            runs.path("committee", rate, part, ".json").write_text(json.dumps(found))
+            found |= {"accuracy": 0.6 + rate, "queries": 48, "pseudo_label_accuracy": None, "committee": None}
+            runs.path("DPO, all labels", rate, part, ".json").write_text(json.dumps(found))
+    text = humans.page(runs, "pairs", 0.4, "a CPU", "cpu")
+    for line in ("| DPO, all labels | 0.002 | 3 | 48 |  | 0.602 ± 0.000 | 0.700 ± 0.000 |  |  |",
+                 "| committee | 0.002 | 3 | 16 | 37.5% | 0.502 ± 0.000 | 0.700 ± 0.000 | -0.100 ± 0.000 |  |"):
+        assert f"\n{line}\n" in text
+    assert "In 1 of 3 folds a member of the committee" in text and "40.0% of all pairs" in text and "right on 60.0%" in text
 
 
 def test_a_rate_at_which_a_run_diverges_is_not_chosen(tmp_path, monkeypatch):
