@@ -25,10 +25,14 @@ def test_fit_counts_a_model_as_it_is(tiny):
     alone, shared = (fit.rank_memory(config, gpus, 3) for gpus in (1, 8))
     assert alone["weights"] == 2 * n and alone["gradients"] == 4 * n and alone["optimiser"] == 12 * n
     assert all(shared[part] == alone[part] / 8 for part in ("weights", "gradients", "optimiser"))
-    two = fit.rank_memory(config, 8, 2)
+    one, two = (fit.rank_memory(config, 8, stage) for stage in (1, 2))
+    assert (one["gradients"], one["optimiser"]) == (4 * n, 12 * n / 8)
     assert two["weights"] == 2 * n and two["optimiser"] == 12 * n / 8
     plain = fit.rank_memory(config, 1, 2, bf16=False)  # one process in fp32 runs as ZeRO 0, without a second copy
     assert plain["optimiser"] == 8 * n and plain["buffers"] == 0
+    v, h = config.vocab_size, config.hidden_size
+    assert plain["logits"] == 2048 * v * 4 + v * h * 4
+    assert fit.rank_memory(config, tokens=9)["logits"] == 9 * v * 6 + v * h * 2
     assert fit.rank_memory(config, 1, 3, bf16=False)["optimiser"] == 12 * n  # but ZeRO-3 keeps one
     assert fit.rank_memory(config, 1, 0, False, offload=True) == fit.rank_memory(config, 1, 1, False, offload=True)
     assert fit.rank_memory(config, 8, 0) == fit.rank_memory(config, 8, 1)  # in bf16, ZeRO 0 runs as ZeRO 1
@@ -154,6 +158,21 @@ def test_a_plan_follows_from_the_memory_of_the_table_and_from_what_is_assumed():
     assert found["least"] < found["most"] <= found["least"] + min(found["compute"], found["wire"]) + 1e-9
     once = fit.plan(config, 8, SimpleNamespace(**assumed | {"micro_steps": 1}))
     assert found["bytes on the wire"] == 2 * once["bytes on the wire"] and found["Adam"] == once["Adam"]
+    half = fit.plan(config, 4, SimpleNamespace(**assumed | {"no_checkpointing": True}))  # half a host, with all its memory
+    assert half["Adam"] == found["Adam"] and half["compute"] == pytest.approx(found["compute"] * 6 / 8)
+
+
+def test_each_flag_changes_what_is_said(tmp_path, capsys):
+    transformers.LlamaConfig(**fit.SHAPES["Llama-3.2-1B"]).save_pretrained(tmp_path)
+    said = set()
+    commands = ("", "--gpus 8", "--gpus 8 --zero 3", "--fp32", "--no-checkpointing", "--tokens 99", "--offload", "--plan",
+                "--plan --gpus 9", "--plan --fp32", "--plan --no-checkpointing", "--plan --tokens 99",
+                "--plan --micro-steps 2", "--plan --tflops 9", "--plan --gpus-a-host 2", "--plan --nvlink 9",
+                "--plan --wire 9", "--plan --pcie 9", "--plan --host-memory 9")
+    for flags in commands:
+        fit.main(fit.parse([str(tmp_path), *flags.split()]))
+        said.add(capsys.readouterr().out.partition("\nAssumed")[0])
+    assert len(said) == len(commands)
 
 
 @pytest.mark.parametrize("flags, words", [
