@@ -256,24 +256,28 @@ def test_the_card_says_what_the_run_was(tmp_path):
     assert (result.dataset_type, result.metric_type, result.metric_value) == ("org/pairs", "accuracy", 0.7125)
 
 
-def test_paths_are_not_taken_for_names_on_the_hub(tmp_path):
+def test_paths_are_not_taken_for_names_on_the_hub(tmp_path, monkeypatch):
     (tmp_path / "pairs.jsonl").write_text("")
     data = ModelCard(card_of({"model_name_or_path": str(tmp_path),
                               "dataset_mixer": {str(tmp_path / "pairs.jsonl"): 1.0}})).data
     assert data.base_model is None and data.datasets is None and not data.eval_results
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "base").mkdir(parents=True)
+    assert ModelCard(card_of({})).data.base_model is None  # a path that looks like an id
     both = ModelCard(card_of({"dataset_mixer": {"org/a": 1.0, str(tmp_path): 1.0}})).data
     assert both.datasets == ["org/a"] and not both.eval_results  # nobody could tell which source the accuracy is of
 
 
-@pytest.mark.parametrize("keys, method, tags", [
+@pytest.mark.parametrize("keys, method, gate, tags", [
     ({}, "Active Direct Preference Optimization ([arXiv 2402.09401](https://arxiv.org/abs/2402.09401)), which asks for a "
-         "label only where the policy is unsure", ["adpo", "dpo", "preference-learning"]),
+         "label only where the policy is unsure", "1.3", ["adpo", "dpo", "preference-learning"]),
     ({"data_selection": False}, "Direct Preference Optimization ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290))",
-     ["dpo", "preference-learning"]),
+     "every pair asked", ["dpo", "preference-learning"]),
     ({"label_budget": 0.25}, "Direct Preference Optimization ([arXiv 2305.18290](https://arxiv.org/abs/2305.18290)), from a "
-     "budget of labels", ["dpo", "preference-learning"])])
-def test_the_card_names_the_method_that_was_used(keys, method, tags):
+     "budget of labels", "no gate: label_budget 0.25", ["dpo", "preference-learning"])])
+def test_the_card_names_the_method_that_was_used(keys, method, gate, tags):
     text = card_of(keys, committee=True)
+    assert f"\n| β, γ | 0.1, {gate} |\n" in text
     assert f"\nTrained from `org/base` with {method}.\n" in text and ModelCard(text).data.tags == tags
 
 
