@@ -131,7 +131,10 @@ def check_engine_config(ds, config):
              "checkpoints do not hold what is stored there; offload to the cpu"),
             ("zero_optimization.offload_param",
              zero.stage != 3 and zero.offload_param and zero.offload_param.device != "none",
-             f"ZeRO {zero.stage} keeps the weights on the device; use ZeRO-3, or take it out")):
+             f"ZeRO {zero.stage} keeps the weights on the device; use ZeRO-3, or take it out"),
+            *((name, getattr(read.monitor_config, name).enabled and name not in config.report_to,
+               f"a run rewrites its folder, which may hold other runs; say --report_to={name}, which writes into output_dir")
+              for name in ("tensorboard", "csv_monitor"))):
         if refused:
             raise UsageError(f"{place}: {name} cannot be honoured: {reason}")
     if bf16.enabled != config.bf16:

@@ -696,6 +696,7 @@ def test_what_yaml_allows_is_still_allowed(tmp_path):
     (b'{"zero_optimization": {"stage": 2, "compute_grad_norm": "no"}}', "compute_grad_norm false cannot be honoured"),
     (b'{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}', "device nvme cannot be honoured"),
     (b'{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}', "offload_param cannot .*: ZeRO 2 keeps"),
+    (b'{"csv_monitor": {"enabled": true, "output_path": "x"}}', "csv_monitor cannot .*; say --report_to=csv_monitor, which"),
 ])
 def test_engine_files_that_cannot_work(content, message, train, tmp_path):
     (tmp_path / "engine.json").write_bytes(content)
