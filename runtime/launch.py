@@ -54,6 +54,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 def launch(main):
     """Run the command line around `main(config, command_line)` and end the process with its exit code."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show some letters shows ? instead
     try:
         code = command(sys.argv[1:], main)
     except Exception:

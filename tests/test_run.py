@@ -1,6 +1,7 @@
 """runtime/run.py, launch.py and reference.py by themselves, without a model: `python -m pytest tests/test_run.py`."""
 
 import contextlib
+import io
 import os
 import signal
 import sqlite3
@@ -212,6 +213,14 @@ def raising(error):
 
 def test_a_finished_and_a_stopped_run_end_together_with_their_process_group(ending, capsys):
     assert ending(lambda config, command_line: None) == [("destroy",), ("exit", 0)]
+
+
+def test_a_sign_that_a_terminal_cannot_show_does_not_end_the_run(ending, monkeypatch):
+    """The closing line has some. It comes before the upload, and each later start prints it too."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(launch.sys, "stdout", terminal)
+    assert ending(lambda config, command_line: launch.say("+0.06 → +3.07")) == [("destroy",), ("exit", 0)]
+    assert terminal.buffer.getvalue() == b"+0.06 ? +3.07\n"
 
 
 def test_a_stopped_run_says_how_to_go_on(ending, capsys):

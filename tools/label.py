@@ -400,4 +400,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show some letters shows ? instead
     sys.exit(main())

@@ -95,4 +95,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show some letters shows ? instead
     sys.exit(main())
