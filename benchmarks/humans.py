@@ -171,9 +171,9 @@ class Humans:
             "max_steps": -(-self.pairs // STEP), "learning_rate": rate, "model_name_or_path": str(self.model),
             "dataset_mixer": {str(self.folder / f"part-{part}"): 1.0}, "output_dir": str(output)}))  # JSON is YAML
         started = time.time()
-        with open(log, "w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        with open(log, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             code = command(["--config", str(config)], train.main)
-        said = log.read_text().strip().splitlines() or [""]
+        said = log.read_text(encoding="utf-8").strip().splitlines() or [""]
         if code == 75:
             raise Stopped("the same command goes on with the run that was interrupted")
         if code == 1 and part == 0 and "lower learning_rate" in said[-1]:  # it diverged: this rate will not be the best
