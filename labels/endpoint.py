@@ -278,7 +278,7 @@ class Endpoint:
                     if time.monotonic() > started + self.timeout:
                         raise TimeoutError(f"no whole reply, only {len(content):,} bytes")
         except urllib.error.HTTPError as error:
-            raise self.failure(error)
+            raise self.failure(error, started)
         except (OSError, http.client.HTTPException) as error:  # refused, closed, timed out, unknown host, cut short
             cause = getattr(error, "reason", "") or error
             if isinstance(cause, ssl.SSLCertVerificationError):
@@ -288,14 +288,18 @@ class Endpoint:
             raise Retry(f"{words} (the timeout is {self.timeout:g} s)" if late else words, busy=late)
         return read_reply(content, time.monotonic() - started)
 
-    def failure(self, error):
+    def failure(self, error, started):
         """The Retry, Refused or Rejected for an HTTP error, with the server's own message but never the key."""
+        said = b""
         try:
-            with error:
-                said = error.read1(65536).decode(errors="replace")
+            with error:  # the whole of it, however it is cut into packets: a half of some JSON cannot be read
+                while (piece := error.read1(65536)) and len(said) <= self.largest_reply:
+                    said += piece
+                    if time.monotonic() > started + self.timeout:
+                        break
         except (OSError, http.client.HTTPException):
-            said = ""
-        said, about = complaint(said)
+            pass  # what has come may say enough
+        said, about = complaint(said.decode(errors="replace"))
         if self.key:
             said = said.replace(self.key, "(key)")
         message = f"HTTP {error.code} {one_line(said or error.reason, 300)}"

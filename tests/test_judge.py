@@ -657,6 +657,19 @@ def test_a_field_that_a_model_does_not_take_is_learned_once_and_said(serve, ledg
     assert capsys.readouterr().out.count(f"judge m: it takes no {field}") == 1
 
 
+@pytest.mark.parametrize("about, taken", [({"message": "max_tokens is not supported"}, False), ({"detail": [
+    {"loc": ["body", "messages"], "msg": "too long", "input": "max_tokens is not supported" + 70_000 * "."}]}, True)])
+def test_an_error_that_comes_in_pieces_is_read_whole(serve, ledger, about, taken):
+    """What there is of it at first says nothing of the field, or only what a text says."""
+    content = json.dumps(about).encode()
+    pieces = b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in (content[:-20], content[-20:], b""))
+    server = serve(lambda prompt, n: (400, {"Transfer-Encoding": "chunked"}, pieces) if "max_tokens" in prompt.body and (
+        not taken or "of p3" in prompt) else right(prompt, n))
+    chat(server).answer(QUESTIONS, ledger)
+    assert answers(ledger) == (TRUTHS | {"p3": 0} if taken else TRUTHS)
+    assert ("max_tokens" in server.bodies[-1]) == taken
+
+
 def test_a_value_that_does_not_fit_is_not_taken_for_a_field_that_is_not_taken(serve, ledger):
     """As vLLM and OpenAI word it."""
     for words in ("'max_tokens' or 'max_completion_tokens' is too large: 512. This model's maximum context length is 2048",
