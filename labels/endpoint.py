@@ -179,16 +179,17 @@ class Endpoint:
                              "environment variable")
         return parts
 
-    def ask(self, text, stop, draw, temperature=0):
+    def ask(self, text, stop, draw, temperature=0, lost=None):
         """Send a text and return the Reply. A request that fails is sent again, with exponential back-off and jitter.
 
-        stop: an Event after which nothing is sent again.  draw: a random.Random for the jitter. Raises Refused,
-        TextRefused or GaveUp.
+        stop: an Event after which nothing is sent again.  draw: a random.Random for the jitter.  lost: a list, which gets
+        (why, tokens, seconds) of each request that may have been paid for, but brought no Reply to this text. Raises
+        Refused, TextRefused or GaveUp.
         """
-        started = time.monotonic()
+        started, lost = time.monotonic(), [] if lost is None else lost
         for attempt in range(self.retries + 1):
             try:
-                return self.post(text, temperature)
+                return self.post(text, temperature, lost)
             except Retry as failed:
                 if failed.wait is None:
                     wait = min(self.backoff_seconds * 2 ** attempt * draw.uniform(0.5, 1.5), self.longest_wait)
@@ -197,32 +198,32 @@ class Endpoint:
                     if failed.wait > self.longest_wait:
                         raise GaveUp(f"{failed}, and asks to wait {failed.wait:.0f} s", started)
                 if attempt == self.retries and not failed.busy and not stop.is_set():
-                    return self.last_try(text, temperature, failed, started)
+                    return self.last_try(text, temperature, lost, failed, started)
                 if attempt == self.retries or stop.wait(wait):
                     raise GaveUp(f"{failed} ({attempt + 1} attempts)", started)
 
-    def last_try(self, text, temperature, failed, started):
+    def last_try(self, text, temperature, lost, failed, started):
         """After all retries: does the endpoint fail, or the text? If a short question gets an answer, try the text again."""
         try:
-            self.check_works()
+            self.check_works(lost)
         except Retry:
             raise GaveUp(f"{failed} ({self.retries + 1} attempts)", started)
         try:
-            return self.post(text, temperature)
+            return self.post(text, temperature, lost)
         except Retry as again:
             if again.busy:
                 raise GaveUp(f"{again} ({self.retries + 2} attempts)", started)
             raise TextRefused(f"{again} ({self.retries + 2} attempts, while another question got an answer)")
 
-    def post(self, text, temperature=0):
+    def post(self, text, temperature, lost):
         """Send a text once, or again while the server objects to a field of ours. Raises Retry, Refused or TextRefused."""
         while True:
             body = self.body(text, temperature)
             try:
-                return self.send(body)
+                return self.send(body, lost)
             except Rejected as error:
                 if not self.adapt(error, body):
-                    self.check_works()
+                    self.check_works(lost)
                     raise TextRefused(str(error))
 
     def body(self, text, temperature):
@@ -252,15 +253,16 @@ class Endpoint:
                     return True
         return False
 
-    def check_works(self):
+    def check_works(self, lost):
         """After a rejection: raise Refused if a question that nobody can object to is rejected too. It is asked each time: a
         key can be revoked, or a model unloaded, in the middle of a run."""
         try:
-            self.send(self.body("Reply with the word yes.", 0))
+            reply = self.send(self.body("Reply with the word yes.", 0), lost)
+            lost.append(("another question, to see whether the endpoint works", reply.tokens, reply.seconds))
         except Rejected as error:
             raise Refused(str(error))
 
-    def send(self, body):
+    def send(self, body, lost):
         """Send one HTTP request and return its Reply. Raises Retry, Refused or Rejected."""
         headers = {"Content-Type": "application/json", "User-Agent": "active-dpo"}  # some servers reject Python's default
         if self.key:
@@ -273,10 +275,12 @@ class Endpoint:
                 while piece := response.read1(65536):
                     content += piece
                     if len(content) > self.largest_reply:
-                        raise Retry(f"the reply is longer than {self.largest_reply:,} bytes")
+                        raise http.client.HTTPException(f"the reply is longer than {self.largest_reply:,} bytes")
                     # The timeout above only covers silence, and some servers send spaces while they think.
                     if time.monotonic() > started + self.timeout:
                         raise TimeoutError(f"no whole reply, only {len(content):,} bytes")
+                if response.length:  # read1 ends where the connection does
+                    raise http.client.IncompleteRead(content, response.length)
         except urllib.error.HTTPError as error:
             raise self.failure(error, started)
         except (OSError, http.client.HTTPException) as error:  # refused, closed, timed out, unknown host, cut short
@@ -285,8 +289,10 @@ class Endpoint:
                 raise Refused(f"{one_line(cause, 300)}: if you trust it, put its certificate, or that of its authority, "
                               "into a file that the environment variable SSL_CERT_FILE names")
             words, late = one_line(cause, 300) or type(cause).__name__, isinstance(cause, TimeoutError)
+            if not isinstance(error, urllib.error.URLError):  # it was sent
+                lost.append((words, (None, None), time.monotonic() - started))
             raise Retry(f"{words} (the timeout is {self.timeout:g} s)" if late else words, busy=late)
-        return read_reply(content, time.monotonic() - started)
+        return read_reply(content, time.monotonic() - started, lost)
 
     def failure(self, error, started):
         """The Retry, Refused or Rejected for an HTTP error, with the server's own message but never the key."""
@@ -354,7 +360,7 @@ def retry_after(value):
         return None
 
 
-def read_reply(content, seconds):
+def read_reply(content, seconds, lost):
     """Parse a response body into a Reply. Raises Retry if it is not one, such as an error sent with HTTP 200."""
     body = None
     try:
@@ -363,14 +369,20 @@ def read_reply(content, seconds):
         message, finish = choice["message"], choice.get("finish_reason")
         text, thought = spoken(message, cut=finish == "length")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise Retry(f"the reply is not a chat completion: {one_line(content[:300].decode(errors='replace'), 120)!r}",
-                    busy=status_of(body) in BUSY)
-    usage = body.get("usage")
-    tokens = [usage.get(key) if isinstance(usage, dict) else None for key in ("prompt_tokens", "completion_tokens")]
-    tokens = tuple(count if isinstance(count, int) else None for count in tokens)
+        words = f"the reply is not a chat completion: {one_line(content[:300].decode(errors='replace'), 120)!r}"
+        if any(tokens_of(body)):
+            lost.append((words, tokens_of(body), seconds))
+        raise Retry(words, busy=status_of(body) in BUSY)
     content = message.get("content")
     finish = finish if isinstance(finish, str) else None
-    return Reply(text, finish, tokens, seconds, thought, content if isinstance(content, str) else "")
+    return Reply(text, finish, tokens_of(body), seconds, thought, content if isinstance(content, str) else "")
+
+
+def tokens_of(body):
+    """(prompt, completion) tokens that a response body says were used, each None if it does not."""
+    usage = body.get("usage") if isinstance(body, dict) else None
+    counts = [usage.get(key) if isinstance(usage, dict) else None for key in ("prompt_tokens", "completion_tokens")]
+    return tuple(count if isinstance(count, int) else None for count in counts)
 
 
 def status_of(body):

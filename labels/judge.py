@@ -271,13 +271,14 @@ class Request:
     """A question to the chat model about one pair.
 
     round: 1, or 2 after a disagreement.  order: 1 shows y1 as A, −1 shows y2 as A.  attempt: 1, or more after replies
-    without a usable verdict.
+    without a usable verdict.  lost: as in Endpoint.ask.
     """
     pair: str
     round: int
     order: int
     text: str
     attempt: int = 1
+    lost: list = field(default_factory=list)
 
 
 @dataclass
@@ -356,6 +357,7 @@ class ChatJudge(Judge):
         waiting, last_reply_at, error = requests[first:], -math.inf, ""
         for request, reply in exchange:
             case, problem, stopped = missing.get(request.pair), None, exchange.stop.is_set()
+            self.keep_lost(request, ledger)
             if isinstance(reply, Refused):
                 problem = f"{reply}; check the url, the model, the key and judge_extra_body, then resume"
                 exchange.stop.set()
@@ -398,9 +400,10 @@ class ChatJudge(Judge):
     def recall_useless(self, ledger):
         """The last replies in the ledger, back to the last usable one or one under other settings, oldest first."""
         useless = deque(maxlen=self.patience)
-        for text in ledger.last_verdicts(self.model, self.patience):
-            past = json.loads(text)
-            if past.get("said") or past.get("settings") != self.settings:
+        for past in map(json.loads, ledger.last_verdicts(self.model, 10 * self.patience)):
+            if "lost" in past:
+                continue
+            if len(useless) == self.patience or past.get("said") or past.get("settings") != self.settings:
                 break
             useless.appendleft((past.get("reply", past.get("unanswerable")), past.get("finish_reason")))
         return useless
@@ -467,17 +470,25 @@ class ChatJudge(Judge):
     def keep(self, request, reply, said, ledger):
         """Store a reply in the ledger. Its verdict: 1 for y1, −1 for y2, 0 for neither or an unusable reply."""
         verdict = {"A": request.order, "B": -request.order}.get(said, 0)
-        cost = None
-        if self.price and None not in reply.tokens:
-            cost = sum(tokens * price for tokens, price in zip(reply.tokens, self.price))
         detail = {"order": request.order, "round": request.round, "said": said, "reply": reply.text[:500],
                   "finish_reason": reply.finish, "prompt_tokens": reply.tokens[0], "completion_tokens": reply.tokens[1],
                   "rubric": self.rubric.hash, "settings": self.settings}
-        ledger.add_verdict(request.pair, self.model, verdict, reply.seconds, cost, json.dumps(detail))
+        ledger.add_verdict(request.pair, self.model, verdict, reply.seconds, self.cost(reply.tokens), json.dumps(detail))
+
+    def keep_lost(self, request, ledger):
+        """Store in the ledger what brought no reply to a request, but may have been paid for: a timeout, for example."""
+        for why, tokens, seconds in request.lost:
+            ledger.add_verdict(request.pair, self.model, 0, seconds, self.cost(tokens), json.dumps({"lost": why}))
+        request.lost.clear()
+
+    def cost(self, tokens):
+        """What tokens cost, as in Reply; None if that is not known."""
+        if self.price and None not in tokens:
+            return sum(count * price for count, price in zip(tokens, self.price))
 
     def ask(self, request, stop):
         """Send a request, from a thread of an Exchange; neither the ledger nor the texts may be used here. A second round
         samples: at temperature 0 it would repeat the first."""
         draw = random.Random(f"{self.seed} {request.pair} {request.round} {request.order} {request.attempt}")
         text = request.text + (self.rubric.again if request.attempt > 1 else "")
-        return self.endpoint.ask(text, stop, draw, temperature=0 if request.round == 1 else 1)
+        return self.endpoint.ask(text, stop, draw, 0 if request.round == 1 else 1, request.lost)

@@ -252,7 +252,29 @@ def test_trouble_that_stays_is_waited_for_and_gives_no_label(serve, ledger, answ
                                       r"missing; pair p\d: .* \(3 attempts\); resume when the endpoint answers again$"):
         chat(server).answer(QUESTIONS, ledger)
     assert answers(ledger) == {}
-    assert ledger.db.execute("SELECT COUNT(*) FROM verdicts").fetchone() == (0,)
+    kept = [json.loads(detail).keys() for detail, in ledger.db.execute("SELECT detail FROM verdicts")]
+    assert kept == len(kept) * [{"lost"}] and bool(kept) == (answer in (TROUBLE["closed"], TROUBLE["cut short"]))
+
+
+def test_what_is_paid_for_without_a_reply_is_in_the_ledger(serve, ledger, release):
+    """p0: too late at first.  p1: refused, so another question is asked.  p2: without a choice at first, but with tokens."""
+    def behave(prompt, n):
+        if "of p0" in prompt and n == 0:
+            return release.wait()
+        if "of p1" in prompt:
+            return 400, {}, {}
+        if "of p2" in prompt and n == 0:
+            return 200, {}, {"choices": [], "usage": {"prompt_tokens": 100, "completion_tokens": 900}}
+        return right(prompt, n)
+
+    server = serve(behave)
+    judge = chat(server, timeout=0.5, price=(1, 1))
+    judge.answer(QUESTIONS, ledger)
+    assert answers(ledger) == TRUTHS | {"p1": 0}
+    costs = dict(ledger.db.execute("SELECT pair, cost FROM answers"))
+    checks = sum("word yes" in prompt for prompt in server.prompts())
+    assert costs == {**dict.fromkeys(PAIRS, 210), "p0": None, "p1": 105 * checks, "p2": 2210} and 1 <= checks <= 2
+    assert ledger.cost() == (5 * 210 + 2000 + 105 * checks, 1)  # at least
 
 
 def test_retry_after_is_honoured(serve, ledger):
@@ -976,7 +998,7 @@ def test_ctrl_c_lets_the_process_end_while_requests_are_under_way(serve, tmp_pat
 
 
 def test_a_bug_in_a_thread_is_raised_and_not_waited_for(serve, ledger, monkeypatch):
-    monkeypatch.setattr(Endpoint, "post", lambda self, text, temperature: 1 / 0)
+    monkeypatch.setattr(Endpoint, "post", lambda self, text, temperature, lost: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         chat(serve(right)).answer(QUESTIONS, ledger)
 

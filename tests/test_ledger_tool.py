@@ -96,9 +96,10 @@ def test_the_report(run):
 
 
 def test_a_reply_without_a_verdict_is_no_verdict_of_no_preference(tmp_path):
-    """Nor is a text that the endpoint refused, about which a person may have been asked."""
+    """Nor is a text that the endpoint refused, about which a person may have been asked, nor a reply that never came."""
     store = Ledger(tmp_path / "labels.sqlite")
-    for verdict, detail in ((0, {"said": None, "reply": "hm"}), (1, {"said": "A"}), (1, {"said": "B"})):
+    for verdict, detail in ((0, {"said": None, "reply": "hm"}), (0, {"lost": "timed out"}), (1, {"said": "A"}),
+                            (1, {"said": "B"})):
         store.add_verdict("a", "model", verdict, detail=json.dumps(detail))
     for detail in ({"said": None, "reply": "hm"}, {"unanswerable": "HTTP 400"}, {"unanswerable": "HTTP 413"}):
         store.add_verdict("b", "model", 0, detail=json.dumps(detail))

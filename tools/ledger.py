@@ -184,9 +184,9 @@ def adjudicates(row):
 
 
 def is_unusable(row):
-    """Whether a judge's verdict is none: a reply that held no verdict, or a text that was refused."""
+    """Whether a judge's verdict is none: a reply that held no verdict or never came, or a text that was refused."""
     detail = json.loads(row["detail"] or "{}")
-    return "unanswerable" in detail or detail.get("said", "") is None
+    return "unanswerable" in detail or "lost" in detail or detail.get("said", "") is None
 
 
 def said_by(row):
