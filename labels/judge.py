@@ -393,8 +393,7 @@ class ChatJudge(Judge):
                 case.why = past["unanswerable"]
             elif same and not self.is_useless():  # replies of a useless judge say nothing about a pair
                 case.tries[place] += 1
-                if case.tries[place] >= self.attempts:
-                    case.why = self.no_verdict(past["reply"], past["finish_reason"])
+                case.why = case.why or self.no_verdict(case.tries[place], past["reply"], past["finish_reason"])
         return case
 
     def recall_useless(self, ledger):
@@ -443,13 +442,14 @@ class ChatJudge(Judge):
             self.useless.clear()
         else:
             self.useless.append((reply.text, reply.finish))
-            if request.attempt >= self.attempts or reply.finish == "content_filter":
-                case.why = self.no_verdict(reply.text, reply.finish)
+            case.why = case.why or self.no_verdict(request.attempt, reply.text, reply.finish)
         return bool(said)
 
-    def no_verdict(self, text, finish):
-        return (f"no usable verdict in {self.attempts} replies, the last {one_line(text, 80)!r} (finish_reason "
-                f"{one_line(finish, 20)})")
+    def no_verdict(self, replies, text, finish):
+        """Why so many replies to a question are enough, or None.  text, finish: of the last one."""
+        if replies >= self.attempts or finish == "content_filter":
+            return (f"no usable verdict in {replies} repl{'y' if replies == 1 else 'ies'}, the last {one_line(text, 80)!r} "
+                    f"(finish_reason {one_line(finish, 20)})")
 
     def what_it_said(self):
         """Why the run no longer asks the judge, for the user: what its last replies looked like, and what to do."""

@@ -610,6 +610,9 @@ def test_replies_of_an_earlier_run_are_among_the_three(serve, ledger):
 
 def test_a_reply_that_a_filter_cut_off_is_not_asked_for_again(serve, ledger):
     server = serve(lambda prompt, n: completion("", "content_filter"))
+    for _ in range(2):
+        with pytest.raises(Waiting, match=r"p0: no usable verdict in 1 reply, the last '' \(finish_reason content_filter\)"):
+            chat(server, unanswerable="stop").answer([question("p0")], ledger)
     chat(server).answer([question("p0")], ledger)
     assert answers(ledger) == {"p0": 0} and len(server.bodies) == 2  # one in each order
 
