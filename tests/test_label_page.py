@@ -726,6 +726,9 @@ def test_one_line_says_why_it_cannot_start(tmp_path, capsys, monkeypatch):
                                                              "--adjudicator", "Bob")
     (tmp_path / "label.key").write_text("mine")
     assert "label.key: is damaged" in said("--annotator", "Ann")
+    monkeypatch.setattr(label, "PATIENCE", 0.1)
+    with contextlib.closing(Ledger(tmp_path / "labels.sqlite")) as another, another.transaction():
+        assert f"{tmp_path}/labels.sqlite: cannot be used as a ledger (database is locked): another process holds" in said()
     monkeypatch.setitem(sys.modules, "fastapi", None)
     assert "pip install -r tools/requirements.txt" in said("--port", "0")
 

@@ -45,7 +45,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from labels.ledger import Ledger, LedgerError, Panel  # noqa: E402
+from labels.ledger import Ledger, LedgerError, Panel, in_words  # noqa: E402
 from runtime.errors import UsageError  # noqa: E402
 from tools import serving  # noqa: E402
 from tools.exchange import THIRD_ANSWERS, Names, export_questions, filled, fold, import_answers, possible_seconds  # noqa: E402
@@ -391,7 +391,7 @@ def main(argv=None):
                       "are settled", file=sys.stderr, flush=True)
         serve(path, args, Desk(path, panel, guidelines_of(args.guidelines), names), people)
     except (UsageError, OSError, sqlite3.Error) as error:  # OSError: a folder that we may not enter
-        print(f"tools/label.py: {error}", file=sys.stderr)
+        print(f"tools/label.py: {in_words(path, error) if isinstance(error, sqlite3.Error) else error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # the page has done its work; an import that was stopped has changed nothing
         return 130 if args.import_ or args.export else 0
