@@ -395,7 +395,7 @@ def test_who_decides_between_the_others_has_no_independent_opinion(panel, tmp_pa
     folder = panel[0]
     before = ledger.report(folder)
     store = Ledger(folder / "labels.sqlite")
-    for pair, who in (("d", "eve"), ("e", "ann"), ("g", "eve")):
+    for pair, who in (("c", "cat"), ("d", "eve"), ("e", "ann"), ("g", "eve")):
         store.answer_question(pair, -1, who, 9.0, panel=Panel(3, "eve"), detail={"adjudicates": True})
     labels = dict(store.db.execute("SELECT pair, label FROM answers"))
     store.close()
@@ -407,7 +407,9 @@ def test_who_decides_between_the_others_has_no_independent_opinion(panel, tmp_pa
     assert words_of(people, "ann") == "7 1 6 50.0% 5.0 720"
     assert not any(line.startswith("eve") for line in people.splitlines())
     listed = " ".join(main(capsys, folder, "--disagreements")[1].split())
-    assert "d y2 ann: both bad, bob: equal, cat: y1, eve: y2" in listed and "e y2 ann: y2, bob: cannot judge" in listed
+    assert "d y2 ann: both bad, bob: equal, cat: y1, eve decides: y2 user" in listed
+    assert "e y2 ann: y1, bob: cannot judge, cat: y2, ann decides: y2 user" in listed
+    assert "c y2 ann: y2, bob: y2, cat: equal, cat decides: y2 user" in listed  # although all say the same by now
     assert main(capsys, folder, "--csv", tmp_path / "out.csv")[0] == 0
     assert '""adjudicates"": true' in (tmp_path / "out.csv").read_text()
 

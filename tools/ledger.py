@@ -239,12 +239,14 @@ def disagreements(folder):
     tables = read_ledger(folder, WITH_TEXTS)
     labels = {row["pair"]: row["label"] for row in tables["answers"]}
     prompts = {row["pair"]: as_text(json.loads(row["prompt"])) for row in tables["questions"]}
-    rows = []
-    for pair, said in sorted(opinions_of(tables["verdicts"]).items()):
+    rows, verdicts = [], tables["verdicts"]
+    decided = opinions_of([row for row in verdicts if adjudicates(row)])  # perhaps by one of those who disagree
+    for pair, said in sorted(opinions_of([row for row in verdicts if not adjudicates(row)]).items()):
         if len({row["verdict"] for row in said.values()}) > 1:
             label = {1: "y1", -1: "y2", 0: "no preference", None: "open"}[labels.get(pair)]
-            rows.append((pair, label, ", ".join(f"{who}: {said_by(row)}" for who, row in said.items()),
-                         " ".join(prompts.get(pair, "").split())[:60]))
+            words = [f"{who}: {said_by(row)}" for who, row in said.items()]
+            words += [f"{who} decides: {said_by(row)}" for who, row in decided[pair].items()]
+            rows.append((pair, label, ", ".join(words), " ".join(prompts.get(pair, "").split())[:60]))
     return "\n".join(line.rstrip() for line in table(("pair", "label", "opinions", "prompt"), rows, words=4)) if rows else (
         "nobody disagrees")
 
