@@ -411,7 +411,10 @@ def test_who_decides_between_the_others_has_no_independent_opinion(panel, tmp_pa
     assert "e y2 ann: y1, bob: cannot judge, cat: y2, ann decides: y2 user" in listed
     assert "c y2 ann: y2, bob: y2, cat: equal, cat decides: y2 user" in listed  # although all say the same by now
     assert main(capsys, folder, "--csv", tmp_path / "out.csv")[0] == 0
-    assert '""adjudicates"": true' in (tmp_path / "out.csv").read_text()
+    with open(tmp_path / "out.csv", newline="", encoding="utf-8-sig") as file:
+        opinions = {row["pair"]: json.loads(row["opinions"]) for row in csv.DictReader(file)}
+    assert [(one["annotator"], one["verdict"], "adjudicates" in one) for one in opinions["e"]] == [
+        ("ann", 1, False), ("bob", 0, False), ("cat", -1, False), ("ann", -1, True)]
 
 
 def test_two_annotators_agree_by_what_each_says_last(tmp_path):

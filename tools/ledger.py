@@ -92,7 +92,7 @@ def report(folder, now=None):
     answered = {row["pair"] for row in answers}
     questions = {row["pair"] for row in tables["questions"]} - answered
     leased = {row["pair"] for row in tables["leases"] if row["until"] > (time.time() if now is None else now)} & questions
-    opinions = opinions_of([row for row in verdicts if not adjudicates(row)])
+    opinions, _ = opinions_and_decisions(verdicts)
     lines = [
         ("answers", f"{len(answers):,}: {len(bought):,} bought by this run, {len(answers) - len(bought):,} reused"),
         ("no preference", share(len(answers) - len(labelled), len(answers))),
@@ -177,6 +177,12 @@ def opinions_of(verdicts):
     return found
 
 
+def opinions_and_decisions(verdicts):
+    """What people said on their own, and what those said who decide, each as in opinions_of: somebody may do both."""
+    return (opinions_of([row for row in verdicts if not adjudicates(row)]),
+            opinions_of([row for row in verdicts if adjudicates(row)]))
+
+
 def adjudicates(row):
     """Whether a verdict decides between the others. Such a person has seen the others' opinions, and theirs becomes the
     label, so it says nothing about how well people agree."""
@@ -239,9 +245,8 @@ def disagreements(folder):
     tables = read_ledger(folder, WITH_TEXTS)
     labels = {row["pair"]: row["label"] for row in tables["answers"]}
     prompts = {row["pair"]: as_text(json.loads(row["prompt"])) for row in tables["questions"]}
-    rows, verdicts = [], tables["verdicts"]
-    decided = opinions_of([row for row in verdicts if adjudicates(row)])  # perhaps by one of those who disagree
-    for pair, said in sorted(opinions_of([row for row in verdicts if not adjudicates(row)]).items()):
+    rows, (opinions, decided) = [], opinions_and_decisions(tables["verdicts"])
+    for pair, said in sorted(opinions.items()):
         if len({row["verdict"] for row in said.values()}) > 1:
             label = {1: "y1", -1: "y2", 0: "no preference", None: "open"}[labels.get(pair)]
             words = [f"{who}: {said_by(row)}" for who, row in said.items()]
@@ -286,14 +291,15 @@ def export_csv(folder, path, force=False):
     tables = read_ledger(folder, WITH_TEXTS)
     texts = {row["pair"]: [as_text(json.loads(row[name])) for name in ("prompt", "first", "second")]
              for row in tables["questions"]}
-    opinions = opinions_of(tables["verdicts"])
+    opinions, decided = opinions_and_decisions(tables["verdicts"])
     rows = sorted(tables["answers"], key=lambda row: (row["answered_at"], row["step"], row["pair"]))
     text = io.StringIO()
     writer = csv.writer(text)  # its line ends are \r\n; with others, some versions of Python leave a \r without quotes
     writer.writerow([*ANSWERS.split(", "), "prompt", "y1", "y2", "opinions"])
     for row in rows:
         said = [{"annotator": who, "verdict": found["verdict"], "seconds": found["seconds"],
-                 **json.loads(found["detail"] or "{}")} for who, found in opinions[row["pair"]].items()]
+                 **json.loads(found["detail"] or "{}")}
+                for who, found in [*opinions[row["pair"]].items(), *decided[row["pair"]].items()]]
         cells = [*row, *texts.get(row["pair"], ("", "", "")), json.dumps(said, ensure_ascii=False) if said else ""]
         writer.writerow(map(no_formula, cells))
     replace_file(path, "\ufeff" + text.getvalue())  # without the byte order mark, Excel takes é for two letters
