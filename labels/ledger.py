@@ -511,12 +511,15 @@ class Ledger:
         """The number of the latest opinion of a person, whether or not it settled its question; None if there is none."""
         return self.db.execute("SELECT MAX(id) FROM verdicts WHERE person").fetchone()[0]
 
-    def opinions(self, pair):
-        """{annotator: Opinion} of the people who said something about a pair; of each, what they said last."""
+    def opinions(self, pair, decisions=True):
+        """{annotator: Opinion} of the people who said something about a pair; of each, what they said last. decisions: take
+        what an adjudicator decided for such, or go by what they had said on their own."""
         found = {}
         for who, label, detail in self.db.execute(
                 "SELECT annotator, verdict, detail FROM verdicts WHERE pair = ? AND person ORDER BY id", (pair,)):
-            found[who] = Opinion(label, **json.loads(detail or "{}"))
+            opinion = Opinion(label, **json.loads(detail or "{}"))
+            if decisions or not opinion.adjudicates:
+                found[who] = opinion
         return found
 
     def is_split(self, pair, panel):

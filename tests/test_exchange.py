@@ -238,6 +238,20 @@ def test_a_person_may_change_their_mind(store, tmp_path, said):
     assert give(*said[:2]) == [0, 0, 1, 1, 0] and everything(store) == before
 
 
+def test_a_file_that_is_imported_again_leaves_what_one_of_its_people_has_decided_since(store, tmp_path):
+    """As with the exports of Label Studio, which hold all answers each time."""
+    ask(store, simple(1))
+    path, panel = tmp_path / "in", Panel(2, "ann")
+    path.write_text("".join(json.dumps({"pair": "pair0", "label": label, "annotator": who}) + "\n"
+                            for who, label in (("ann", "a"), ("bob", "b"))))
+    import_answers(store, path, "jsonl", panel=panel)
+    b = drawn_sides("pair0")[1]
+    store.answer_question("pair0", b, "ann", panel=panel, detail={"adjudicates": True})
+    before = everything(store)
+    assert answers(store) == {"pair0": b}
+    assert import_answers(store, path, "jsonl", panel=panel)["already_there"] == 2 and everything(store) == before
+
+
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("order", ["baa", "aba", "aab"])
 def test_the_majority_is_the_label_in_whatever_order_opinions_come(store, tmp_path, order, format):

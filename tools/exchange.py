@@ -184,8 +184,9 @@ def import_answers(ledger, path, format, annotator="import", panel=Panel()):
 
 
 def _already_there(ledger, pair, label, detail, annotator):
-    """Whether this is what the annotator says about the pair by now: the label, or which kind of no preference."""
-    mine = ledger.opinions(pair).get(annotator)
+    """Whether this is what the annotator says about the pair by now: the label, or which kind of no preference. What they
+    decided as an adjudicator, on the page, is another matter, and stays."""
+    mine = ledger.opinions(pair, decisions=False).get(annotator)
     return mine is not None and (mine.label, mine.said) == (label, detail.get("said"))
 
 
