@@ -283,6 +283,22 @@ def test_the_buttons_stay_and_the_keys_scroll(site, person):
     assert len(site.answers()) == 1 and boxes() == before
 
 
+@pytest.mark.parametrize("width, height", [(844, 340), (667, 300), (1280, 400), (320, 256)])
+def test_in_a_low_window_every_text_can_be_read_and_every_button_pressed(site, person, width, height):
+    """A phone that lies down, and a page at 400 %."""
+    long = "\n\n".join(f"Paragraph {n} of a long text." for n in range(30))
+    site.put({"a": ("Why?", f"{long} Here the first ends.", f"{long} Here the second ends.")})
+    page = person("Noa", viewport={"width": width, "height": height})
+    page.wait_for_selector('#actions:not([hidden]) .choose[aria-disabled="false"]')
+    for place in page.locator(".side .text p:last-child, #actions button").all():
+        place.scroll_into_view_if_needed()
+        assert place.evaluate("""place => {
+            const {left, right, top, bottom} = place.getBoundingClientRect();
+            return place.contains(document.elementFromPoint((left + right) / 2, (top + bottom) / 2));
+        }"""), place
+    assert page.locator("#task").bounding_box()["height"] > height / 3
+
+
 def test_guidelines_statistics_and_a_hint_at_a_break(tmp_path, browser):
     (tmp_path / "guide.md").write_text("# How to judge\n\nPrefer what is **right**. <script>owned=1</script>")
     site = Site(tmp_path, "--guidelines", str(tmp_path / "guide.md"))
