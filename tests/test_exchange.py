@@ -459,6 +459,23 @@ def test_files_that_cannot_be_used_are_refused(store, tmp_path):
     assert not list(tmp_path.parent.glob("*.tmp")) and not list(tmp_path.glob("*.tmp"))
 
 
+def test_an_export_replaces_neither_a_pipe_nor_a_link(store, tmp_path):
+    """Root would have lost /dev/null and /dev/stdout, a link to the pipe that stdout is."""
+    ask(store, simple(2))
+    os.mkfifo(tmp_path / "fifo")
+    reading, writing = os.pipe()
+    (tmp_path / "stdout").symlink_to(f"/proc/self/fd/{writing}")
+    for name in ("fifo", "stdout"):
+        with pytest.raises(ExchangeError, match=f"{name}: is not a file that can be replaced"):
+            export_questions(store, tmp_path / name, "jsonl")
+    assert (tmp_path / "fifo").is_fifo() and (tmp_path / "stdout").is_symlink()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    assert export_questions(store, tmp_path / "link", "jsonl") == 2
+    assert (tmp_path / "link").is_symlink() and len((tmp_path / "there").read_text().splitlines()) == 2
+    os.close(reading)
+    os.close(writing)
+
+
 def test_an_import_that_is_interrupted_leaves_nothing(store, tmp_path, monkeypatch):
     ask(store, simple(3))
     path = tmp_path / "in.jsonl"

@@ -138,13 +138,16 @@ def _dump(value):
 
 
 def replace_file(path, text, ledger=None):
-    """Write a text file in one go, as UTF-8. Raises ExchangeError, also if the path is the ledger's."""
+    """Write a text file in one go, as UTF-8; of a link, the file that it leads to. Raises ExchangeError, also if the path is
+    the ledger's, or that of a device or a pipe, such as /dev/null, which would be replaced."""
     try:
         if ledger and os.path.exists(path) and os.path.samefile(path, ledger.path):
             raise ExchangeError(f"{path} is the ledger: choose another file")
         if os.path.isdir(path):
             raise ExchangeError(f"{path}: {os.strerror(errno.EISDIR)}; name a file")
-        with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ExchangeError(f"{path}: is not a file that can be replaced; name another")
+        with replacing(os.path.realpath(path)) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
             file.write(text)
     except OSError as error:
         raise ExchangeError(f"{path}: {error.strerror}")
