@@ -311,6 +311,25 @@ def test_a_third_answer_settles_a_pair_without_a_preference(store, tmp_path, for
         {"no_preference": third} for third in thirds.values()]
 
 
+def test_what_a_team_asks_beside_our_questions_is_no_answer_to_them(store, tmp_path):
+    """Another comparison, and another choice with the value Equal; the second task has no answer to ours."""
+    ask(store, simple(2))
+    others = [{"type": "pairwise", "from_name": "safety", "value": {"selected": "left"}},
+              {"type": "choices", "from_name": "length", "value": {"choices": ["Equal"]}}]
+    tasks = [{"data": {"pair": f"pair{n}"}, "annotations": [annotation(1, side)]} for n, side in ((0, "right"), (1, None))]
+    for task in tasks:
+        task["annotations"][0]["result"] += others
+    path = tmp_path / "in"
+    path.write_text(json.dumps(tasks))
+    assert import_answers(store, path, "label-studio") == {"answered": 1, "second_opinions": 0, "already_there": 0,
+                                                           "replaced": 0, "skipped": 1}
+    assert answers(store) == {"pair0": drawn_sides("pair0")[1]}
+    del tasks[0]["annotations"][0]["result"][1:], tasks[1]["annotations"][0]["result"][1:]
+    tasks[0]["annotations"][0]["result"][0]["from_name"] = "mine"  # an interface of the team's own, with one comparison
+    path.write_text(json.dumps(tasks))
+    assert import_answers(store, path, "label-studio")["answered"] == 1 and len(answers(store)) == 2
+
+
 def test_opinions_until_there_are_enough(store, tmp_path):
     ask(store, simple(1))
     for n, expected in enumerate(({}, {}, {"pair0": drawn_sides("pair0")[0]})):

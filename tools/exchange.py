@@ -21,8 +21,8 @@ Format "label-studio": the JSON of Label Studio 1.x (labelstud.io/guide/task_for
     Import: what Label Studio exports as "JSON" (not "JSON-MIN"). The label is in annotations[].result[] of type
         "pairwise", with value {"selected": "left" or "right"}; left is response_a. A choice of "Equal", "Both bad" or
         "Cannot judge" is no preference, and counts where a response was clicked as well, which cannot be undone there.
-        completed_by is the annotator, lead_time the seconds. A cancelled annotation, one without a choice, and a task
-        without annotations skip the question.
+        completed_by is the annotator, lead_time the seconds. What the team asks beside these is left out. A cancelled
+        annotation, one without a choice, and a task without annotations skip the question.
 
 A hash of the pair's id decides which side a response is on, so neither y1 nor y2 is always on the left. An import writes
 everything or nothing: it checks the whole file first, then writes in one transaction. What a person says last about a pair
@@ -66,6 +66,7 @@ CONFIGURATION = """\
   </View>
 </View>
 """
+OURS = ("preference", "no_preference")  # the names of its questions
 SKIPPED = (None, "", "skip")
 THIRD_ANSWERS = ("equal", "both bad", "cannot judge")  # no preference, label 0; the ledger keeps which it was
 
@@ -257,6 +258,7 @@ def _from_label_studio(path, questions, annotator):
     tasks = _parse(_read(path), path, "; export from Label Studio as \"JSON\"")
     if not isinstance(tasks, list):
         raise ExchangeError(f"{path}: expected a list of tasks, found {tasks!r:.80}")
+    ours = _asks_ours(tasks)
     for n, task in enumerate(tasks, 1):
         place = f"{path}, task {n}"
         for name, kind in (("data", dict), ("annotations", list)):
@@ -269,7 +271,7 @@ def _from_label_studio(path, questions, annotator):
             yield pair, None, {}, annotator, None
         places = [f"{place}, annotation {k}" for k in range(1, len(task["annotations"]) + 1)]
         for annotation, place in sorted(zip(task["annotations"], places), key=lambda one: _created(*one)):
-            side = _selected(annotation, place)
+            side = _selected(annotation, place, ours)
             third = side in THIRD_ANSWERS
             yield (pair, None if side is None else 0 if third else sides["left right".split().index(side)],
                    {"said": side} if third else {},
@@ -347,13 +349,25 @@ def _created(annotation, place):
     return str(annotation.get("created_at") or "")
 
 
-def _selected(annotation, place):
-    """The chosen side, "left" or "right", one of THIRD_ANSWERS, or None if nothing was chosen."""
+def _asks_ours(tasks):
+    """Whether the labelling interface was CONFIGURATION, perhaps with other questions of the team's beside ours."""
+    listed = [tasks]
+    for name in ("annotations", "result"):  # what is not as it should be is refused later
+        rows = [row for rows in listed for row in rows if isinstance(row, dict)]
+        listed = [row[name] for row in rows if isinstance(row.get(name), list)]
+    return any(isinstance(row, dict) and row.get("from_name") in OURS for rows in listed for row in rows)
+
+
+def _selected(annotation, place, ours):
+    """The chosen side, "left" or "right", one of THIRD_ANSWERS, or None if nothing was chosen.  ours: take only what was
+    said to our own questions."""
     if annotation.get("was_cancelled"):
         return None
     results = annotation.get("result")
     if not isinstance(results, list) or not all(isinstance(result, dict) for result in results):
         raise ExchangeError(f"{place}, field result: expected a list of objects, found {results!r:.80}")
+    if ours:
+        results = [result for result in results if result.get("from_name", OURS[0]) in OURS]
     for result in results:
         if result.get("type") == "choices":
             value = result.get("value")
