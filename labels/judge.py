@@ -400,11 +400,11 @@ class ChatJudge(Judge):
         """The last replies in the ledger, back to the last usable one or one under other settings, oldest first."""
         useless = deque(maxlen=self.patience)
         for past in map(json.loads, ledger.last_verdicts(self.model, 10 * self.patience)):
-            if "lost" in past:
+            if "reply" not in past:  # what was refused is written together, at the end, whatever came in between
                 continue
             if len(useless) == self.patience or past.get("said") or past.get("settings") != self.settings:
                 break
-            useless.appendleft((past.get("reply", past.get("unanswerable")), past.get("finish_reason")))
+            useless.appendleft((past["reply"], past.get("finish_reason")))
         return useless
 
     def is_useless(self):
