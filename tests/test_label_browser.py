@@ -283,6 +283,25 @@ def test_the_buttons_stay_and_the_keys_scroll(site, person):
     assert len(site.answers()) == 1 and boxes() == before
 
 
+def test_an_arrow_that_scrolls_code_is_no_answer(site, person):
+    """Whoever uses the keyboard comes to a wide block of code with Tab, and reads on with an arrow."""
+    code = f"```\n{'wide = 1; ' * 90}\n```"
+    site.put({"a": ("Why?", f"One:\n\n{code}", f"Two:\n\n{code}")})
+    page = person("Noa")
+    page.wait_for_selector('#actions:not([hidden]) .choose[aria-disabled="false"]')
+    while page.evaluate("document.activeElement.tagName") != "PRE":
+        page.keyboard.press("Tab")
+    page.keyboard.press("ArrowRight")
+    while not page.evaluate("document.activeElement.scrollLeft"):
+        assert site.answers() == {}
+        page.wait_for_timeout(20)
+    assert site.answers() == {} and page.locator(".chosen").count() == 0
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector("#wait:not([hidden])")
+    assert len(site.answers()) == 1
+
+
 @pytest.mark.parametrize("width, height", [(844, 340), (667, 300), (1280, 400), (320, 256)])
 def test_in_a_low_window_every_text_can_be_read_and_every_button_pressed(site, person, width, height):
     """A phone that lies down, and a page at 400 %."""
