@@ -174,6 +174,26 @@ def test_reading_changes_nothing_in_the_folder(run):
     assert state() == before
 
 
+@pytest.mark.parametrize("changes", [1, 100])
+def test_what_is_read_is_of_one_moment_although_a_page_is_in_use(run, changes, monkeypatch):
+    """Each of its requests opens the ledger, writes and closes it again, perhaps all of that between two tables."""
+    numbers, connect = iter(range(changes)), sqlite3.connect
+
+    class Disturbed(sqlite3.Connection):
+        def execute(self, sql, *values):
+            if "FROM verdicts" in sql and (n := next(numbers, None)) is not None:
+                with contextlib.closing(Ledger(run / "labels.sqlite")) as page:
+                    page.put_questions([Question(f"new{n}", 0.1, 9)], {f"new{n}": ('"?"', '"yes"', '"no"')})
+                    page.answer_question(f"new{n}", 1, "ann")
+            return super().execute(sql, *values)
+
+    monkeypatch.setattr(ledger.sqlite3, "connect", lambda path, uri=False, **options: connect(
+        path, uri=uri, factory=Disturbed if uri else sqlite3.Connection, **options))
+    tables = ledger.read_ledger(run)
+    new = [{row["pair"] for row in tables[name] if row["pair"].startswith("new")} for name in ("answers", "verdicts")]
+    assert new[0] == new[1] and len(new[0]) == min(changes, 5)
+
+
 def test_an_empty_ledger(tmp_path):
     Ledger(tmp_path / "labels.sqlite").close()
     text = ledger.report(tmp_path)

@@ -21,6 +21,7 @@ says why. The paper and the official code keep no labels.
 import argparse
 import csv
 import io
+import itertools
 import json
 import os
 import sqlite3
@@ -55,12 +56,19 @@ def read_ledger(folder, needed=NEEDED):
     path = Path(folder) / "labels.sqlite"
     if not path.is_file():
         raise LedgerError(f"no ledger: {path} does not exist; name a run's output_dir")
-    beside = [path.with_name(path.name + end) for end in ("-wal", "-journal")]
-    while True:
+
+    def moment():
+        """What shows that another process has, or had, the ledger open."""
+        return path.stat().st_mtime_ns, *(path.with_name(path.name + end).exists() for end in ("-wal", "-journal"))
+
+    for attempt in itertools.count():
         # If no other process has the ledger open, even a reader would leave files beside it, unless SQLite is told that
-        # the file cannot change. If a run opens the ledger while we read it, we read it again.
-        alone = not any(file.exists() for file in beside)
-        db = None
+        # the file cannot change. If it changes nevertheless while we read it, we read it again; where it does so each time,
+        # as with a page in use and a million answers, we leave files like everybody.
+        if attempt:
+            time.sleep(0.05)  # longer than a tick of the clock that dates files
+        before = moment()
+        alone, db = attempt < 5 and not any(before[1:]), None
         try:
             db = sqlite3.connect(f"{path.resolve().as_uri()}?{'immutable=1' if alone else 'mode=ro'}", uri=True,
                                  timeout=PATIENCE, isolation_level=None)
@@ -71,13 +79,13 @@ def read_ledger(folder, needed=NEEDED):
                     db.execute(f"CREATE TEMP VIEW {name} AS {view}")
             tables = {name: db.execute(f"SELECT {columns} FROM {name}").fetchall() for name, columns in needed.items()}
         except sqlite3.Error as error:
-            if alone and any(file.exists() for file in beside):
+            if alone and moment() != before:
                 continue
             raise LedgerError(in_words(path, error))
         finally:
             if db:
                 db.close()
-        if not alone or not any(file.exists() for file in beside):
+        if not alone or moment() == before:
             return tables
 
 
