@@ -382,7 +382,7 @@ def tokens_of(body):
     """(prompt, completion) tokens that a response body says were used, each None if it does not."""
     usage = body.get("usage") if isinstance(body, dict) else None
     counts = [usage.get(key) if isinstance(usage, dict) else None for key in ("prompt_tokens", "completion_tokens")]
-    return tuple(count if isinstance(count, int) else None for count in counts)
+    return tuple(count if type(count) is int and 0 <= count < 2**53 else None for count in counts)
 
 
 def status_of(body):

@@ -146,6 +146,12 @@ def test_a_pair_with_a_reply_of_unknown_cost_has_no_known_cost(serve, ledger):
     assert report.cost(oracle) == (pytest.approx(6.5), False)
 
 
+@pytest.mark.parametrize("count", [-5, True, 10**400, 5.5, "5"], ids=["-5", "True", "400 digits", "5.5", "text"])
+def test_a_number_of_tokens_that_cannot_be_is_unknown(serve, ledger, count):
+    chat(serve(lambda prompt, n: completion("[[A]]", usage=(100, count))), price=(1e-6, 1e-6)).answer(QUESTIONS[:1], ledger)
+    assert answers(ledger) == {"p0": 0} and ledger.cost() == (0, 1)
+
+
 def test_of_a_long_reply_the_beginning_is_kept(serve, ledger):
     chat(serve(lambda prompt, n: completion("[[C]]" + "x" * 10_000 + "\ud800"))).answer([question("p0")], ledger)
     details = [json.loads(detail) for detail, in ledger.db.execute("SELECT detail FROM verdicts")]
