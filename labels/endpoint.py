@@ -288,6 +288,8 @@ class Endpoint:
             if isinstance(cause, ssl.SSLCertVerificationError):
                 raise Refused(f"{one_line(cause, 300)}: if you trust it, put its certificate, or that of its authority, "
                               "into a file that the environment variable SSL_CERT_FILE names")
+            if getattr(cause, "reason", None) in ("WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE"):  # by version of OpenSSL
+                raise Refused(f"{one_line(cause, 300)}: nothing there speaks TLS, so begin the url with http://")
             words, late = one_line(cause, 300) or type(cause).__name__, isinstance(cause, TimeoutError)
             if not isinstance(error, urllib.error.URLError):  # it was sent
                 lost.append((words, (None, None), time.monotonic() - started))

@@ -436,6 +436,13 @@ def test_a_certificate_that_nobody_vouches_for_stops_at_once_with_advice_that_wo
     assert answers(ledger) == TRUTHS
 
 
+def test_https_where_there_is_only_http_stops_at_once_with_advice(serve, ledger):
+    server = serve(right)
+    with pytest.raises(Waiting, match="nothing there speaks TLS, so begin the url with http://"):
+        ChatJudge(texts, server.url.replace("http:", "https:"), "m").answer(QUESTIONS, ledger)
+    assert server.bodies == []
+
+
 def test_the_message_tells_what_stopped_it_not_what_came_after(ledger, monkeypatch):
     outcomes = iter([endpoint.Refused("the reason")] + 11 * [endpoint.GaveUp("later", 0)])
 
