@@ -362,6 +362,10 @@ def retry_after(value):
         return None
 
 
+# The finish_reason of a reply that ends before its end: at its maximum length, or broken off by a filter or the server.
+CUT = ("length", "content_filter", "abort", "error")
+
+
 def read_reply(content, seconds, lost):
     """Parse a response body into a Reply. Raises Retry if it is not one, such as an error sent with HTTP 200."""
     body = None
@@ -369,7 +373,7 @@ def read_reply(content, seconds, lost):
         body = json.loads(content)
         choice = body["choices"][0]
         message, finish = choice["message"], choice.get("finish_reason")
-        text, thought = spoken(message, cut=finish == "length")
+        text, thought = spoken(message, cut=finish in CUT)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         words = f"the reply is not a chat completion: {one_line(content[:300].decode(errors='replace'), 120)!r}"
         if any(tokens_of(body)):
@@ -400,7 +404,7 @@ TAG = re.compile(r"<(/?)(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 
 def spoken(message, cut):
     """(what a message says, whether that may be unfinished reasoning). Reasoning comes in a field of its own, or in tags at
-    the beginning of the content.  cut: the reply was cut off at its maximum length."""
+    the beginning of the content.  cut: the reply ends before its end."""
     content = message.get("content")
     if isinstance(content, list):  # a list of parts; some may be reasoning
         content = "".join(part.get("text") or "" for part in content if part.get("type") == "text")

@@ -36,7 +36,7 @@ from pathlib import Path
 import yaml
 
 from labels.annotators import Annotator, HumanAnnotator, Waiting
-from labels.endpoint import Endpoint, Exchange, GaveUp, Refused, TextRefused
+from labels.endpoint import CUT, Endpoint, Exchange, GaveUp, Refused, TextRefused
 from labels.ledger import LedgerError, Question
 from runtime.errors import UsageError, one_line
 from runtime.formats import message_text
@@ -252,13 +252,13 @@ class Rubric:
     def read(self, reply):
         """"A", "B", "C" (neither is preferred), or None if the reply is not a usable verdict.
 
-        The whole reply must hold exactly one of the forms, once. A reply that was cut off at its maximum length must begin
-        with it: later on it could be a quotation, with the verdict still to come. Reasoning must have come to its end.
+        The whole reply must hold exactly one of the forms, once. A reply that was cut off (endpoint.CUT) must begin with it:
+        later on it could be a quotation, with the verdict still to come. Reasoning must have come to its end.
         """
         found = [name for name, form in self.verdicts.items() for _ in range(reply.text.count(form))]
         if len(found) != 1 or self.mark and reply.text.count(self.mark) != 1:
             return None
-        form, cut = self.verdicts[found[0]], reply.finish == "length"
+        form, cut = self.verdicts[found[0]], reply.finish in CUT
         if reply.thought and (cut or not reply.text.rstrip(" \n\t.*_`\"").endswith(form)):
             return None
         if cut and not reply.text.lstrip().startswith(form):

@@ -73,9 +73,10 @@ def test_a_verdict_is_one_mark_and_no_more(reply, said):
     assert read(reply) == said
 
 
-def test_a_reply_that_was_cut_off_counts_where_it_begins_with_the_mark():
-    assert read("[[A]] because the other", finish="length") == "A"
-    assert read("The first response says [[A]], so", finish="length") is None
+@pytest.mark.parametrize("finish", ["length", "content_filter", "abort", "error"])
+def test_a_reply_that_was_cut_off_counts_where_it_begins_with_the_mark(finish):
+    assert read("[[A]] because the other", finish) == "A"
+    assert read("The first response says [[A]], so", finish) is None
 
 
 def test_both_orders_are_asked_and_the_labels_are_the_better_responses(serve, ledger):
