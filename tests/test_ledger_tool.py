@@ -148,7 +148,7 @@ def test_a_ledger_of_version_2_can_be_read_and_reused(tmp_path, capsys):
     assert (old / "labels.sqlite").read_bytes() == before
 
 
-def test_reading_changes_nothing_in_the_folder(run):
+def test_reading_changes_nothing_in_the_folder(run, tmp_path):
     """Neither when nobody else has it open, nor while a run has, nor after a run was killed."""
     def state():
         return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in run.iterdir()
@@ -162,6 +162,9 @@ def test_reading_changes_nothing_in_the_folder(run):
     open_one.add("dataset", [(Question("new", 0.1, 9), 1, "", None, None)])
     before = state()
     assert "8: 7 bought" in ledger.report(run) and state() == before
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "labels.sqlite").symlink_to(run / "labels.sqlite")
+    assert "8: 7 bought" in ledger.report(tmp_path / "link")
     open_one.close()
 
     script = ("import os, signal, sys; from labels.ledger import Ledger, Question; store = Ledger(sys.argv[1])\n"

@@ -56,10 +56,11 @@ def read_ledger(folder, needed=NEEDED):
     path = Path(folder) / "labels.sqlite"
     if not path.is_file():
         raise LedgerError(f"no ledger: {path} does not exist; name a run's output_dir")
+    real = path.resolve()  # of a link, SQLite keeps its files beside the file to which it leads
 
     def moment():
         """What shows that another process has, or had, the ledger open."""
-        return path.stat().st_mtime_ns, *(path.with_name(path.name + end).exists() for end in ("-wal", "-journal"))
+        return real.stat().st_mtime_ns, *(real.with_name(real.name + end).exists() for end in ("-wal", "-journal"))
 
     for attempt in itertools.count():
         # If no other process has the ledger open, even a reader would leave files beside it, unless SQLite is told that
@@ -70,7 +71,7 @@ def read_ledger(folder, needed=NEEDED):
         before = moment()
         alone, db = attempt < 5 and not any(before[1:]), None
         try:
-            db = sqlite3.connect(f"{path.resolve().as_uri()}?{'immutable=1' if alone else 'mode=ro'}", uri=True,
+            db = sqlite3.connect(f"{real.as_uri()}?{'immutable=1' if alone else 'mode=ro'}", uri=True,
                                  timeout=PATIENCE, isolation_level=None)
             db.row_factory = sqlite3.Row
             db.execute("BEGIN")
