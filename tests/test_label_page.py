@@ -16,7 +16,7 @@ import time
 import pytest
 from helpers import JSON, ROOT, Site
 
-from labels.ledger import Ledger, Question
+from labels.ledger import Ledger, Panel, Question
 
 pytest.importorskip("fastapi", reason="needs tests/requirements.txt")
 
@@ -394,6 +394,20 @@ def test_an_opinion_can_be_taken_back_also_where_an_adjudicator_has_decided(tmp_
     assert site.answers() == {"p00": -1} and site.query("SELECT COUNT(*) FROM verdicts") == [(2,)]
     status, reply = site.ask("undo", "eve", pair="p00", round="adjudicate")
     assert status == 200 and site.answers() == {} and reply["question"]["pair"] == "p00"  # only bob's opinion is left
+    site.stop()
+
+
+def test_undo_says_that_an_opinion_before_it_counts_again(tmp_path):
+    """Ann's, which a second file had changed. She is not asked again, because her answer would be refused."""
+    site = Site(tmp_path, "--annotators-per-pair", "2")
+    site.put(1)
+    with contextlib.closing(Ledger(tmp_path / "labels.sqlite")) as ledger:
+        for label in (1, -1):
+            ledger.answer_question("p00", label, "ann", panel=Panel(2))
+    for note in ("What you had said before counts again", "Here is the question again"):
+        status, reply = site.ask("undo", "ann", pair="p00")
+        assert status == 200 and note in reply["note"] and bool(reply["question"]) == ("question" in note)
+    assert site.ask("answer", "ann", pair="p00", choice=choice(reply["question"], "second"))[0] == 200
     site.stop()
 
 

@@ -180,6 +180,9 @@ class Desk:
         self.skipped[me] = [other for other in self.skipped.get(me, []) if other != pair]
         if self.given[me]:
             self.given[me].pop()
+        decides = me == self.panel.adjudicator and ledger.is_split(pair, self.panel)
+        if me in ledger.opinions(pair) and not decides:  # what a file had, before another file changed it
+            return "Undone. What you had said before counts again."
         if not ledger.unanswered([pair]):
             return "Undone. The others have settled that question without you."
         ledger.hold(me, pair, LEASE)
