@@ -1,8 +1,9 @@
-"""Files that are written whole or not at all, and full disks."""
+"""Files that are written whole or not at all, full disks, and readers of a pipe that stop reading."""
 
 import contextlib
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -20,6 +21,16 @@ def replacing(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def printing():
+    """Around code that only prints: it is no error if the reader of a pipe, such as head, has read enough."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

@@ -43,6 +43,7 @@ from tqdm import tqdm
 from labels.ledger import in_words
 from runtime import checkpoint
 from runtime.errors import Stopped, UsageError, one_line
+from runtime.files import printing
 from runtime.parse import help_text, parse_config
 from runtime.ranks import host_group, lost_peer, rank, say, several_hosts, world_size
 
@@ -73,7 +74,8 @@ def launch(main):
 def command(argv, main):
     """The command line. Returns the exit code; before 1 and 2 it prints one line that says what is wrong."""
     if "--help" in argv or "-h" in argv:
-        print(help_text())
+        with printing():
+            print(help_text())
         return 0
     try:
         config = parse_config(argv)

@@ -6,13 +6,14 @@
 
 import ast
 import dataclasses
+import json
 import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
 
 import pytest
-from helpers import ROOT, Run, launcher_environment
+from helpers import ROOT, Run, launcher_environment, preference, tokenizer, write_folder
 
 from runtime.config import FREE_ON_RESUME, Config
 from runtime.parse import ALIASES
@@ -70,6 +71,18 @@ def test_the_worked_example_is_what_the_command_prints():
 def test_scripts_say_how_they_are_used(script):
     done = subprocess.run([sys.executable, *script.split()], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert "--config" in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train.py --help", "data.py --config {}"])
+def test_what_is_printed_may_be_piped_into_head(script, tmp_path):
+    tokenizer().save_pretrained(tmp_path / "model")
+    source = write_folder(tmp_path / "pairs", [preference(n) for n in range(3)])
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps({"model_name_or_path": f"{tmp_path}/model", "dataset_mixer": {str(source): 1.0},
+                                  "output_dir": f"{tmp_path}/run"}))
+    command = f"{sys.executable} {script.format(config)} | head -n 1; exit $PIPESTATUS"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, text=True, capture_output=True, timeout=600)
+    assert done.stdout.count("\n") == 1 and done.returncode == 0 and "BrokenPipeError" not in done.stderr
 
 
 def test_ruff_is_clean():

@@ -13,7 +13,6 @@ one line says why.
 """
 
 import argparse
-import os
 import pydoc
 import re
 import shutil
@@ -26,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root, for the imports below
 
 from runtime.errors import DataError, UsageError  # noqa: E402
+from runtime.files import printing  # noqa: E402
 from runtime.formats import parse_prompt  # noqa: E402
 from runtime.sources import find_file, read_file  # noqa: E402
 from tools.exchange import as_text  # noqa: E402
@@ -181,10 +181,8 @@ def main(a, b, question_file=None, command="tools/generate.py"):
     if sys.stdout.isatty():
         pydoc.pager(text)
         return 0
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # the reader has stopped reading
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with printing():
+        print(text)
     return 0
 
 

@@ -23,7 +23,6 @@ import csv
 import io
 import itertools
 import json
-import os
 import sqlite3
 import statistics
 import sys
@@ -37,6 +36,7 @@ from labels.judge import judge_metrics, judge_text  # noqa: E402
 from labels.ledger import Ledger, LedgerError, Question, in_words  # noqa: E402
 from labels.oracle import wilson  # noqa: E402
 from runtime.errors import UsageError  # noqa: E402
+from runtime.files import printing  # noqa: E402
 from tools.exchange import as_text, filled, replace_file  # noqa: E402
 
 PATIENCE = 10  # seconds to wait while another process holds the ledger
@@ -362,19 +362,17 @@ def main(argv=None):
                         help="copy another run's answers into this one's ledger")
     args = parser.parse_args(argv)
     try:
-        if args.reuse:
-            copied, there, contradict = reuse(args.output_dir, args.reuse)
-            print(f"{copied:,} answers copied from {args.reuse}; {there:,} were there already"
-                  + (f", {contradict:,} of them with the other label (kept as they are)" if contradict else ""))
-        if args.csv:
-            print(f"{export_csv(args.output_dir, args.csv, args.force):,} answers written to {args.csv}")
-        if args.disagreements:
-            print(disagreements(args.output_dir))
-        if not (args.reuse or args.csv or args.disagreements):
-            print(report(args.output_dir))
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader has stopped reading
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with printing():
+            if args.reuse:
+                copied, there, contradict = reuse(args.output_dir, args.reuse)
+                print(f"{copied:,} answers copied from {args.reuse}; {there:,} were there already"
+                      + (f", {contradict:,} of them with the other label (kept as they are)" if contradict else ""))
+            if args.csv:
+                print(f"{export_csv(args.output_dir, args.csv, args.force):,} answers written to {args.csv}")
+            if args.disagreements:
+                print(disagreements(args.output_dir))
+            if not (args.reuse or args.csv or args.disagreements):
+                print(report(args.output_dir))
     except (UsageError, OSError) as error:  # OSError: a folder that we may not enter
         print(f"tools/ledger.py: {error}", file=sys.stderr)
         return 2
