@@ -178,7 +178,8 @@ def ask_ahead(engine, oracle, gamma, pairs, micro_batches, step):
     judge, and a budget that ends in this step is spent on its least sure pairs. The loop then finds the answers in the
     ledger.
 
-    This costs one more forward pass of the step. Nothing changes between the two passes, so they agree on whom to ask.
+    This costs one more forward pass of the step. Nothing changes between the two passes, so they agree on whom to ask, as
+    long as both call the same gate.
     """
     ids, margins = [], []
     for batch, _, _, margin in scored(engine, pairs, micro_batches, oracle.config.beta):
