@@ -99,12 +99,13 @@ def sigmoid_loss(margin, labels, beta, label_smoothing):
 
 
 def ipo_loss(margin, labels, beta, label_smoothing):
-    """(o·m/β − 1/(2β))²: IPO, arXiv 2310.12036, eq. 17, with summed log-probs as in the paper."""
+    """(o·m/β − 1/(2β))²: IPO, arXiv 2310.12036, eq. 17, with summed log-probs as in the paper. It is 0 at o·m = ½, whatever
+    β, and draws every margin there, so γ has to be lower, or nearly every pair is asked."""
     return (labels * margin / beta - 1 / (2 * beta)) ** 2
 
 
 def hinge_loss(margin, labels, beta, label_smoothing):
-    """max(0, 1 − o·m): SLiC, arXiv 2305.10425."""
+    """max(0, 1 − o·m): SLiC, arXiv 2305.10425. From γ = 1 on, a pseudo-label has no loss."""
     return torch.relu(1 - labels * margin)
 
 

@@ -71,7 +71,8 @@ class Config:
     committee_epochs: float = key(2.0, "passes of each reward model over the labels bought", low=0.01, high=1e6)
     committee_learning_rate: float | None = key(None, "peak learning rate of the reward models; null: learning_rate", low=0)
     committee_batch_size: int = key(16, "pairs in a step of a reward model, over all ranks", low=1)
-    loss_type: str = key("sigmoid", "loss of a pair; sigmoid is DPO's")
+    loss_type: str = key("sigmoid", "loss of a pair: sigmoid is DPO's; ipo draws margins to ½, so gamma has to be lower; "
+                                     "with hinge, pseudo-labels have no loss from gamma = 1 on")
     label_smoothing: float = key(0.0, "ε in the sigmoid loss", low=0, high=0.5)
     # Who answers
     oracle: str = key("dataset", "who labels the pairs: dataset (the labels that came with the data), human (people, with "

@@ -71,7 +71,7 @@ UNGATED_LOSSES = {
     "it scores chosen and rejected responses apart from each other, not by their margin":
         ("apo_down", "apo_zero", "bco_pair", "kto_pair", "nca_pair", "sppo_hard"),
     "it sorts rewards over the batch, so one pair has no loss of its own": ("aot", "aot_pair", "aot_unpaired"),
-    "it is not monotone in the margin, so a pseudo-label may push the margin back": ("discopop",),
+    "at a margin of 0, where every pair begins, it pushes away from the label": ("discopop",),
     "its targets are a distribution over both responses, not a label": ("exo_pair",),
     "it corrects for a known rate of wrong labels, which pseudo-labels do not have": ("robust",),
     "it has no preference": ("sft",),

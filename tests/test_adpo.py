@@ -386,6 +386,14 @@ def test_losses_by_hand(kind, smoothing, expected):
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("kind, margin", [("ipo", 0.5), ("hinge", 1.0)])
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_where_margins_settle_does_not_depend_on_beta(kind, margin, beta):
+    """docs/method.md says so, because γ has to fit it."""
+    losses = adpo.preference_loss(torch.tensor([margin, margin - 0.01, -margin]), torch.tensor([1.0, 1.0, -1.0]), kind, beta)
+    assert losses[0] == losses[2] == 0 < losses[1]
+
+
 @pytest.mark.parametrize("kind", adpo.LOSSES)
 def test_a_pair_without_a_label_has_no_loss_and_no_gradient(kind):
     margin = torch.tensor([3.0, 0.2], requires_grad=True)
