@@ -11,7 +11,8 @@ One step of ADPO, in the order of this file:
     labels   (B,)    o: the annotator's answer where asked, else sign(m)  choose_labels
     loss     (B,)    −log σ(o · m)                                        preference_loss
 
-The last part, the chunked head, is about memory and changes no number: skip it on a first reading.
+Attention without a mask (two_rows, pair_attention) is about speed, and the last part, the chunked head, about memory. Both
+change nothing but rounding: skip them on a first reading.
 
 Departures from the paper: none in the rule. A margin of exactly ±γ asks, and an answer that is already known is used
 whatever the margin. Departures from the official code: the label of a pair that is not asked is unknown here (there, the
@@ -175,7 +176,7 @@ def two_rows(segments, prompt_tokens):
     and where its keys do, (2B + 1,) each, with the total at the end.
     """
     B, T = segments.shape
-    prompt, first = (segments == 0).sum(-1), (segments == 1).sum(-1)  # (B,)
+    prompt, first = (segments == 0).sum(-1), (segments == 1).sum(-1)  # (B,) tokens of each prompt, and of each y1
     query_counts = torch.stack([prompt + first, T - prompt - first], 1).flatten()  # (2B,)
     key_counts = torch.stack([prompt + first, T - first], 1).flatten()  # (2B,)
     query_starts, key_starts = (torch.nn.functional.pad(n.cumsum(0), (1, 0)) for n in (query_counts, key_counts))

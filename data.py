@@ -57,7 +57,8 @@ def canonical(parsed):
 
 
 def parsed_rows(source, split, config_name):
-    """Yield the pairs of a split in the columns of parse_source."""
+    """Yield the pairs of a split as rows with the columns id; prompt, first (y1) and second (y2), as JSON; place; label and
+    truth, +1 (y1 is better), −1, or 0 (unknown)."""
     place = None
     for place, row in read_rows(source, split, config_name):
         parsed = parse_row(row, place)
@@ -83,8 +84,8 @@ def parsed_examples(source, split, config_name):
 
 
 def tokenize_rows(rows, renderer):
-    """For a batch of parsed rows (in the columns of parse_source): token ids, number of tokens, why to drop each row ("":
-    keep it), and what happened to it (notes, one a line). Raises DataError, which names the row."""
+    """For a batch of parsed rows: token ids, number of tokens, why to drop each row ("": keep it), and what happened to it
+    (notes, one a line). Raises DataError, which names the row."""
     pairs = [(json.loads(prompt), [json.loads(response) for response in (first, second) if response is not None])
              for prompt, first, second in zip(rows["prompt"], rows["first"], rows["second"])]
     try:
@@ -339,8 +340,8 @@ def split_batch(rows, lengths, ranks, most_pairs, most_tokens):
     rows = sorted(rows, key=lambda i: (-lengths[i], i))
     micro_steps = []
     while rows:
-        pairs = ranks * max(1, min(most_pairs, most_tokens // lengths[rows[0]]))
-        taken, rows = rows[:pairs], rows[pairs:]
+        count = ranks * max(1, min(most_pairs, most_tokens // lengths[rows[0]]))
+        taken, rows = rows[:count], rows[count:]
         bounds = [len(taken) * r // ranks for r in range(ranks + 1)]
         micro_steps.append([taken[a:b] for a, b in pairwise(bounds)])
     return micro_steps

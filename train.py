@@ -201,14 +201,15 @@ def metric_sums(losses, rewards, logps, labels, weights, tokens):
     the loss prefers; a margin of exactly 0 counts as half right.
     """
     labelled = weights * ((labels != 0) & ~labels.isnan())  # (B,)
-    first = (labels > 0)[:, None]  # (B, 1)
-    ordered = [torch.where(first, x, x.flip(-1)) for x in (rewards.detach(), logps.detach())]  # (B, 2): chosen, rejected
-    margin = ordered[0][:, 0] - ordered[0][:, 1]
+    rewards, logps, y1_chosen = rewards.detach(), logps.detach(), (labels > 0)[:, None]  # (B, 2), (B, 2), (B, 1)
+    chosen, rejected = torch.where(y1_chosen, rewards, rewards.flip(-1)).unbind(-1)  # (B,) each
+    chosen_logps, rejected_logps = torch.where(y1_chosen, logps, logps.flip(-1)).unbind(-1)  # (B,) each
+    margin = chosen - rejected
     right = (margin > 0).float() + 0.5 * (margin == 0)
-    columns = torch.stack([ordered[0][:, 0], ordered[0][:, 1], margin, right, ordered[1][:, 0], ordered[1][:, 1]])  # (6, B)
+    of_pairs = torch.stack([chosen, rejected, margin, right, chosen_logps, rejected_logps])  # (6, B), as in METRICS
     tokens = weights.new_full((), tokens)  # filled on the device: copying it there would wait
     sums = torch.stack([weights.sum(), labelled.sum(), tokens, (losses.detach() * weights).sum()])
-    return torch.cat([sums, (columns * labelled).sum(-1)]).double()
+    return torch.cat([sums, (of_pairs * labelled).sum(-1)]).double()
 
 
 def means(sums):
