@@ -66,7 +66,7 @@ KEYS = [field.name for field in dataclasses.fields(Config)]
 FIELDS = {field.name: field for table in (Config, Accepted) for field in dataclasses.fields(table)}
 UNSUPPORTED = {field.name: field.metadata["help"] for field in dataclasses.fields(Accepted) if field.metadata["help"]}
 
-# ADPO replaces a label by sign(m), so it needs a loss of the form f(o · m). These losses of TRL have other forms, by reason.
+# ADPO replaces a label by sign(m), so it needs a loss of the form f(o · m). These losses of TRL do not fit, by reason.
 UNGATED_LOSSES = {
     "it scores chosen and rejected responses apart from each other, not by their margin":
         ("apo_down", "apo_zero", "bco_pair", "kto_pair", "nca_pair", "sppo_hard"),
