@@ -32,9 +32,11 @@ import torch
 from runtime.errors import DataError, UsageError
 from runtime.formats import parse_example, parse_row
 from runtime.ranks import all_gather, rank_0_first, say
-from runtime.rendering import VERSION, Renderer
-from runtime.sources import decontaminate, hash_of, mix, processes, read_rows
+from runtime.rendering import Renderer
+from runtime.sources import decontaminate, hash_of, hash_of_code, mix, processes, read_rows
 
+# The code that decides which tokens a row becomes, for the keys of their caches.
+CODE = hash_of_code("data.py", "runtime/formats.py", "runtime/rendering.py", "runtime/sources.py")
 # epoch_order groups pairs of similar length within windows of this many pairs.
 LENGTH_WINDOW = 2048
 
@@ -189,7 +191,7 @@ def load_pairs(mixer, splits, renderer, kind, configs=None, workers=None, decont
     leave out pairs without one.  Returns (None, {}, {}) if no source has such a split.
     Raises DataError.
     """
-    parse, version = (parsed_examples, [VERSION, "examples"]) if examples else (parsed_rows, [VERSION])
+    parse, version = (parsed_examples, [CODE, "examples"]) if examples else (parsed_rows, [CODE])
     rows, whole = mix(mixer, splits, kind, parse, version, configs, max_samples, seed)
     if rows is None:
         return None, {}, {}

@@ -29,6 +29,10 @@ from runtime.errors import UsageError
 from runtime.ranks import from_rank_0, say
 from runtime.reference import cached, in_engine, kernels, score
 from runtime.schedule import my_batches, set_learning_rate
+from runtime.sources import hash_of_code
+
+# The code that trains a member, besides reference.CODE, for the key of the cache.
+CODE = hash_of_code("labels/committee.py", "runtime/engine.py", "runtime/schedule.py")
 
 
 def add_soft_labels(run, annotator, schedule, ds):
@@ -116,7 +120,7 @@ def what_counts(run, schedule, ds):
     keys = {name: value for name, value in vars(run.config).items() if name not in FREE_ON_RESUME | others}
 
     def look(engine):
-        return [data.VERSION, engine.module.fingerprint, schedule.pairs.fingerprint, schedule.pairs.shared, *kernels(engine),
+        return [CODE, engine.module.fingerprint, schedule.pairs.fingerprint, schedule.pairs.shared, *kernels(engine),
                 settings_that_count(run.engine_config), keys]
     return in_member(look, run, schedule, ds)
 

@@ -23,12 +23,15 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-import data
 from runtime.engine import SERVICES, check_against_plain_forward, make_optimizer, no_backward, starting
 from runtime.errors import one_line
 from runtime.files import replacing, writing
 from runtime.model import load_policy
 from runtime.ranks import all_gather, bar, from_rank_0, rank, say
+from runtime.sources import hash_of_code
+
+# The code that computes log-probs. Whoever changes it must not train against a reference that the old code has scored.
+CODE = hash_of_code("adpo.py", "data.py", "runtime/model.py", "runtime/reference.py")
 
 
 def add_other_reference(config, ds, scoring):
@@ -90,7 +93,7 @@ def add_reference(engine, scoring):
     every margin has to be 0, not nearly 0.
     """
     for pairs, batches in scoring:
-        depends = [data.VERSION, engine.module.fingerprint, pairs.fingerprint, pairs.shared, all_gather(batches),
+        depends = [engine.module.fingerprint, pairs.fingerprint, pairs.shared, all_gather(batches),
                    str(next(engine.module.parameters()).dtype), *kernels(engine)]
         compute = partial(score, engine, pairs, batches, f"reference log-probs ({pairs.kind})")
         pairs.ref_logps = cached("reference", depends, compute)
@@ -100,10 +103,10 @@ def cached(kind, depends, compute):
     """The tensor that `compute` returns, on the CPU: read from the disk, or computed and written there. All ranks call it
     together.
 
-    kind: how the file's name begins.  depends: everything that decides the result, as JSON can hold it.
+    kind: how the file's name begins.  depends: everything but CODE that decides the result, as JSON can hold it.
     """
     cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")) / "adpo"
-    path = cache / f"{kind}-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:32]}.safetensors"
+    path = cache / f"{kind}-{hashlib.sha256(json.dumps([CODE, *depends]).encode()).hexdigest()[:32]}.safetensors"
     found = from_rank_0(read(path) if rank() == 0 else None)  # rank 0's disk decides for all hosts
     if found is None:
         if rank() == 0:

@@ -18,7 +18,7 @@ from runtime.errors import DataError
 from runtime.formats import SENTINEL, function_name, hh_messages, message_text, squeezed, template_input
 from runtime.sources import hash_of
 
-# Increase this with any change to what a row becomes: it is part of every cache key.
+# Increase this with any change to what a row becomes, so that a run that was begun before it is not resumed.
 VERSION = 7
 
 # What happened to a pair on its way to tokens, counted and said by load_pairs.

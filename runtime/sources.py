@@ -25,6 +25,7 @@ from pathlib import Path
 import datasets
 import pyarrow
 
+from runtime.config import ROOT
 from runtime.errors import DataError, one_line
 from runtime.formats import message_text, unique_keys
 
@@ -236,6 +237,12 @@ def mix(mixer, splits, kind, parse, version, configs, max_samples, seed):
 def hash_of(*parts):
     """Hash of anything that JSON can hold, as 32 hex digits."""
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def hash_of_code(*names):
+    """Hash of these files of the repository, for the keys of caches: what other code has computed must not be read back.
+    Take it when a module is imported, because a file may change while a run is on.  names: paths from the root."""
+    return hash_of(*((ROOT / name).read_text(encoding="utf-8") for name in names))
 
 
 def processes(workers, rows):

@@ -318,7 +318,7 @@ def test_the_reference_is_scored_once_and_unscored_pairs_are_not_numbers(referen
 @pytest.mark.parametrize("change", [
     dict(engine={"attention": "eager"}), dict(engine={"compiled": True}), dict(engine={"dtype": torch.bfloat16}),
     dict(engine={"fingerprint": "others"}), dict(pairs={"fingerprint": "others"}), dict(pairs={"shared": False}),
-    dict(pairs={"batches": ((1,), (0,))}), dict(torch="9.9"), dict(transformers="9.9"), dict(data=data.VERSION + 1),
+    dict(pairs={"batches": ((1,), (0,))}), dict(torch="9.9"), dict(transformers="9.9"), dict(code="other"),
     dict(device="another GPU"), dict(engine={"chunk_size": 1}), dict(engine={"takes_rows": True}),
     dict(deterministic=True)], ids=str)
 def test_the_cache_is_not_used_where_the_last_bits_would_differ(change, reference_of, monkeypatch, capsys):
@@ -328,8 +328,8 @@ def test_the_cache_is_not_used_where_the_last_bits_would_differ(change, referenc
         monkeypatch.setattr(torch, "__version__", change["torch"])
     if "transformers" in change:
         monkeypatch.setattr(reference.transformers, "__version__", change["transformers"])
-    if "data" in change:
-        monkeypatch.setattr(data, "VERSION", change["data"])
+    if "code" in change:
+        monkeypatch.setattr(reference, "CODE", change["code"])
     if "device" in change:
         kernels = reference.kernels
         monkeypatch.setattr(reference, "kernels", lambda engine: (*kernels(engine)[:-1], change["device"]))

@@ -425,8 +425,17 @@ def test_cache(tmp_path, monkeypatch):
     out, *work = again(source=write_folder(tmp_path / "s", rows))
     assert work == [20, 20] and any("fine 3" in text for pair in decoded(out[0]) for text in pair)
     assert out[0].fingerprint not in fingerprints
-    monkeypatch.setattr(data, "VERSION", data.VERSION + 1)
+    monkeypatch.setattr(data, "CODE", "other")
     assert again()[1:] == (20, 20)
+
+
+def test_code_that_is_changed_has_another_hash(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    hashes = set()
+    for text in ("a = 1", "a = 2"):
+        (tmp_path / "adpo.py").write_text(text)
+        hashes.add(sources.hash_of_code("adpo.py"))
+    assert len(hashes) == 2
 
 
 def test_pairs_and_examples_of_one_file_have_caches_of_their_own(tmp_path):
