@@ -73,7 +73,8 @@ class Config:
     committee_batch_size: int = key(16, "pairs in a step of a reward model, over all ranks", low=1)
     loss_type: str = key("sigmoid", "loss of a pair: sigmoid is DPO's; ipo draws margins to ½, so gamma has to be lower; "
                                      "with hinge, pseudo-labels have no loss from gamma = 1 on")
-    label_smoothing: float = key(0.0, "ε in the sigmoid loss", low=0, high=0.5)
+    label_smoothing: float = key(0.0, "ε in the sigmoid loss; it draws margins to log((1 − ε)/ε), so gamma has to be "
+                                         "lower", low=0, high=0.5)
     # Who answers
     oracle: str = key("dataset", "who labels the pairs: dataset (the labels that came with the data), human (people, with "
                                  "tools/label.py) or judge (a model)")

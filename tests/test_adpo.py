@@ -386,12 +386,14 @@ def test_losses_by_hand(kind, smoothing, expected):
     assert loss.item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("kind, margin", [("ipo", 0.5), ("hinge", 1.0)])
+@pytest.mark.parametrize("kind, smoothing, place", [("ipo", 0.0, 0.5), ("hinge", 0.0, 1.0), ("sigmoid", 0.2, math.log(4))])
 @pytest.mark.parametrize("beta", [0.1, 0.5])
-def test_where_margins_settle_does_not_depend_on_beta(kind, margin, beta):
-    """docs/method.md says so, because γ has to fit it."""
-    losses = adpo.preference_loss(torch.tensor([margin, margin - 0.01, -margin]), torch.tensor([1.0, 1.0, -1.0]), kind, beta)
-    assert losses[0] == losses[2] == 0 < losses[1]
+def test_the_place_to_which_a_loss_draws_margins(kind, smoothing, place, beta):
+    """docs/method.md names it, because γ has to fit it."""
+    margin = torch.tensor([place, -place, place - 0.1, place + 0.1], requires_grad=True)
+    losses = adpo.preference_loss(margin, torch.tensor([1.0, -1.0, 1.0, 1.0]), kind, beta, smoothing)
+    slope, = torch.autograd.grad(losses.sum(), margin)
+    assert slope[:2].tolist() == pytest.approx([0, 0], abs=1e-6) and slope[2] < 0 and slope[3] >= 0
 
 
 @pytest.mark.parametrize("kind", adpo.LOSSES)
