@@ -196,12 +196,12 @@ def starting(config, policy, ds):
 
 @torch.no_grad()
 def check_against_plain_forward(engine, *splits):
-    """Refuse to train where our rows do not give the log-probs of a plain forward. Where only attention without a mask does
-    not, use one; where only rows that share a prompt do not, give each response a row of its own (Pairs.shared).
+    """Refuse to train where our rows do not give the log-probs of a plain forward. If attention without a mask is to blame,
+    use a mask; if rows that share a prompt are, give each response a row of its own (Pairs.shared).
 
-    In each split the longest, the median and the shortest pair are compared, ours in one micro-batch and in training mode:
-    then a window that counts rows, positions scaled by the longest row, and noise besides dropout all show. The measure is
-    the root mean square over a pair's response tokens, in nats.  splits: Pairs, or None.
+    In each split the longest, the median and the shortest pair are compared, ours in one micro-batch and in training mode.
+    That shows a window that counts indices instead of positions, positions scaled by the longest row, and noise other than
+    dropout. The measure is the root mean square over a pair's response tokens, in nats.  splits: Pairs, or None.
     """
     model = type(engine.module.lm).__name__
     limit = tolerance(engine.module.lm)

@@ -256,8 +256,8 @@ class Renderer:
         return {text: sum((later[piece] for piece in pieces[1:]), first[pieces[0]]) for text, pieces in split.items()}
 
     def one_end(self, ids):
-        """`ids` up to the first of the ends that they close with, or with an EOS. What a template writes after the end of a
-        turn (a newline, an EOS of its own) is never generated."""
+        """`ids` of a reply, cut after the first of the end tokens at its close; without one, EOS is added. What a template
+        writes after the end of a turn (a newline, an EOS of its own) is never generated."""
         end = None
         for n in range(len(ids) - 1, -1, -1):
             if ids[n] in self.ends:
