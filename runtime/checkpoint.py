@@ -107,15 +107,15 @@ def check_same_run(config, output, step_pairs):
         return
     try:
         written = yaml.safe_load(path.read_text(encoding="utf-8"))
-        before = dict(written["config"])
+        before = dataclasses.asdict(type(config)()) | written["config"]  # a key that is newer than the run had its default
         dict(written["versions"])  # the last thing in the file: without it, the file was cut off
     except (OSError, ValueError, yaml.YAMLError, LookupError, TypeError) as error:
         raise UsageError(f"{path} is damaged ({one_line(error)}), so there is no telling whether this is the same run: "
                          "restore it; or, if you are sure, delete it, and it will be written again")
     now = dataclasses.asdict(config)
     for name in now:
-        if name not in FREE_ON_RESUME and before.get(name) != now[name]:
-            raise UsageError(f"{path}: the run in there has {name} {before.get(name)!r}, this one {now[name]!r}: choose "
+        if name not in FREE_ON_RESUME and before[name] != now[name]:
+            raise UsageError(f"{path}: the run in there has {name} {before[name]!r}, this one {now[name]!r}: choose "
                              "another output_dir, or move that one away")
     if written.get("pairs_a_step", step_pairs) != step_pairs:
         raise UsageError(f"{path}: the run in there has {written['pairs_a_step']} pairs a step, this one {step_pairs} "

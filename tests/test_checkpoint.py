@@ -12,6 +12,7 @@ import zlib
 
 import pytest
 import torch
+import yaml
 from helpers import as_jsonl, assert_same_run, assert_same_weights, copy_without, errors, flip_byte
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
@@ -117,6 +118,16 @@ def test_a_config_that_computes_something_else_is_refused_with_both_values(name,
     run = train("changed", output_dir=stopped, check=2, **SAVING | {name: now.strip("'")})
     assert len(errors(run)) == 1
     assert f"{stopped}/config.yaml: the run in there has {name} {before}, this one {now}: " in errors(run)[0]
+
+
+def test_a_key_that_is_newer_than_the_run_had_its_default(train, whole, stopped):
+    path = stopped / "config.yaml"
+    written = yaml.safe_load(path.read_text())
+    del written["config"]["label_smoothing"]
+    path.write_text(yaml.safe_dump(written, sort_keys=False))
+    refused = train("newer-key-set", output_dir=stopped, check=2, label_smoothing=0.1, **SAVING)
+    assert "the run in there has label_smoothing 0.0, this one 0.1: " in errors(refused)[0]
+    assert_same_run(train("newer-key", output_dir=stopped, **SAVING), whole)
 
 
 def test_what_is_free_may_change(train, whole, stopped):
