@@ -61,7 +61,7 @@ def on_the_built_in_task(words, judge):
     words = [str(ROOT / word) if (ROOT / word).is_file() else word for word in words]
     if "human" in words:
         at = words.index("human")
-        words[at:at + 1] = ["judge", "--judge", "reward_model", "--judge_model", str(judge), "--beta", "1"]
+        words[at:at + 1] = ["judge", "--judge", "reward_model", "--judge_model", str(judge)]
     elif "--pairs" in words:
         words += ["--batch_size", "256"]
     return [sys.executable, *words]
