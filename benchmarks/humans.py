@@ -157,10 +157,10 @@ class Humans:
 
     def run(self, method, rate, part, bar):
         """Train with part `part` held out, unless that has been done. Raises UsageError where the run fails, and Stopped."""
-        if getattr(signal.getsignal(signal.SIGINT), "asked", False):  # while the run before was ending, which went on
+        if getattr(signal.getsignal(signal.SIGINT), "asked", False):  # by a signal that came while the last run was ending
             raise Stopped("the same command goes on with the next run")
         if self.result(method, rate, part):
-            bar.total -= 1  # or the time that is left would be that of all runs
+            bar.total -= 1  # so that the bar counts only what is still to run
             return
         output, config, log, result = (self.path(method, rate, part, end) for end in ("", ".yaml", ".log", ".json"))
         keys = {name: SHARE if name == "label_budget" else value for name, value in METHODS[method].items()

@@ -11,13 +11,14 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
+
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -26,21 +27,18 @@ from benchmarks.trl_parity import cpu_name  # noqa: E402
 from runtime import toy  # noqa: E402
 
 SEEDS = range(6)
-METHODS = {"ADPO": [], "DPO": ["--data_selection=false"],
-           "ADPO as it was before": ["--beta=0.5", "--gamma=1.3", "--learning_rate=1e-3"]}
+METHODS = {"ADPO": {}, "DPO": {"data_selection": False},
+           "ADPO as it was before": {"beta": 0.5, "gamma": 1.3, "learning_rate": 1e-3}}
 
 
-def run(folder, model, pairs, flags):
+def run(folder, model, pairs, keys):
     """Train into `folder`, unless that has been done. Returns its summary and the log-probs of the preferred held-out
     responses, in nats, [before, after]."""
     if not (folder / "summary.json").exists():
-        done = subprocess.run(
-            [sys.executable, "train.py", "--config", "configs/quickstart.yaml", f"--model_name_or_path={model}",
-             f'--dataset_mixer={{"{pairs}": 1.0}}', f"--output_dir={folder}", *flags], cwd=ROOT, text=True,
-            env=os.environ | {"HF_HOME": str(folder.parent / "cache")}, capture_output=True)
-        if done.returncode:
-            raise RuntimeError(f"{folder}: exit code {done.returncode}: {done.stderr.strip().splitlines()[-1]}")
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        quickstart = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())
+        toy.run_train(quickstart | keys | {"model_name_or_path": str(model), "dataset_mixer": {str(pairs): 1.0},
+                                           "output_dir": str(folder)}, folder.with_suffix(".yaml"), str(folder), quiet=True)
+    rows = toy.read_jsonl(folder / "metrics.jsonl")
     logps = [row["logps/chosen"] for row in rows if row["split"] == "eval"]
     return json.loads((folder / "summary.json").read_text()), [logps[0], logps[-1]]
 
@@ -60,9 +58,9 @@ def results_of(seed, outputs):
     model, pairs = toy.build(outputs / f"task-{seed}", seed=seed, quiet=True)
     prompts = [row["prompt"] for row in toy.read_jsonl(pairs / "test.jsonl")]
     found = {"base": generations(model, prompts)}
-    for number, (method, flags) in enumerate(METHODS.items()):
+    for number, (method, keys) in enumerate(METHODS.items()):
         folder = outputs / f"run-{seed}-{number}"
-        summary, (before, after) = run(folder, model.resolve(), pairs.resolve(), flags)
+        summary, (before, after) = run(folder, model, pairs, keys)
         found[method] = [summary["query_fraction"], summary["eval_accuracy"], after - before, *generations(folder, prompts)]
         print(f"seed {seed}, {method}:", *(f"{value:.3f}" for value in found[method]), flush=True)
     return found
@@ -73,8 +71,9 @@ def page(found):
              f"{cpu_name()}, Python {platform.python_version()}. Drift: by how many nats the log-prob of the preferred "
              "held-out response has changed. Gold reward and words are those of a generated response; the base models' own: "
              f"{mean(each['base'][0] for each in found):+.2f} and {mean(each['base'][1] for each in found):.1f}.", ""]
-    for method, flags in METHODS.items():
-        lines += [f"## {method}", "", " ".join(f"`{flag}`" for flag in flags) or "The config as it is.", "",
+    for method, keys in METHODS.items():
+        changed = ", ".join(f"`{key}: {value}`" for key, value in keys.items())
+        lines += [f"## {method}", "", changed or "The config as it is.", "",
                   "| seed of the task | labels bought | held-out accuracy | drift | gold reward | words |",
                   "| --: | --: | --: | --: | --: | --: |"]
         rows = [(seed, each[method]) for seed, each in zip(SEEDS, found)]
@@ -88,7 +87,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--outputs", type=Path, default=ROOT / "outputs" / "quickstart-check")
     outputs = parser.parse_args().outputs.resolve()
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HOME": str(outputs / "cache")}
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:  # not threads: sampling uses the global random state
         found = list(pool.map(partial(results_of, outputs=outputs), SEEDS))
     text = page(found)

@@ -25,7 +25,7 @@ def replacing(path):
 
 @contextlib.contextmanager
 def printing():
-    """Around code that only prints: it is no error if the reader of a pipe, such as head, has read enough."""
+    """Around code that only prints. A program that reads our output, such as head, may stop early; that is not an error."""
     try:
         yield
         sys.stdout.flush()

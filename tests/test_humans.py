@@ -167,7 +167,7 @@ def test_the_methods_run_and_what_has_finished_is_not_run_again(tiny, tmp_path, 
     monkeypatch.setattr(humans, "command", None)  # would fail
     capsys.readouterr()
     runs.run_all()
-    assert "%" not in capsys.readouterr().err.split("runs:")[-1]  # of no run that is left
+    assert "%" not in capsys.readouterr().err.split("runs:")[-1]  # no run is left to count
     assert {path: path.read_bytes() for path in tmp_path.glob("*-part-*.json")} == written
     text = humans.page(runs, tiny / "pairs", longer, "a CPU", "gpu")
     assert "`python benchmarks/humans.py MODEL PAIRS --size gpu`" in text

@@ -664,7 +664,7 @@ def test_nonsense_about_everything_stops_after_some_twenty_replies_and_costs_one
 def test_a_judge_that_refused_every_other_text_is_not_taken_for_useless_when_the_run_resumes(serve, ledger):
     server = serve(lambda prompt, n: (400, {}, {}) if re.search(r"of p\d*[02468]\b", prompt) else right(prompt, n))
     pairs = [f"p{n}" for n in range(90)]
-    for some in (pairs[:50], pairs[50:]):  # a judge each, the second of which begins with a refused text
+    for some in (pairs[:50], pairs[50:]):  # one judge after the other; the second one's first text is refused
         chat(server, concurrency=1).answer([question(pair) for pair in some], ledger)
     assert answers(ledger) == {pair: min(truth(pair), 0) for pair in pairs}
 

@@ -64,8 +64,8 @@ def read_ledger(folder, needed=NEEDED):
 
     for attempt in itertools.count():
         # If no other process has the ledger open, even a reader would leave files beside it, unless SQLite is told that
-        # the file cannot change. If it changes nevertheless while we read it, we read it again; where it does so each time,
-        # as with a page in use and a million answers, we leave files like everybody.
+        # the file cannot change. If it does change while we read it, we read it again. If it changes each time, as it may
+        # with a busy page and a million answers, we read it as any other process does, and may leave files.
         if attempt:
             time.sleep(0.05)  # longer than a tick of the clock that dates files
         before = moment()
